@@ -1,0 +1,126 @@
+"""Configuration of the C-JEPA models: encoder, predictor, mask geometry and loss weights."""
+
+from transformers import PreTrainedConfig
+
+REGULARIZERS = ("blocks", "context", "pair")
+PREDICTION_LOSSES = ("smooth_l1", "mse")
+
+
+class CJepaConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`CJepaModel`], [`CJepaForPreTraining`] and [`CJepaForImageClassification`].
+
+    The encoder's fields carry the names of transformers' `IJepaConfig`. C-JEPA is the *contrastive* joint-embedding
+    predictive architecture of Mo & Tong (NeurIPS 2024, arXiv 2410.19560): I-JEPA with VICReg's terms.
+
+    Args:
+        hidden_size (`int`, defaults to 768): Width D of the encoder; a multiple of 4 and of `num_attention_heads`.
+        num_hidden_layers (`int`, defaults to 12): Transformer layers of the encoder.
+        num_attention_heads (`int`, defaults to 12): Attention heads of the encoder.
+        intermediate_size (`int`, defaults to 3072): Width of the encoder's MLPs.
+        hidden_act (`str`, defaults to `"gelu"`): Activation in the MLPs.
+        hidden_dropout_prob (`float`, defaults to 0.0): Dropout after attention and MLP, in [0, 1).
+        attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout of attention weights, in [0, 1).
+        initializer_range (`float`, defaults to 0.02): Standard deviation of the truncated normal initialisation.
+        layer_norm_eps (`float`, defaults to 1e-6): The authors' value (`IJepaConfig` has 1e-12).
+        image_size (`int` or `[height, width]`, defaults to 224): Pixels of a training image. Any other size works too.
+        patch_size (`int` or `[height, width]`, defaults to 16): Pixels of a patch.
+        num_channels (`int`, defaults to 3): Channels of an image.
+        qkv_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
+        predictor_hidden_size (`int`, defaults to 384): Width P of the predictor.
+        predictor_num_hidden_layers (`int`, defaults to 6): Layers of the predictor (I-JEPA: 6 for S and B, 12 for L, H).
+        predictor_num_attention_heads (`int`, *optional*): Heads of the predictor; the encoder's number when not given.
+        prediction_loss (`"smooth_l1"` or `"mse"`, defaults to `"smooth_l1"`): I-JEPA's code has the first, its paper
+            the second.
+        regularizer (`"blocks"`, `"context"` or `"pair"`, defaults to `"context"`): Which reading of the C-JEPA paper's
+            VICReg term is used. `"blocks"`: Algorithm 1, on every pair of predicted blocks. `"context"`: the
+            appendix's listing, variance and covariance of the context encoder's mean token, the prediction loss as
+            invariance. `"pair"`: VICReg on (mean context token, mean predicted token).
+        regularizer_weight (`float`, defaults to 0.001): beta_vicreg; 0 is exactly I-JEPA.
+        invariance_weight (`float`, defaults to 25.0): beta_sim.
+        variance_weight (`float`, defaults to 25.0): beta_std.
+        covariance_weight (`float`, defaults to 1.0): beta_cov.
+        expander_hidden_size (`int`, *optional*): Width of a three-layer expander in front of the regulariser; none
+            when not given (the paper is silent on its size).
+        num_target_blocks (`int`, defaults to 4): Target blocks M of an image.
+        target_scale (`[float, float]`, defaults to `[0.15, 0.2]`): Share of the image a target block covers.
+        target_aspect_ratio (`[float, float]`, defaults to `[0.75, 1.5]`): Height over width of a target block, in
+            units of the image's own.
+        context_scale (`[float, float]`, defaults to `[0.85, 1.0]`): Share of the image the context block covers.
+        min_context_patches (`int`, defaults to 10): Fewest patches a context may have.
+
+    Raises:
+        ValueError: A field has a value the model cannot be built with; the message names the field.
+    """
+
+    model_type = "cjepa"
+    keys_to_ignore_at_inference = ["loss_terms", "predictions", "targets", "embeddings", "context_ids", "target_ids"]
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    predictor_hidden_size: int = 384
+    predictor_num_hidden_layers: int = 6
+    predictor_num_attention_heads: int | None = None
+    prediction_loss: str = "smooth_l1"
+    regularizer: str = "context"
+    regularizer_weight: float = 0.001
+    invariance_weight: float = 25.0
+    variance_weight: float = 25.0
+    covariance_weight: float = 1.0
+    expander_hidden_size: int | None = None
+    num_target_blocks: int = 4
+    target_scale: list[float] | tuple[float, float] = (0.15, 0.2)
+    target_aspect_ratio: list[float] | tuple[float, float] = (0.75, 1.5)
+    context_scale: list[float] | tuple[float, float] = (0.85, 1.0)
+    min_context_patches: int = 10
+
+    def __post_init__(self, **kwargs):
+        if self.predictor_num_attention_heads is None:
+            self.predictor_num_attention_heads = self.num_attention_heads
+        self._check_fields()
+        super().__post_init__(**kwargs)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the patch grid of an image of `image_size`."""
+        (height, width), (patch_height, patch_width) = pair(self.image_size), pair(self.patch_size)
+        return height // patch_height, width // patch_width
+
+    def _check_fields(self):
+        for prefix in ("", "predictor_"):
+            size, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
+            if size % 4 or size % heads:
+                raise ValueError(
+                    f"{prefix}hidden_size={size} must be a multiple of 4 (sin-cos positions) and of "
+                    f"{prefix}num_attention_heads={heads}; change one of them."
+                )
+        if min(self.grid_size) < 1:
+            raise ValueError(
+                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}; "
+                "choose a smaller patch_size or larger images."
+            )
+        for name, value, choices in (
+            ("regularizer", self.regularizer, REGULARIZERS),
+            ("prediction_loss", self.prediction_loss, PREDICTION_LOSSES),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}.")
+        for name in ("regularizer_weight", "invariance_weight", "variance_weight", "covariance_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative; a loss weight must be 0 or more.")
+
+
+def pair(size) -> tuple[int, int]:
+    """`(height, width)` of a size given as one integer or as two."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

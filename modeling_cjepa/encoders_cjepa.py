@@ -1,0 +1,171 @@
+"""The vision transformer of C-JEPA: patch embeddings, fixed 2-D sin-cos positions, pre-norm layers.
+
+Module and parameter names are those of transformers' `IJepaModel`, so that its state dict loads as it is.
+Shapes: B images, C channels, N patches, Nc kept patches, D width.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_cjepa import CJepaConfig, pair
+from .losses_cjepa import take
+
+
+def sincos_positions(grid_size: tuple[int, int], width: int) -> torch.Tensor:
+    """
+    Fixed 2-D sin-cos position embeddings, as in the authors' code: the first half of the features encodes the column,
+    the second the row, each as sines then cosines of position / 10000^(i / (width / 4)).
+
+    Args:
+        grid_size (`(rows, columns)`): Patches of the image.
+        width (`int`): Features; a multiple of 4.
+
+    Returns:
+        `torch.Tensor` of shape `(rows * columns, width)`, float32 on the CPU.
+    """
+    # the device is named because models are built under the meta device by `from_pretrained`
+    row, column = (torch.arange(size, dtype=torch.float64, device="cpu") for size in grid_size)
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
+    row, column = torch.meshgrid(row, column, indexing="ij")
+    angles = [axis.flatten().unsqueeze(1) * frequency for axis in (column, row)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
+
+
+class CJepaPatchEmbeddings(nn.Module):
+    """Linear projection of patches, stored as the convolution it equals."""
+
+    def __init__(self, config: CJepaConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.patch_size = pair(config.patch_size)
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, self.patch_size, self.patch_size)
+
+    def grid_size(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        """Rows and columns of patches of images (B, C, H, W); a rest that fills no patch is left out."""
+        _, channels, height, width = pixel_values.shape
+        if channels != self.num_channels:
+            raise ValueError(f"pixel_values has {channels} channels, the model num_channels={self.num_channels}.")
+        rows, columns = height // self.patch_size[0], width // self.patch_size[1]
+        if min(rows, columns) < 1:
+            raise ValueError(
+                f"An image of {height}x{width} pixels is smaller than a patch of "
+                f"{self.patch_size[0]}x{self.patch_size[1]}; resize the images or use a smaller patch_size."
+            )
+        return rows, columns
+
+    def forward(self, pixel_values: torch.Tensor, patch_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Embeds all patches of images (B, C, H, W) to (B, N, D), or only those at `patch_ids` (B, Nc)."""
+        rows, columns = self.grid_size(pixel_values)
+        height, width = self.patch_size
+        pixels = pixel_values[..., : rows * height, : columns * width]
+        pixels = pixels.reshape(-1, self.num_channels, rows, height, columns, width)
+        patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C * height * width)
+        if patch_ids is not None:
+            patches = take(patches, patch_ids)
+        weight = self.projection.weight
+        return nn.functional.linear(patches.to(weight.dtype), weight.flatten(1), self.projection.bias)
+
+
+class CJepaEmbeddings(nn.Module):
+    """Patch embeddings plus positions: the stored table for the configured grid, a computed one for any other."""
+
+    def __init__(self, config: CJepaConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embeddings = CJepaPatchEmbeddings(config)
+        table = sincos_positions(config.grid_size, config.hidden_size).unsqueeze(0)
+        self.register_buffer("position_embeddings", table)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def positions(self, grid_size: tuple[int, int]) -> torch.Tensor:
+        """Position embeddings (1, N, D) of a grid."""
+        if grid_size == self.config.grid_size:
+            return self.position_embeddings
+        return sincos_positions(grid_size, self.config.hidden_size).unsqueeze(0).to(self.position_embeddings)
+
+    def forward(self, pixel_values: torch.Tensor, patch_ids: torch.Tensor | None = None) -> torch.Tensor:
+        positions = self.positions(self.patch_embeddings.grid_size(pixel_values))
+        if patch_ids is not None:
+            positions = take(positions.expand(patch_ids.shape[0], -1, -1), patch_ids)
+        return self.dropout(self.patch_embeddings(pixel_values, patch_ids) + positions)
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Attention written out, which also returns its weights; the signature is transformers' attention interface."""
+    weights = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class CJepaAttention(nn.Module):
+    """Multi-head self-attention through transformers' attention interface."""
+
+    def __init__(self, config: CJepaConfig, width: int, num_heads: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = width // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, width)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = hidden_states.shape[:-1]
+        query, key, value = (
+            projection(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        output, weights = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.reshape(*shape, -1)), weights
+
+
+class CJepaMLP(nn.Module):
+    """Two linear layers with an activation between."""
+
+    def __init__(self, config: CJepaConfig, width: int, intermediate_size: int):
+        super().__init__()
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(width, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class CJepaLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer, of the encoder's size or of the predictor's."""
+
+    def __init__(self, config: CJepaConfig, width: int, num_heads: int, intermediate_size: int):
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attention = CJepaAttention(config, width, num_heads)
+        self.layernorm_after = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = CJepaMLP(config, width, intermediate_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+
+
+def init_weights(module: nn.Module, config: CJepaConfig):
+    """I-JEPA's initialisation of one module: truncated normals, zero biases, and the fixed position tables."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        init.trunc_normal_(module.weight, mean=0.0, std=config.initializer_range)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, CJepaEmbeddings):
+        table = sincos_positions(config.grid_size, config.hidden_size).unsqueeze(0)
+        init.copy_(module.position_embeddings, table)

@@ -1,0 +1,166 @@
+"""Multi-block masks of I-JEPA (arXiv 2301.08243, section 3), drawn for a whole batch at once.
+
+Shapes: B images, N patches of a grid, M target blocks, K patches a block, Nc patches of a context.
+"""
+
+import logging
+import math
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Layouts drawn for each one used: the quarter with the smallest contexts is thrown away, so that the common context
+# length does not sink to the minimum of the batch (and with the batch size), as it does in the authors' sampler.
+_OVERSAMPLING = 4 / 3
+_warned_geometries: set[tuple] = set()
+
+
+def sample_block_masks(
+    batch_size: int,
+    grid_size: int | tuple[int, int],
+    *,
+    num_target_blocks: int = 4,
+    target_scale: tuple[float, float] = (0.15, 0.2),
+    target_aspect_ratio: tuple[float, float] = (0.75, 1.5),
+    context_scale: tuple[float, float] = (0.85, 1.0),
+    min_context_patches: int = 10,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Draws target blocks and context patches for a batch of images.
+
+    What is drawn: once per batch, the size of the target blocks (scale and aspect ratio, both uniform and
+    independent) and of the context block (scale uniform, aspect ratio that of the grid). Per image, independently:
+    the place of each of the M target blocks and of the context block, uniform over all places inside the grid, its
+    last row and column included. Target blocks may overlap each other. The context is the context block less all
+    target patches. A third more layouts are drawn than images, and those with the fewest context patches dropped. All
+    contexts are then cut to one length, the shortest of the batch rounded down to a multiple of about N / 16 (a power
+    of two, so that few lengths occur), by a uniformly random choice of patches: no row or column is favoured.
+
+    Blocks too large to leave `min_context_patches` are shrunk, which is logged once.
+
+    Args:
+        batch_size (`int`): Number of images B.
+        grid_size (`int` or `(rows, columns)`): Patches of an image.
+        num_target_blocks (`int`): Target blocks M of an image.
+        target_scale (`(float, float)`): Range of the share of the grid a target block covers, in (0, 1].
+        target_aspect_ratio (`(float, float)`): Range of a target block's height over width, each as a share of the
+            grid's own height and width.
+        context_scale (`(float, float)`): Range of the share of the grid the context block covers, in (0, 1].
+        min_context_patches (`int`): Fewest patches left as context.
+        generator (`torch.Generator`, *optional*): The only source of randomness; the draw runs on its device.
+        device (`torch.device`, *optional*): Where the result goes; the generator's device when not given.
+
+    Returns:
+        `context_ids` (B, Nc) and `target_ids` (B, M, K), both `int64` positions in raster order, rising along the
+        last dimension.
+
+    Raises:
+        ValueError: The grid cannot hold `min_context_patches` context patches and a target patch, or a range is not
+            one.
+    """
+    rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
+    _check_geometry(rows, columns, num_target_blocks, target_scale, target_aspect_ratio, context_scale,
+                    min_context_patches)  # fmt: skip
+    draw_device = generator.device if generator is not None else torch.device(device or "cpu")
+    device = draw_device if device is None else device
+
+    uniform = torch.rand(3, generator=generator, device=draw_device).tolist()
+    target_size = _block_size(uniform[0], uniform[1], target_scale, target_aspect_ratio, rows, columns)
+    context_size = _block_size(uniform[2], 0.0, context_scale, (1.0, 1.0), rows, columns)
+
+    while True:
+        num_layouts = math.ceil(batch_size * _OVERSAMPLING)
+        places = _draw_places(num_layouts, num_target_blocks, target_size, (rows, columns), generator, draw_device)
+        context_place = _draw_places(num_layouts, 1, context_size, (rows, columns), generator, draw_device)
+        is_context = _covered(context_place, context_size, rows, columns)
+        is_context &= ~_covered(places, target_size, rows, columns)
+        counts, kept = is_context.sum(dim=1).topk(batch_size, sorted=False)
+        num_context = int(counts.min())
+        if num_context >= min_context_patches:
+            break
+        target_size, context_size = _smaller(target_size, context_size, rows, columns, min_context_patches)
+
+    kept = kept.sort().values
+    num_context = max(_round_down(num_context, rows * columns), min_context_patches)
+    context_ids = _random_subset(is_context[kept], num_context, generator)
+    return context_ids.to(device), _block_ids(places[kept], target_size, columns).to(device)
+
+
+def _block_size(u_scale, u_aspect, scale, aspect_ratio, rows, columns) -> tuple[int, int]:
+    """Height and width in patches of a block of the drawn share and shape, at least 1 and at most the grid."""
+    share = scale[0] + u_scale * (scale[1] - scale[0])
+    aspect = aspect_ratio[0] + u_aspect * (aspect_ratio[1] - aspect_ratio[0])
+    height, width = round(rows * math.sqrt(share * aspect)), round(columns * math.sqrt(share / aspect))
+    return min(max(height, 1), rows), min(max(width, 1), columns)
+
+
+def _draw_places(num_layouts, num_blocks, block_size, grid_size, generator, device) -> torch.Tensor:
+    """Top row and left column of each block, uniform over every place inside the grid: (L, blocks, 2)."""
+    free = torch.tensor([g - b + 1 for g, b in zip(grid_size, block_size, strict=True)], device=device)
+    uniform = torch.rand(num_layouts, num_blocks, 2, generator=generator, device=device)
+    return (uniform * free).long().clamp_max_(free - 1)
+
+
+def _covered(places, block_size, rows, columns) -> torch.Tensor:
+    """Whether each patch of the grid lies in any of the blocks: (L, N) from places (L, blocks, 2)."""
+    row, column = torch.arange(rows, device=places.device), torch.arange(columns, device=places.device)
+    top, left = places.unsqueeze(-1).unbind(dim=-2)
+    in_rows = ((row >= top) & (row < top + block_size[0])).float()
+    in_columns = ((column >= left) & (column < left + block_size[1])).float()
+    return (in_rows.transpose(1, 2) @ in_columns).flatten(1) > 0
+
+
+def _block_ids(places, block_size, columns) -> torch.Tensor:
+    """Positions of each block's patches in raster order: (B, M, K)."""
+    height, width = (torch.arange(size, device=places.device) for size in block_size)
+    offsets = (height.unsqueeze(1) * columns + width).flatten()
+    return (places[..., 0] * columns + places[..., 1]).unsqueeze(-1) + offsets
+
+
+def _random_subset(mask, size, generator) -> torch.Tensor:
+    """`size` random positions of each row's true entries, rising: (B, size) from (B, N)."""
+    order = torch.rand(mask.shape, generator=generator, device=mask.device).masked_fill_(~mask, 2.0)
+    chosen = order.topk(size, dim=1, largest=False, sorted=False).indices
+    # marking and listing the chosen is cheaper than sorting them
+    return torch.zeros_like(mask).scatter_(1, chosen, True).nonzero()[:, 1].view(-1, size)
+
+
+def _round_down(length: int, num_patches: int) -> int:
+    bucket = 2 ** max(int(math.log2(num_patches / 16)), 0) if num_patches >= 16 else 1
+    return length // bucket * bucket
+
+
+def _smaller(target_size, context_size, rows, columns, min_context_patches):
+    """The next smaller target block (or, where it is one patch, the whole grid as context), said once."""
+    geometry = (rows, columns, min_context_patches)
+    if geometry not in _warned_geometries:
+        _warned_geometries.add(geometry)
+        logger.warning(
+            "Target blocks of %dx%d patches leave fewer than min_context_patches=%d of a %dx%d grid: smaller blocks are "
+            "drawn. Lower target_scale, num_target_blocks or min_context_patches, or use a smaller patch_size.",
+            *target_size, min_context_patches, rows, columns,
+        )  # fmt: skip
+    height, width = target_size
+    if height * width == 1:
+        return target_size, (rows, columns)
+    return (height - 1, width) if height >= width else (height, width - 1), context_size
+
+
+def _check_geometry(rows, columns, num_target_blocks, target_scale, target_aspect_ratio, context_scale, min_context):
+    for name, (low, high), limit in (
+        ("target_scale", target_scale, 1.0),
+        ("target_aspect_ratio", target_aspect_ratio, math.inf),
+        ("context_scale", context_scale, 1.0),
+    ):
+        if not 0 < low <= high <= limit:
+            raise ValueError(f"{name}=({low}, {high}) is not a range within (0, {limit}]; give (low, high).")
+    if num_target_blocks < 1 or min_context < 1:
+        raise ValueError(f"num_target_blocks={num_target_blocks} and min_context_patches={min_context} must be >= 1.")
+    if rows * columns < min_context + num_target_blocks:
+        raise ValueError(
+            f"A {rows}x{columns} grid has {rows * columns} patches, too few for min_context_patches={min_context} and "
+            f"num_target_blocks={num_target_blocks}; use a smaller patch_size, larger images or lower these numbers."
+        )

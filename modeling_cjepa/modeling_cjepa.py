@@ -1,0 +1,335 @@
+"""C-JEPA: I-JEPA (arXiv 2301.08243) with VICReg's terms (arXiv 2410.19560), as transformers models.
+
+Shapes: B images, C channels, N patches, Nc context patches, M target blocks, K patches a block, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput, ModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_cjepa import CJepaConfig
+from .encoders_cjepa import CJepaAttention, CJepaEmbeddings, CJepaLayer, init_weights
+from .heads_cjepa import CJepaExpander, CJepaPredictor
+from .losses_cjepa import (
+    block_vicreg_terms,
+    covariance_term,
+    gather,
+    prediction_loss,
+    take,
+    variance_term,
+    vicreg_terms,
+)
+from .masking_cjepa import sample_block_masks
+
+
+class CJepaPreTrainedModel(PreTrainedModel):
+    """What all C-JEPA models share: configuration, initialisation and the features of the attention interface."""
+
+    config: CJepaConfig
+    base_model_prefix = "cjepa"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CJepaEmbeddings", "CJepaLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": CJepaLayer, "attentions": CJepaAttention}
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        init_weights(module, self.config)
+        if isinstance(module, CJepaPredictor):
+            init.trunc_normal_(module.mask_token, mean=0.0, std=self.config.initializer_range)
+
+
+class CJepaModel(CJepaPreTrainedModel):
+    """
+    The encoder: a vision transformer without class token. `AutoModel` loads the target encoder of a pre-trained model.
+
+    Args:
+        config ([`CJepaConfig`]): Its configuration.
+    """
+
+    # what a pre-training checkpoint holds beside the target encoder
+    _keys_to_ignore_on_load_unexpected = [r"^context_encoder\.", r"^predictor\.", r"^expander\.", r"^classifier\."]
+
+    def __init__(self, config: CJepaConfig):
+        super().__init__(config)
+        self.embeddings = CJepaEmbeddings(config)
+        self.layers = nn.ModuleList(
+            CJepaLayer(config, config.hidden_size, config.num_attention_heads, config.intermediate_size)
+            for _ in range(config.num_hidden_layers)
+        )
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: torch.Tensor, patch_ids: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        Encodes images, or only some of their patches.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalised images of any size of a patch or more.
+            patch_ids (`torch.Tensor` of shape `(B, Nc)`, *optional*): Positions of the patches to encode; the others
+                are not seen. All patches when not given.
+            output_hidden_states, output_attentions (`bool`, *optional*): As in transformers (attentions with
+                `attn_implementation="eager"`).
+
+        Returns:
+            `BaseModelOutputWithPooling`: `last_hidden_state` (B, N or Nc, D) after the final norm, `pooler_output`
+            (B, D), the mean of the patch tokens.
+
+        Raises:
+            ValueError: Images smaller than a patch, or with another number of channels.
+        """
+        hidden_states = self.embeddings(pixel_values, patch_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.layernorm(hidden_states)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states.mean(dim=1))
+
+
+@dataclass
+class CJepaForPreTrainingOutput(ModelOutput):
+    """
+    Output of [`CJepaForPreTraining`].
+
+    Args:
+        loss (`torch.Tensor`, scalar): prediction + regularizer_weight * weighted VICReg terms.
+        loss_terms (`dict[str, torch.Tensor]`): Detached, unweighted `prediction`, `invariance`, `variance`,
+            `covariance`.
+        predictions (`torch.Tensor` of shape `(B, M, K, D)`): The predictor's output.
+        targets (`torch.Tensor` of shape `(B, M, K, D)`): The target encoder's normalised tokens.
+        embeddings (`torch.Tensor` of shape `(B, D)`): The target encoder's mean token of each image.
+        context_ids (`torch.Tensor` of shape `(B, Nc)`): Positions of the context used.
+        target_ids (`torch.Tensor` of shape `(B, M, K)`): Positions of the targets used.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_terms: dict[str, torch.Tensor] | None = None
+    predictions: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+    embeddings: torch.Tensor | None = None
+    context_ids: torch.Tensor | None = None
+    target_ids: torch.Tensor | None = None
+
+
+class CJepaForPreTraining(CJepaPreTrainedModel):
+    """
+    Context encoder, target encoder (`cjepa`, a moving average of the former) and predictor, with the C-JEPA loss.
+
+    The loss gives no gradient to the target encoder: call [`~CJepaForPreTraining.update_target_encoder`] after each
+    optimizer step (`CJepaTrainer` does, and `trainers.callbacks.TargetUpdateCallback` does it for any Trainer).
+
+    Args:
+        config ([`CJepaConfig`]): Its configuration.
+    """
+
+    # forward takes no `num_items_in_batch`: Trainer shall divide the loss by the accumulation steps
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: CJepaConfig):
+        super().__init__(config)
+        self.cjepa = CJepaModel(config)
+        self.context_encoder = CJepaModel(config)
+        self.predictor = CJepaPredictor(config)
+        width = config.expander_hidden_size
+        self.expander = nn.Identity() if width is None else CJepaExpander(config.hidden_size, width)
+        self.post_init()
+        self._copy_target_to_context()
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers; from a checkpoint that holds an encoder only, both encoders start from it."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if any(key.startswith("context_encoder.") for key in info["missing_keys"]):
+            model._copy_target_to_context()
+        return (model, info) if output_loading_info else model
+
+    @torch.no_grad()
+    def _copy_target_to_context(self):
+        for context, target in zip(self.context_encoder.parameters(), self.cjepa.parameters(), strict=True):
+            context.copy_(target)
+
+    def tie_weights(self, *args, **kwargs):
+        # the last call of both construction and `from_pretrained`, which makes every parameter trainable again
+        result = super().tie_weights(*args, **kwargs)
+        self.cjepa.requires_grad_(False)
+        self.cjepa.eval()
+        return result
+
+    def train(self, mode: bool = True):
+        """Sets training mode for all but the target encoder, which stays in evaluation mode."""
+        super().train(mode)
+        self.cjepa.eval()
+        return self
+
+    @torch.no_grad()
+    def update_target_encoder(self, momentum: float):
+        """
+        Moves the target encoder towards the context encoder: target = momentum * target + (1 - momentum) * context.
+
+        Args:
+            momentum (`float`): Share of the old target that is kept, in [0, 1].
+        """
+        targets, contexts = list(self.cjepa.parameters()), list(self.context_encoder.parameters())
+        torch._foreach_lerp_(targets, contexts, 1 - momentum)
+
+    def sample_masks(self, batch_size: int, grid_size=None, generator=None, device=None):
+        """
+        Draws masks of the configured geometry, see [`~masking_cjepa.sample_block_masks`].
+
+        Args:
+            batch_size (`int`): Number of images B.
+            grid_size (`(rows, columns)`, *optional*): The configured image's grid when not given.
+            generator (`torch.Generator`, *optional*): The source of randomness.
+            device (`torch.device`, *optional*): Where the masks go.
+
+        Returns:
+            `context_ids` (B, Nc) and `target_ids` (B, M, K).
+        """
+        config = self.config
+        return sample_block_masks(
+            batch_size,
+            config.grid_size if grid_size is None else grid_size,
+            num_target_blocks=config.num_target_blocks,
+            target_scale=config.target_scale,
+            target_aspect_ratio=config.target_aspect_ratio,
+            context_scale=config.context_scale,
+            min_context_patches=config.min_context_patches,
+            generator=generator,
+            device=device,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        context_ids: torch.Tensor | None = None,
+        target_ids: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+        return_loss: bool = True,
+        return_dict: bool | None = None,
+    ) -> CJepaForPreTrainingOutput:
+        """
+        Predicts the target encoder's tokens of the target blocks from the context.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalised images.
+            context_ids (`torch.Tensor` of shape `(B, Nc)`, *optional*): Integer positions of the context patches.
+            target_ids (`torch.Tensor` of shape `(B, M, K)`, *optional*): Integer positions of the target blocks.
+                Both masks are drawn on the images' device when neither is given.
+            generator (`torch.Generator`, *optional*): Source of the masks' randomness; torch's default otherwise.
+            return_loss (`bool`): Whether to compute the loss.
+
+        Returns:
+            [`CJepaForPreTrainingOutput`].
+
+        Raises:
+            ValueError: One mask was given without the other, or the batch is too small for batch statistics.
+        """
+        if (context_ids is None) != (target_ids is None):
+            raise ValueError("Give both context_ids and target_ids, or neither to have them drawn.")
+        grid_size = self.cjepa.embeddings.patch_embeddings.grid_size(pixel_values)
+        if context_ids is None:
+            context_ids, target_ids = self.sample_masks(
+                pixel_values.shape[0], grid_size, generator, device=pixel_values.device
+            )
+        with torch.no_grad():
+            tokens = self.cjepa(pixel_values)
+            targets = take(F.layer_norm(tokens.last_hidden_state, tokens.last_hidden_state.shape[-1:]), target_ids)
+        context = self.context_encoder(pixel_values, patch_ids=context_ids)
+        predictions = self.predictor(context.last_hidden_state, context_ids, target_ids, grid_size)
+        loss, terms = self._loss(predictions, targets, context.last_hidden_state) if return_loss else (None, None)
+        return CJepaForPreTrainingOutput(
+            loss=loss,
+            loss_terms=terms,
+            predictions=predictions,
+            targets=targets,
+            embeddings=tokens.pooler_output,
+            context_ids=context_ids,
+            target_ids=target_ids,
+        )
+
+    def _loss(self, predictions, targets, context):
+        """C-JEPA's loss and its detached, unweighted terms (Eq. 21 and 22)."""
+        config = self.config
+        with torch.autocast(predictions.device.type, enabled=False):
+            prediction = prediction_loss(predictions, targets, config.prediction_loss)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and config.regularizer_weight > 0):
+                terms = self._regularizer_terms(prediction, predictions.float(), context.float())
+            loss = prediction
+            if config.regularizer_weight > 0:
+                weighted = [getattr(config, f"{name}_weight") * term for name, term in terms.items()]
+                loss = prediction + config.regularizer_weight * sum(weighted)
+        terms = {"prediction": prediction, **terms}
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+    def _regularizer_terms(self, prediction, predictions, context) -> dict[str, torch.Tensor]:
+        """VICReg's terms in the configured reading: (A) `blocks`, (B) `context`, (C) `pair`."""
+        if self.config.regularizer == "blocks":
+            blocks = predictions.mean(dim=2)
+            return block_vicreg_terms(self.expander(blocks.flatten(0, 1)).unflatten(0, blocks.shape[:2]))
+        pooled = self.expander(context.mean(dim=1))
+        if self.config.regularizer == "pair":
+            return vicreg_terms(pooled, self.expander(predictions.mean(dim=(1, 2))))
+        pooled = gather(pooled)
+        return {
+            "invariance": prediction,
+            "variance": variance_term(pooled),
+            "covariance": covariance_term(pooled),
+        }
+
+
+class CJepaForImageClassification(CJepaPreTrainedModel):
+    """
+    The encoder with a linear classifier on its mean patch token.
+
+    Args:
+        config ([`CJepaConfig`]): Its configuration; `num_labels` is the number of classes.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^context_encoder\.", r"^predictor\.", r"^expander\."]
+
+    def __init__(self, config: CJepaConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.cjepa = CJepaModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+    ) -> ImageClassifierOutput:
+        """
+        Classifies images.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalised images.
+            labels (`torch.Tensor` of shape `(B,)`, *optional*): Class indices; with them the loss is computed.
+
+        Returns:
+            `ImageClassifierOutput`: `logits` (B, num_labels), `loss` when labels were given.
+        """
+        outputs = self.cjepa(pixel_values, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
