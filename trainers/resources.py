@@ -1,0 +1,68 @@
+"""The files that travel with the package: recipes (YAML) and templates of model cards (Jinja).
+
+A wheel carries them inside `trainers`; a checkout, installed in editable mode or not at all, keeps them beside it.
+"""
+
+from pathlib import Path
+
+from trainers.errors import InputError
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _folder(in_wheel: str, in_checkout: str) -> Path:
+    shipped = _PACKAGE / in_wheel
+    return shipped if shipped.is_dir() else _PACKAGE.parent / in_checkout
+
+
+_RECIPES = _folder("recipes", "scripts/recipes")
+_TEMPLATES = _folder("model_cards", "model_cards")
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the shipped recipes, sorted, without `.yaml`."""
+    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+
+
+def recipe_path(name: str | Path) -> Path:
+    """
+    Find a recipe.
+
+    Args:
+        name (`str` or `Path`):
+            The path of an existing file, or the name of a shipped recipe, with or without `.yaml`. A path wins.
+
+    Returns:
+        `Path`: The recipe's file.
+
+    Raises:
+        InputError: If there is neither such a file nor such a shipped recipe.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    stem = str(name).removesuffix(".yaml")
+    if stem not in recipe_names():
+        raise InputError(
+            f"There is no recipe '{name}': give the path of a YAML file or one of {', '.join(recipe_names())}."
+        )
+    return _RECIPES / f"{stem}.yaml"
+
+
+def template_path(name: str) -> Path:
+    """
+    Find a shipped template of a model card.
+
+    Args:
+        name (`str`):
+            The template's file name, such as `cjepa.md.j2`.
+
+    Returns:
+        `Path`: The template's file.
+
+    Raises:
+        InputError: If no such template is shipped.
+    """
+    names = sorted(path.name for path in _TEMPLATES.glob("*.j2"))
+    if name not in names:
+        raise InputError(f"There is no template '{name}': give one of {', '.join(names)}.")
+    return _TEMPLATES / name
