@@ -11,6 +11,11 @@ import torch.nn.functional as F
 VARIANCE_EPS = 1e-4
 
 
+def normalize_targets(tokens: torch.Tensor) -> torch.Tensor:
+    """The target encoder's tokens (B, N, D), each normalised over its features without learned parameters."""
+    return F.layer_norm(tokens, tokens.shape[-1:])
+
+
 def prediction_loss(predictions: torch.Tensor, targets: torch.Tensor, kind: str = "smooth_l1") -> torch.Tensor:
     """
     I-JEPA's loss, the mean over images, blocks, patches and features.
@@ -93,7 +98,8 @@ def covariance_term(z: torch.Tensor) -> torch.Tensor:
     if z.shape[0] < 2:
         raise ValueError("The covariance over a batch of 1 image is undefined; use a batch of 2 images or more.")
     z = z - z.mean(dim=0)
-    covariance = z.T @ z / (z.shape[0] - 1)
+    with torch.autocast(z.device.type, enabled=False):
+        covariance = z.T @ z / (z.shape[0] - 1)
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / z.shape[1]
 
 

@@ -6,7 +6,6 @@ Shapes: B images, C channels, N patches, Nc context patches, M target blocks, K 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -21,6 +20,7 @@ from .losses_cjepa import (
     block_vicreg_terms,
     covariance_term,
     gather,
+    normalize_targets,
     prediction_loss,
     take,
     variance_term,
@@ -252,7 +252,7 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             )
         with torch.no_grad():
             tokens = self.cjepa(pixel_values)
-            targets = take(F.layer_norm(tokens.last_hidden_state, tokens.last_hidden_state.shape[-1:]), target_ids)
+            targets = take(normalize_targets(tokens.last_hidden_state), target_ids)
         context = self.context_encoder(pixel_values, patch_ids=context_ids)
         predictions = self.predictor(context.last_hidden_state, context_ids, target_ids, grid_size)
         loss, terms = self._loss(predictions, targets, context.last_hidden_state) if return_loss else (None, None)

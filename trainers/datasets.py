@@ -243,7 +243,7 @@ def _load_splits(arguments: DataArguments) -> DatasetDict:
     name, path = arguments.dataset, Path(arguments.dataset).expanduser()
     parquet = sorted(glob.glob(str(path / "**/*.parquet" if path.is_dir() else path), recursive=True))
     if parquet and all(file.endswith(".parquet") for file in parquet):
-        return load_dataset("parquet", data_files=_parquet_splits(parquet, arguments.train_split))
+        return load_dataset("parquet", data_files=_parquet_splits(parquet, arguments))
     if path.is_dir():
         return _load_folder(path)
     if path.exists() or name.endswith(".parquet") or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -264,12 +264,13 @@ def _load_folder(path: Path) -> DatasetDict:
     return load_dataset("imagefolder", data_dir=str(path))
 
 
-def _parquet_splits(files: list[str], train_split: str) -> dict[str, list[str]]:
-    """Parquet files by split, read off names such as `test-00000-of-00001.parquet`; all others are to train on."""
+def _parquet_splits(files: list[str], arguments: DataArguments) -> dict[str, list[str]]:
+    """Parquet files by split, read off names such as `test-00000-of-00001.parquet`; all others are `train`."""
+    known = {"train", *EVAL_SPLITS, arguments.train_split, arguments.eval_split}
     splits: dict[str, list[str]] = {}
     for file in files:
-        stem = Path(file).stem.split("-")[0].lower()
-        splits.setdefault(stem if stem in (*EVAL_SPLITS, train_split) else train_split, []).append(file)
+        name = Path(file).stem.split("-")[0]
+        splits.setdefault(name if name in known else "train", []).append(file)
     return splits
 
 

@@ -1,0 +1,216 @@
+"""Images from every kind of source, unreadable ones, and crops that depend on (seed, epoch, index) alone."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from trainers.datasets import DataArguments, ImageDataset, ImageSource, load_sources, sample_seed, seeded, to_rgb
+from trainers.errors import InputError, plain_message
+from trainers.transforms import eval_transform, image_processor, normalize, train_transform
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def picture(number: int, size=(24, 20)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_folder(root, names, number=4):
+    for label, name in enumerate(names):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for index in range(number):
+            picture(10 * label + index).save(root / name / f"{index}.png")
+    return str(root)
+
+
+def make_parquet(path, number=12, first=0):
+    features = Features({"img": ImageFeature(), "label": ClassLabel(names=["a", "b"]), "note": Value("string")})
+    rows = [
+        {"img": {"bytes": png(picture(first + i)), "path": None}, "label": i % 2, "note": "x"} for i in range(number)
+    ]
+    Dataset.from_list(rows, features=features).to_parquet(str(path))
+
+
+def test_folder_with_class_subfolders(tmp_path):
+    folder = make_folder(tmp_path / "pets", ["cat", "dog"])
+    train, held_out = load_sources(DataArguments(dataset=folder))
+    assert (len(train), len(held_out)) == (8 - 1, 1)
+    assert train.label_names == ["cat", "dog"]
+    seen = {np.asarray(source.image(i)).tobytes() for source in (train, held_out) for i in range(len(source))}
+    assert seen == {np.asarray(picture(n)).tobytes() for n in (0, 1, 2, 3, 10, 11, 12, 13)}
+    for source in (train, held_out):
+        for i in range(len(source)):
+            numbers = range(10 * source.labels[i], 10 * source.labels[i] + 4)
+            assert any(np.array_equal(source.image(i), picture(n)) for n in numbers)
+
+
+def test_folder_without_classes_has_no_labels(tmp_path):
+    train, held_out = load_sources(DataArguments(dataset=make_folder(tmp_path, ["."], number=10)))
+    assert train.labels is None and held_out.labels is None
+    dataset = ImageDataset(train, eval_transform((16, 16)))
+    assert set(dataset[0]) == {"pixel_values"}
+
+
+def test_folder_with_splits(tmp_path):
+    make_folder(tmp_path / "train", ["cat", "dog"], number=3)
+    make_folder(tmp_path / "test", ["cat", "dog"], number=2)
+    train, test = load_sources(DataArguments(dataset=str(tmp_path)))
+    assert (len(train), len(test)) == (6, 4)
+
+
+def test_parquet_folder_splits_by_file_name(tmp_path):
+    make_parquet(tmp_path / "train-00000-of-00001.parquet", 12)
+    make_parquet(tmp_path / "test-00000-of-00001.parquet", 4, first=50)
+    for dataset in (str(tmp_path), str(tmp_path / "*.parquet")):
+        train, test = load_sources(DataArguments(dataset=dataset))
+        assert (len(train), len(test), train.label_names) == (12, 4, ["a", "b"])
+        assert np.array_equal(test.image(1), picture(51)) and test.labels[1] == 1
+
+
+def test_chosen_images_are_fixed_and_keep_their_labels(tmp_path):
+    make_parquet(tmp_path / "train.parquet", 12)
+    arguments = DataArguments(dataset=str(tmp_path), num_train_images=5)
+    first, _ = load_sources(arguments, seed=1)
+    again, _ = load_sources(arguments, seed=1)
+    other, _ = load_sources(arguments, seed=2)
+    assert len(first) == 5
+    assert [first.images[i] for i in range(5)] == [again.images[i] for i in range(5)]
+    assert [first.images[i] for i in range(5)] != [other.images[i] for i in range(5)]
+    for i in range(5):
+        number = next(n for n in range(12) if np.array_equal(first.image(i), picture(n)))
+        assert first.labels[i] == number % 2
+
+
+def test_scenes_are_labelled_and_test_scenes_are_others():
+    train, test = load_sources(DataArguments(num_train_images=30, num_eval_images=30), image_size=16)
+    assert len(train) == len(test) == 30 and len(train.label_names) == 12
+    assert not (train.images == test.images).all(axis=(1, 2, 3)).any()
+    family, _ = load_sources(DataArguments(num_train_images=30, num_eval_images=2, label_column="family"), 16)
+    assert len(family.label_names) == 4 and np.array_equal(family.labels, train.labels // 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dataset": "{tmp}/empty"}, "holds no image"),
+        ({"dataset": "{tmp}/nowhere.parquet"}, "neither a folder of images nor parquet"),
+        ({"dataset": "{tmp}/good", "train_split": "training"}, "no split 'training'"),
+        ({"dataset": "{tmp}/good", "eval_split": "dev"}, "no split 'dev'"),
+        ({"dataset": "{tmp}/good", "image_column": "picture"}, "no column 'picture'"),
+        ({"dataset": "{tmp}/good", "label_column": "kind"}, "no column 'kind'"),
+        ({"dataset": "scenes", "label_column": "colour"}, "no labels 'colour'"),
+    ],
+)
+def test_wrong_data_is_one_clear_error(tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
+    (tmp_path / "good").mkdir()
+    make_parquet(tmp_path / "good" / "train.parquet", 4)
+    arguments = {name: value.format(tmp=tmp_path) for name, value in arguments.items()}
+    with pytest.raises(InputError, match=message):
+        load_sources(DataArguments(**arguments), image_size=16)
+
+
+def test_unreadable_image_names_its_file_also_from_a_worker(tmp_path):
+    folder = make_folder(tmp_path, ["cat"], number=12)
+    whole = (tmp_path / "cat" / "3.png").read_bytes()
+    (tmp_path / "cat" / "3.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "cat" / "4.png").write_bytes(b"")
+    sources = load_sources(DataArguments(dataset=folder))
+    unreadable = {}
+    for source in sources:
+        for index in range(len(source)):
+            try:
+                source.image(index)
+            except InputError as error:
+                unreadable[index, source.name] = str(error)
+                loader = torch.utils.data.DataLoader(
+                    ImageDataset(source, eval_transform((16, 16))), sampler=[index], num_workers=1
+                )
+                with pytest.raises(InputError) as caught:
+                    next(iter(loader))
+                assert plain_message(caught.value) == str(error)
+    assert len(unreadable) == 2
+    assert all("cannot be read" in m and ("3.png" in m or "4.png" in m) for m in unreadable.values())
+
+
+def test_modes_become_rgb():
+    gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert np.array_equal(to_rgb(Image.fromarray(gray)), np.repeat(gray[..., None], 3, axis=2))
+    deep = Image.fromarray(gray.astype(np.uint16) * 257)
+    assert np.array_equal(to_rgb(deep), np.repeat(gray[..., None], 3, axis=2))
+    half = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    half.putpixel((1, 0), (255, 0, 0, 0))
+    assert [to_rgb(half).getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
+    for mode in ("P", "LA", "1", "CMYK", "L"):
+        assert to_rgb(picture(1).convert("L" if mode == "LA" else "RGB").convert(mode)).mode == "RGB"
+
+
+def test_crops_depend_on_seed_epoch_and_index_alone():
+    source = ImageSource(np.stack([np.asarray(picture(n)) for n in range(6)]))
+
+    def crops(seed, epoch, order=range(6), workers=0):
+        dataset = ImageDataset(source, train_transform((16, 16)), seed)
+        dataset.set_epoch(epoch)
+        loader = torch.utils.data.DataLoader(dataset, sampler=list(order), num_workers=workers)
+        return {index: item["pixel_values"] for index, item in zip(order, loader, strict=True)}
+
+    reference = crops(0, 3)
+    for same in (crops(0, 3, order=(5, 3, 1, 0, 2, 4)), crops(0, 3, workers=2)):
+        assert all(torch.equal(reference[index], same[index]) for index in range(6))
+    for other in (crops(1, 3), crops(0, 4)):
+        assert not any(torch.equal(reference[index], other[index]) for index in range(6))
+
+
+def test_an_epoch_reaches_workers_that_live_on():
+    source = ImageSource(np.stack([np.asarray(picture(n)) for n in range(4)]))
+    dataset = ImageDataset(source, train_transform((16, 16)))
+    loader = torch.utils.data.DataLoader(dataset, num_workers=1, persistent_workers=True)
+    epochs = []
+    for epoch in (0, 1, 0):
+        dataset.set_epoch(epoch)
+        epochs.append(torch.cat([item["pixel_values"] for item in loader]))
+    assert torch.equal(epochs[0], epochs[2]) and not torch.equal(epochs[0], epochs[1])
+
+
+def test_seeds_differ_and_leave_the_generator_alone():
+    seeds = {sample_seed(seed, epoch, index) for seed in range(3) for epoch in range(3) for index in range(50)}
+    assert len(seeds) == 450
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with seeded(1):
+        inside = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected) and not torch.equal(inside, expected)
+
+
+@pytest.mark.parametrize("image_size", [(32, 32), (96, 96), (24, 48)])
+def test_saved_processor_gives_the_view_of_evaluation(image_size):
+    image, mean, std = picture(3, size=(130, 117)), [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
+    ours = normalize(eval_transform(image_size)(image)[None], mean, std)
+    theirs = image_processor(image_size, mean, std)(image, return_tensors="pt")["pixel_values"]
+    assert ours.shape == theirs.shape == (1, 3, *image_size)
+    # both resize bicubically, one on 8-bit pixels and one on tensors: a gray level or two apart
+    assert (ours - theirs).abs().max() < 0.05
+
+
+def test_normalize_leaves_floats_alone():
+    floats = torch.randn(2, 3, 4, 4)
+    assert normalize(floats, [0.5] * 3, [0.5] * 3) is floats
+    white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    expected = torch.tensor([(1 - 0.4) / 0.2, (1 - 0.5) / 0.3, (1 - 0.6) / 0.25]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    torch.testing.assert_close(normalize(white, [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]), expected)
