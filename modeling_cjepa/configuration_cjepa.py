@@ -28,7 +28,7 @@ class CJepaConfig(PreTrainedConfig):
         num_channels (`int`, defaults to 3): Channels of an image.
         qkv_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
         predictor_hidden_size (`int`, defaults to 384): Width P of the predictor.
-        predictor_num_hidden_layers (`int`, defaults to 6): Layers of the predictor (I-JEPA: 6 for S and B, 12 for L, H).
+        predictor_num_hidden_layers (`int`, defaults to 6): Layers of the predictor (I-JEPA: 6 for S, B; 12 for L, H).
         predictor_num_attention_heads (`int`, *optional*): Heads of the predictor; the encoder's number when not given.
         prediction_loss (`"smooth_l1"` or `"mse"`, defaults to `"smooth_l1"`): I-JEPA's code has the first, its paper
             the second.

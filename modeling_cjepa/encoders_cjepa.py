@@ -91,7 +91,9 @@ class CJepaEmbeddings(nn.Module):
         positions = self.positions(self.patch_embeddings.grid_size(pixel_values))
         if patch_ids is not None:
             positions = take(positions.expand(patch_ids.shape[0], -1, -1), patch_ids)
-        return self.dropout(self.patch_embeddings(pixel_values, patch_ids) + positions)
+        embeddings = self.patch_embeddings(pixel_values, patch_ids) + positions
+        # the table stays float32 in a model loaded in half precision; under autocast the sum shall stay float32 too
+        return self.dropout(embeddings.to(self.patch_embeddings.projection.weight.dtype))
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):

@@ -71,3 +71,7 @@ class CJepaExpander(nn.Sequential):
             nn.ReLU(),
             nn.Linear(out_features, out_features, bias=False),
         )
+
+    def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Expands embeddings (B, D) to (B, out_features) in the weights' precision; returns float32."""
+        return super().forward(embeddings.to(self[0].weight.dtype)).float()

@@ -104,7 +104,7 @@ def covariance_term(z: torch.Tensor) -> torch.Tensor:
 
 
 def gather(x: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes in rank order, with gradient; `x` itself in a single process. Rows must be equally many."""
+    """Rows of all processes in rank order, with gradient; `x` itself in one process. Rows must be equally many."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return x
     return _AllGather.apply(x)

@@ -139,7 +139,7 @@ def _smaller(target_size, context_size, rows, columns, min_context_patches):
     if geometry not in _warned_geometries:
         _warned_geometries.add(geometry)
         logger.warning(
-            "Target blocks of %dx%d patches leave fewer than min_context_patches=%d of a %dx%d grid: smaller blocks are "
+            "Target blocks of %dx%d patches leave fewer than min_context_patches=%d of a %dx%d grid: smaller ones are "
             "drawn. Lower target_scale, num_target_blocks or min_context_patches, or use a smaller patch_size.",
             *target_size, min_context_patches, rows, columns,
         )  # fmt: skip

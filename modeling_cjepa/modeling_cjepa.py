@@ -163,8 +163,10 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
 
     @torch.no_grad()
     def _copy_target_to_context(self):
-        for context, target in zip(self.context_encoder.parameters(), self.cjepa.parameters(), strict=True):
-            context.copy_(target)
+        # positions included: those of a loaded encoder need not be the sines and cosines
+        contexts, targets = self.context_encoder.state_dict(), self.cjepa.state_dict()
+        for name, target in targets.items():
+            contexts[name].copy_(target)
 
     def tie_weights(self, *args, **kwargs):
         # the last call of both construction and `from_pretrained`, which makes every parameter trainable again

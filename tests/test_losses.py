@@ -1,0 +1,117 @@
+"""The losses against the papers' equations written as loops, with gradients and under mixed precision."""
+
+import pytest
+import reference
+import torch
+from tiny import seeded
+
+from modeling_cjepa.losses_cjepa import (
+    block_vicreg_terms,
+    covariance_term,
+    gather,
+    prediction_loss,
+    take,
+    variance_term,
+    vicreg_terms,
+)
+
+
+def embeddings(*shape, seed=0):
+    """Correlated features, some with a spread below the hinge of the variance term and some above."""
+    z = torch.randn(*shape, generator=seeded(seed))
+    mix = torch.randn(shape[-1], shape[-1], generator=seeded(seed + 100)) / shape[-1] ** 0.5
+    return 2.0 + z @ mix * torch.linspace(0.2, 1.8, shape[-1])
+
+
+def assert_terms_and_gradients_match(function, literal, *inputs):
+    """Float32 terms of `function` against those of `literal` in float64, each with its own gradient."""
+    ours = [x.clone().requires_grad_() for x in inputs]
+    theirs = [x.double().requires_grad_() for x in inputs]
+    terms, expected = function(*ours), literal(*theirs)
+    assert list(terms) == list(expected) == ["invariance", "variance", "covariance"]
+    for name, term in terms.items():
+        assert term.shape == () and term.dtype == torch.float32
+        torch.testing.assert_close(term.double(), expected[name], rtol=1e-5, atol=1e-7)
+        found = torch.autograd.grad(term, ours, retain_graph=True)
+        wanted = torch.autograd.grad(expected[name], theirs, retain_graph=True)
+        for a, b in zip(found, wanted, strict=True):
+            assert b.abs().max() > 1e-3
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+
+
+def test_vicreg_terms_are_those_of_the_paper():
+    assert_terms_and_gradients_match(vicreg_terms, reference.vicreg, embeddings(6, 5), embeddings(6, 5, seed=1))
+
+
+@pytest.mark.parametrize("num_blocks", [2, 3, 5])
+def test_block_terms_are_the_mean_over_ordered_pairs(num_blocks):
+    assert_terms_and_gradients_match(block_vicreg_terms, reference.algorithm_1, embeddings(6, num_blocks, 5))
+
+
+def test_variance_of_equal_embeddings_is_finite():
+    z = torch.ones(4, 3, requires_grad=True)
+    term = variance_term(z)
+    term.backward()
+    assert term.item() == pytest.approx(0.99)
+    assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("function", [variance_term, covariance_term])
+def test_statistics_of_one_image_are_refused(function):
+    with pytest.raises(ValueError, match="batch of 1 image"):
+        function(torch.randn(1, 4))
+
+
+def test_terms_of_one_image_or_one_block_are_refused():
+    with pytest.raises(ValueError, match="batch of 1 image"):
+        vicreg_terms(torch.randn(1, 4), torch.randn(1, 4))
+    with pytest.raises(ValueError, match="batch of 1 image"):
+        block_vicreg_terms(torch.randn(1, 3, 4))
+    with pytest.raises(ValueError, match="num_target_blocks"):
+        block_vicreg_terms(torch.randn(3, 1, 4))
+
+
+def test_prediction_loss_is_the_huber_or_the_squared_distance():
+    predictions, targets = 2 * embeddings(3, 2, 4, 5), embeddings(3, 2, 4, 5, seed=1)
+    distance = predictions.double() - targets.double()
+    assert (distance.abs() < 1).any() and (distance.abs() > 1).any()
+    huber = reference.smooth_l1(predictions.double(), targets.double())
+    torch.testing.assert_close(prediction_loss(predictions, targets).double(), huber, rtol=1e-6, atol=0)
+    squared = (distance**2).sum() / distance.numel()
+    torch.testing.assert_close(prediction_loss(predictions, targets, "mse").double(), squared, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", "mse"])
+def test_prediction_loss_of_half_precision_is_computed_in_float32(kind):
+    predictions, targets = embeddings(3, 2, 4, 5).bfloat16(), embeddings(3, 2, 4, 5, seed=1)
+    loss = prediction_loss(predictions, targets, kind)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, prediction_loss(predictions.float(), targets, kind))
+
+
+def test_statistics_are_float32_under_autocast_and_of_half_precision():
+    a, b = embeddings(8, 16), embeddings(8, 16, seed=1)
+    blocks = torch.stack([a, b, a + b], dim=1)
+    exact = vicreg_terms(a, b), block_vicreg_terms(blocks), {"alone": covariance_term(a)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = vicreg_terms(a, b), block_vicreg_terms(blocks), {"alone": covariance_term(a)}
+    assert mixed == exact
+    halves = a.bfloat16(), b.bfloat16()
+    assert vicreg_terms(*halves) == vicreg_terms(*(half.float() for half in halves))
+    assert block_vicreg_terms(blocks.bfloat16()) == block_vicreg_terms(blocks.bfloat16().float())
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 4, 3)])
+def test_take_picks_each_images_own_tokens(shape):
+    tokens = torch.randn(2, 7, 5, generator=seeded())
+    ids = torch.randint(7, shape, generator=seeded(1))
+    taken = take(tokens, ids)
+    assert taken.shape == (*shape, 5)
+    for image in range(2):
+        expected = [tokens[image, position] for position in ids[image].flatten().tolist()]
+        assert torch.equal(taken[image].reshape(-1, 5), torch.stack(expected))
+
+
+def test_gather_in_one_process_is_the_identity():
+    x = torch.randn(3, 2)
+    assert gather(x) is x

@@ -1,0 +1,128 @@
+"""Recipes and flags: what is shipped is valid, flags override, mistakes are named."""
+
+import argparse
+
+import pytest
+import yaml
+
+from modeling_cjepa import CJepaConfig
+from trainers.errors import InputError
+from trainers.flags import fits, flag_value, plain_number
+from trainers.pretraining import build_model, training_arguments
+from trainers.recipes import add_recipe_flags, overrides_of, read_recipe, section_fields, write_recipe
+from trainers.resources import recipe_names
+
+
+def parse(*flags: str) -> dict:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_recipe_flags(parser)
+    return overrides_of(parser.parse_args(flags))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipe_builds_a_model(name, tmp_path):
+    recipe = read_recipe(name, {"output_dir": str(tmp_path)})
+    model = build_model(recipe, training_arguments(recipe))
+    for key, value in recipe.model.items():
+        assert getattr(model.config, key) == value
+
+
+def test_values_reach_their_sections(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "hidden_size: 48\nnum_attention_heads: 3\ncrop_scale: [0.5, 1]\nlearning_rate: 2.0e-3\nnum_neighbors: 7\n"
+    )
+    recipe = read_recipe(str(file), {"learning_rate": 3e-3, "dataset": "photos"})
+    assert recipe.name == "mine"
+    assert recipe.model == {"hidden_size": 48, "num_attention_heads": 3}
+    assert (recipe.data.crop_scale, recipe.data.dataset) == ([0.5, 1], "photos")
+    assert recipe.training == {"learning_rate": 3e-3} and recipe.evaluation.num_neighbors == 7
+    write_recipe(recipe.values, tmp_path / "again.yaml")
+    assert read_recipe(str(tmp_path / "again.yaml")).values == recipe.values
+
+
+def test_flags_are_typed_like_yaml():
+    assert parse("--learning_rate", "1e-3", "--max_steps", "5", "--horizontal_flip", "--crop_scale", "0.2", "1") == {
+        "learning_rate": 1e-3, "max_steps": 5, "horizontal_flip": True, "crop_scale": [0.2, 1],
+    }  # fmt: skip
+    assert parse("--horizontal_flip", "false", "--dataset", "my/photos", "--report_to", "tensorboard") == {
+        "horizontal_flip": False, "dataset": "my/photos", "report_to": "tensorboard",
+    }  # fmt: skip
+    assert parse() == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: 1e-3", r"learning_rate='1e-3' is a str, not float. Write 1.0e-3"),
+        ("hidden_size: '192'", r"hidden_size='192' is a str, not int. Write 192"),
+        ("hidden_size: 192.5", "hidden_size=192.5 is a float, not int"),
+        ("horizontal_flip: 1", "horizontal_flip=1 is a int, not bool"),
+        ("crop_scale: 0.3", "crop_scale=0.3 is a float"),
+        ("hiden_size: 192", "unknown key 'hiden_size' .did you mean 'hidden_size'"),
+        ("- a\n- b", "not a mapping"),
+        ("a: [1", "is not YAML"),
+        ("max_steps: true", "max_steps=True is a bool, not int"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_named(tmp_path, text, message):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        read_recipe(str(file))
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_size": 50}, "hidden_size=50 must be a multiple of 4"),
+        ({"patch_size": 64}, "image_size=32 is smaller than patch_size=64"),
+        ({"patch_size": 16}, "2x2 grid has 4 patches"),
+        ({"regularizer": "vicreg"}, "regularizer='vicreg' is not known"),
+        ({"ema_momentum": 2}, "ema_momentum=2 is not in"),
+        ({"covariance_weight": -1}, "covariance_weight=-1 is negative"),
+        ({"save_strategy": "sometimes"}, "sometimes"),
+    ],
+)
+def test_impossible_values_are_one_sentence(tmp_path, values, message):
+    recipe = read_recipe("cjepa_scenes", {"output_dir": str(tmp_path), **values})
+    with pytest.raises(InputError, match=message) as caught:
+        build_model(recipe, training_arguments(recipe))
+    assert "\n" not in str(caught.value)
+
+
+def test_sections_share_no_field_with_two_meanings():
+    owners = {}
+    for section, fields in section_fields().items():
+        for name in fields:
+            owners.setdefault(name, []).append(section)
+    assert {name for name, sections in owners.items() if len(sections) > 1} <= {"seed"}
+
+
+def test_every_model_field_is_documented_and_listed(capsys):
+    parser = argparse.ArgumentParser()
+    add_recipe_flags(parser)
+    parser.print_help()
+    help_text = " ".join(capsys.readouterr().out.split())
+    for name in section_fields()["model"]:
+        assert f"--{name} " in help_text
+        assert f"{name} (`" in CJepaConfig.__doc__, f"{name} is not in the docstring of CJepaConfig"
+    assert "beta_vicreg" in help_text and "share of the old target encoder" in help_text
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (1, float, True), (True, float, False), (True, int, False), (None, int | None, True), ("a", int | None, False),
+        ([1, 2.5], list[float], True), ([1, "a"], list[float], False), ([1, 2], tuple[int, int], True),
+        ([1], tuple[int, int], False), ({"a": 1}, dict | str | None, True),
+    ],
+)  # fmt: skip
+def test_types(value, hint, expected):
+    assert fits(value, hint) is expected
+
+
+@pytest.mark.parametrize("word", ["1e-3", "1E5", "2.5e-4", "12", "-3e2"])
+def test_advised_number_is_the_number_in_yaml(word):
+    assert yaml.safe_load(plain_number(word)) == float(word) == flag_value(word)

@@ -1,0 +1,185 @@
+"""The training loop: target update, schedules, parameter groups, exact resume, two processes against one."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from training_worker import build_trainer, train
+from transformers import TrainerCallback
+
+from trainers.callbacks import ema_momentum, weight_decay
+from trainers.diagnostics import feature_std, rankme
+from trainers.errors import InputError
+from trainers.schedules import warmup_cosine
+from trainers.training_args import CJepaTrainingArguments
+
+WORKER = Path(__file__).parent / "training_worker.py"
+# values of the clock, and those of a window of latest images, which a resumed run fills anew
+VARYING = {
+    "images_per_second", "data_wait_share", "train_runtime", "train_samples_per_second", "train_steps_per_second",
+    "target_std", "target_rankme",
+}  # fmt: skip
+
+
+def without_varying(log: list[dict]) -> list[dict]:
+    return [{name: value for name, value in entry.items() if name not in VARYING} for entry in log]
+
+
+class Recorder(TrainerCallback):
+    """Keeps what the optimizer steps with, and the context encoder after each step."""
+
+    def __init__(self):
+        self.contexts, self.weight_decays, self.learning_rates = [], [], []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.weight_decays.append([group["weight_decay"] for group in optimizer.param_groups])
+        self.learning_rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.contexts.append([parameter.detach().clone() for parameter in model.context_encoder.parameters()])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Five optimizer steps of two micro-batches each, with all that they used."""
+    trainer = build_trainer(
+        str(tmp_path_factory.mktemp("trained")),
+        {"max_steps": 5, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "ema_momentum": 0.9},
+    )
+    recorder = Recorder()
+    trainer.add_callback(recorder)
+    start = [parameter.detach().clone() for parameter in trainer.model.cjepa.parameters()]
+    trainer.train()
+    return trainer, recorder, start
+
+
+def test_target_is_updated_once_per_optimizer_step(trained):
+    trainer, recorder, target = trained
+    for step, context in enumerate(recorder.contexts):
+        momentum = 0.9 + (1.0 - 0.9) * step / (5 * 1.25)
+        target = [momentum * t + (1 - momentum) * c for t, c in zip(target, context, strict=True)]
+    for expected, parameter in zip(target, trainer.model.cjepa.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_optimizer_steps_with_the_schedules(trained):
+    trainer, recorder, _ = trained
+    args = trainer.args
+    for step, (decay, no_decay) in enumerate(recorder.weight_decays):
+        progress = step / (5 * 1.25)
+        assert decay == pytest.approx(0.4 + (0.04 - 0.4) * (1 + math.cos(math.pi * progress)) / 2)
+        assert no_decay == 0
+        expected = warmup_cosine(step, 5 * 1.25, 1, args.start_learning_rate, args.learning_rate, 1e-6)
+        assert recorder.learning_rates[step] == pytest.approx(expected)
+
+
+def test_only_matrices_decay(trained):
+    trainer, _, _ = trained
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    decaying, others = ([names[id(p)] for p in group["params"]] for group in trainer.optimizer.param_groups)
+    assert all(name.endswith(".weight") and "norm" not in name for name in decaying)
+    assert "predictor.mask_token" in others and len(others) > 10
+    assert not any(name.startswith("cjepa.") for name in decaying + others)
+    trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trainable == set(decaying + others)
+
+
+def test_log_holds_what_is_promised(trained):
+    trainer, _, _ = trained
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 5
+    names = {
+        "loss", "loss_prediction", "loss_invariance", "loss_variance", "loss_covariance", "learning_rate",
+        "weight_decay", "ema_momentum", "grad_norm", "target_std", "target_rankme", "images_per_second",
+        "data_wait_share",
+    }  # fmt: skip
+    config = trainer.model.config
+    for step, entry in enumerate(entries):
+        assert names <= entry.keys()
+        assert all(math.isfinite(entry[name]) for name in names)
+        regularizer = 25 * (entry["loss_invariance"] + entry["loss_variance"]) + entry["loss_covariance"]
+        expected = entry["loss_prediction"] + config.regularizer_weight * regularizer
+        assert entry["loss"] == pytest.approx(expected, rel=1e-4)
+        assert entry["ema_momentum"] == pytest.approx(ema_momentum(trainer.args, step, 5))
+        assert entry["weight_decay"] == pytest.approx(weight_decay(trainer.args, step, 5))
+        assert 0 <= entry["data_wait_share"] <= 1
+
+
+def test_monitored_statistics_are_those_of_the_target_features(trained):
+    trainer, _, _ = trained
+    embeddings = torch.cat(list(trainer._embeddings))
+    assert embeddings.shape == (80, 32)
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert last["target_rankme"] == pytest.approx(rankme(embeddings), rel=1e-4)
+    assert last["target_std"] == pytest.approx(feature_std(embeddings), rel=1e-4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_run_is_bit_identical(tmp_path, workers):
+    # 6 batches an epoch, two a step: step 4 is in the middle of the second epoch
+    training = {
+        "max_steps": 7, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
+        "dataloader_num_workers": workers, "save_strategy": "steps", "save_steps": 4,
+    }  # fmt: skip
+    whole, whole_log = train(str(tmp_path), training)
+    shutil.rmtree(tmp_path / "checkpoint-7")
+    assert (tmp_path / "checkpoint-4").is_dir()
+    torch.manual_seed(99)
+    resumed, resumed_log = train(str(tmp_path), training, resume=True)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert without_varying(resumed_log)[:7] == without_varying(whole_log)[:7]
+
+
+def test_two_processes_train_like_one(tmp_path):
+    runs = {
+        regularizer: {"max_steps": 3, "model": {"regularizer": regularizer, "regularizer_weight": 0.1}}
+        for regularizer in ("context", "blocks", "pair")
+    }
+    halves = {name: run | {"per_device_train_batch_size": 8} for name, run in runs.items()}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(WORKER), str(tmp_path), json.dumps(halves)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name, run in runs.items():
+        one, one_log = train(str(tmp_path / "one"), run | {"per_device_train_batch_size": 16})
+        two = [load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1)]
+        two_log = json.loads((tmp_path / f"{name}-0.json").read_text())
+        for key, tensor in one.items():
+            assert torch.equal(two[0][key], two[1][key]), f"{name}: {key} differs between the ranks"
+            torch.testing.assert_close(two[0][key], tensor, atol=2e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+        for entry, expected in zip(two_log[:3], one_log[:3], strict=True):
+            for term in ("loss", "loss_prediction", "loss_variance", "loss_covariance", "grad_norm"):
+                assert entry[term] == pytest.approx(expected[term], rel=1e-4), (name, term)
+
+
+def test_checkpoint_with_missing_weights_is_refused(tmp_path):
+    training = {"max_steps": 1, "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1}
+    trainer = build_trainer(str(tmp_path), training)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-1"
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["predictor.mask_token"]
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="predictor.mask_token"):
+        build_trainer(str(tmp_path), training | {"max_steps": 2}).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_schedule_values():
+    values = [warmup_cosine(step, 10, 2, 0.2, 1.0, 0.1) for step in (0, 1, 2, 6, 10, 99)]
+    assert values == pytest.approx([0.2, 0.6, 1.0, 0.55, 0.1, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"ema_momentum": 1.5}, "ema_momentum"), ({"schedule_scale": 0.5}, "schedule_scale"), ({"precision": "x"}, "x")],
+)
+def test_arguments_out_of_range_are_refused(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        CJepaTrainingArguments(output_dir=str(tmp_path), **values)

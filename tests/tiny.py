@@ -1,0 +1,45 @@
+"""A model small enough for tests: 8 x 8 patches of 4 pixels, two layers of 32 features."""
+
+import torch
+
+from modeling_cjepa import CJepaConfig, CJepaForPreTraining
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 4,
+    "predictor_hidden_size": 16,
+    "predictor_num_hidden_layers": 2,
+    # large enough for attention and positions to matter in an untrained model
+    "initializer_range": 0.2,
+}
+
+
+def tiny_config(**changes) -> CJepaConfig:
+    return CJepaConfig(**{**SIZES, **changes})
+
+
+def tiny_model(**changes) -> CJepaForPreTraining:
+    """A pre-training model, the same at every call, whose encoders differ."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CJepaForPreTraining(tiny_config(**changes)).train()
+        for parameter in model.context_encoder.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def images(batch_size=4, height=32, width=32, channels=3, seed=0) -> torch.Tensor:
+    return torch.randn(batch_size, channels, height, width, generator=seeded(seed))
+
+
+def seeded(seed=0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    """The gradients of a model by parameter name, where there are any."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -1,0 +1,77 @@
+"""Trains a tiny model for a few steps and saves its weights; started by tests, alone or by torchrun.
+
+python tests/training_worker.py OUTPUT '{"max_steps": 4, ...}' [--resume]
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from safetensors.torch import save_file  # noqa: E402
+from transformers.trainer_utils import get_last_checkpoint, set_seed  # noqa: E402
+
+from modeling_cjepa import CJepaConfig, CJepaForPreTraining  # noqa: E402
+from trainers.datasets import DataArguments, ImageDataset, load_sources  # noqa: E402
+from trainers.trainer import CJepaTrainer  # noqa: E402
+from trainers.training_args import CJepaTrainingArguments  # noqa: E402
+from trainers.transforms import train_transform  # noqa: E402
+
+MODEL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 4,
+    "predictor_hidden_size": 16,
+    "predictor_num_hidden_layers": 1,
+}
+TRAINING = {
+    "precision": "float32",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "optim": "adamw_torch",
+}
+
+
+def build_trainer(output: str, training: dict, model: dict | None = None) -> CJepaTrainer:
+    arguments = CJepaTrainingArguments(output_dir=output, **{**TRAINING, **training})
+    set_seed(arguments.seed)
+    source, _ = load_sources(DataArguments(num_train_images=48, num_eval_images=1), image_size=32)
+    dataset = ImageDataset(source, train_transform((32, 32)), arguments.seed)
+    return CJepaTrainer(
+        CJepaForPreTraining(CJepaConfig(**{**MODEL, **(model or {})})), arguments, train_dataset=dataset
+    )  # fmt: skip
+
+
+def train(output: str, training: dict, resume: bool = False) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """Trains from the start or from the last checkpoint; returns the final weights and the log."""
+    training = dict(training)
+    model = training.pop("model", {})
+    trainer = build_trainer(output, training, model)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if resume else None)
+    weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    return weights, trainer.state.log_history
+
+
+def main(output: str, runs: str):
+    """Trains each of several runs as one of the processes that torchrun started."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    for name, training in json.loads(runs).items():
+        weights, log = train(output, training)
+        assert torch.distributed.get_world_size() == 2
+        save_file(weights, f"{output}/{name}-{rank}.safetensors")
+        Path(output, f"{name}-{rank}.json").write_text(json.dumps(log))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,65 @@
+"""Callbacks of pre-training: the target encoder's update, the weight decay's schedule, the progress bar."""
+
+import time
+
+from transformers import ProgressCallback, TrainerCallback
+
+from trainers.schedules import cosine, linear
+
+
+class TargetUpdateCallback(TrainerCallback):
+    """Moves the target encoder once after each optimizer step; works with any `Trainer` and our arguments."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        model.update_target_encoder(ema_momentum(args, state.global_step, state.max_steps))
+
+
+class WeightDecayCallback(TrainerCallback):
+    """Sets the weight decay of the parameters that have any, before each optimizer step."""
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups:
+            if group["decays"]:
+                group["weight_decay"] = weight_decay(args, state.global_step, state.max_steps)
+
+
+class CropEpochCallback(TrainerCallback):
+    """Tells the data set its epoch; accelerate forgets to when it skips the batches a resumed run has seen."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        dataset = train_dataloader.dataset
+        if hasattr(dataset, "set_epoch"):
+            # a fraction while resuming, and a sum of fractions otherwise
+            dataset.set_epoch(int(state.epoch + 1e-6))
+
+
+class ImagesPerSecondBar(ProgressCallback):
+    """One progress bar over the run with the speed, the loss and the effective rank; no lines in between."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.images_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.started, self.first_step, self.shown = time.perf_counter(), state.global_step, {}
+        if self.training_bar is not None:
+            self.training_bar.set_description("pre-training")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            elapsed = time.perf_counter() - self.started
+            speed = (state.global_step - self.first_step) * self.images_per_step / elapsed
+            self.training_bar.set_postfix({"images/s": f"{speed:.0f}", **self.shown}, refresh=False)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        names = {"loss": "loss", "target_rankme": "RankMe"}
+        self.shown |= {title: f"{logs[name]:.4g}" for name, title in names.items() if name in logs}
+
+
+def ema_momentum(args, step: int, num_steps: int) -> float:
+    """Share of the old target encoder kept after the step that follows `step` finished ones."""
+    return linear(step, num_steps * args.schedule_scale, args.ema_momentum, args.final_ema_momentum)
+
+
+def weight_decay(args, step: int, num_steps: int) -> float:
+    """Weight decay of the step that follows `step` finished ones."""
+    return cosine(step, num_steps * args.schedule_scale, args.weight_decay, args.final_weight_decay)

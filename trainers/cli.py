@@ -1,0 +1,145 @@
+"""The `cjepa` command."""
+
+import argparse
+import errno
+import sys
+
+from transformers.utils import logging
+
+from trainers.errors import InputError, plain_message
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """
+    Runs a command; a user's mistake ends it with one sentence and exit status 2.
+
+    Args:
+        arguments (`list[str]`, *optional*): The command line; that of the process when not given.
+
+    Returns:
+        `int`: The exit status.
+    """
+    parser = build_parser()
+    namespace = parser.parse_args(arguments)
+    # one bar says how far a command is; those of single files would break it up
+    logging.disable_progress_bar()
+    try:
+        namespace.run(namespace)
+    except InputError as error:
+        print(f"cjepa: {plain_message(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"cjepa: the disk is full ({error}); make room and resume from the last checkpoint.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cjepa: interrupted; a run goes on with --resume_from_checkpoint last.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="cjepa",
+        description="Self-supervised pre-training of image encoders with C-JEPA (contrastive JEPA, NeurIPS 2024).",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (add_pretrain, add_evaluate, add_benchmark):
+        add(commands)
+    return parser
+
+
+def add_pretrain(commands):
+    """`cjepa pretrain RECIPE --any_field value`."""
+    from trainers.recipes import add_recipe_flags
+    from trainers.resources import recipe_names
+
+    parser = commands.add_parser(
+        "pretrain",
+        help="pre-train an encoder by a recipe, evaluate and save it",
+        description="Pre-train an encoder by a recipe: a YAML file, or one of those shipped "
+        f"({', '.join(recipe_names())}). Every key of a recipe is a flag, too, which overrides it, and so is every "
+        "other field of transformers.TrainingArguments.",
+        epilog="examples:  cjepa pretrain cjepa_scenes --max_steps 100\n"
+        "           cjepa pretrain cjepa_cifar10 --dataset my/photos --output_dir runs/mine\n"
+        "           cjepa pretrain cjepa_cifar10 --output_dir runs/mine --resume_from_checkpoint last\n"
+        "           accelerate launch scripts/pretrain.py cjepa_cifar10",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file or the name of a shipped recipe")
+    add_recipe_flags(parser)
+    parser.set_defaults(run=run_pretrain)
+
+
+def run_pretrain(namespace):
+    """Pre-trains by the recipe and the flags given."""
+    from trainers.pretraining import pretrain
+    from trainers.recipes import overrides_of, read_recipe
+
+    pretrain(read_recipe(namespace.recipe, overrides_of(namespace)))
+
+
+def add_evaluate(commands):
+    """`cjepa evaluate MODEL --dataset ...`."""
+    from trainers.datasets import DataArguments
+    from trainers.evaluation import EvaluationArguments
+    from trainers.flags import add_flags, type_hints
+
+    parser = commands.add_parser(
+        "evaluate",
+        help="kNN and linear probe of a frozen encoder, beside a random encoder and raw pixels",
+        description="Evaluate the frozen target encoder of a model by weighted kNN and a linear probe, beside a "
+        "randomly initialised encoder and raw pixels, with 95 % intervals; the table goes to the screen, all "
+        "figures to --output.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a folder such as runs/mine/final, or the id of a model on the Hub"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write all figures to this JSON file")
+    add_flags(parser, "data", DataArguments(), type_hints(DataArguments))
+    add_flags(parser, "evaluation", EvaluationArguments(), type_hints(EvaluationArguments))
+    parser.set_defaults(run=run_evaluate)
+
+
+def run_evaluate(namespace):
+    """Evaluates a model and prints the table."""
+    from pathlib import Path
+
+    from modeling_cjepa.configuration_cjepa import pair
+    from trainers.datasets import DataArguments, load_sources
+    from trainers.evaluation import EvaluationArguments, evaluate_model, format_table, load_encoder_config
+    from trainers.files import write_json
+    from trainers.flags import dataclass_from_flags
+
+    data = dataclass_from_flags(namespace, DataArguments)
+    evaluation = dataclass_from_flags(namespace, EvaluationArguments)
+    image_size = max(pair(load_encoder_config(namespace.model).image_size))
+    train_source, eval_source = load_sources(data, image_size, evaluation.seed)
+    results = evaluate_model(namespace.model, train_source, eval_source, evaluation, data.image_mean, data.image_std)
+    print(format_table(results))
+    if namespace.output:
+        write_json(Path(namespace.output), results)
+
+
+def add_benchmark(commands):
+    """`cjepa benchmark masks`."""
+    parser = commands.add_parser("benchmark", help="measure speed", description="Measure the speed of a part.")
+    parser.add_argument("part", choices=["masks"], help="what to measure: the mask sampler")
+    parser.add_argument("--batch_size", type=int, default=256, help="images of a batch (default 256)")
+    parser.add_argument("--rounds", type=int, default=20, help="timed draws (default 20)")
+    parser.set_defaults(run=run_benchmark)
+
+
+def run_benchmark(namespace):
+    """Prints the medians."""
+    from trainers.benchmark import benchmark_masks, format_benchmark
+
+    print(format_benchmark(benchmark_masks(namespace.batch_size, namespace.rounds)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

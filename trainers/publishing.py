@@ -1,0 +1,77 @@
+"""The folder that is published: weights, configuration, code, image processor and model card.
+
+The code travels with the weights, so that the Auto classes load the folder with `trust_remote_code=True` where this
+package is not installed.
+"""
+
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import jinja2
+
+import modeling_cjepa
+from modeling_cjepa import CJepaForPreTraining
+from trainers.errors import InputError
+from trainers.resources import template_path
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_cjepa.CJepaConfig",
+    "AutoModel": "modeling_cjepa.CJepaModel",
+    "AutoModelForPreTraining": "modeling_cjepa.CJepaForPreTraining",
+    "AutoModelForImageClassification": "modeling_cjepa.CJepaForImageClassification",
+}
+
+
+@contextmanager
+def whole_folder(folder: Path):
+    """
+    A folder that appears whole or not at all: it is filled under another name and renamed at the end.
+
+    Args:
+        folder (`Path`): The folder to make.
+
+    Raises:
+        InputError: The folder exists.
+    """
+    if folder.exists():
+        raise InputError(f"{folder} exists already; choose another folder or remove it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def save_model(model: CJepaForPreTraining, processor, folder: Path):
+    """
+    Writes weights, configuration, code and image processor into an existing folder.
+
+    Args:
+        model ([`CJepaForPreTraining`]): All three parts are saved; `AutoModel` loads the target encoder of them.
+        processor: The image processor of evaluation.
+        folder (`Path`): Where to.
+    """
+    model.config.auto_map = dict(AUTO_MAP)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for source in Path(modeling_cjepa.__file__).parent.glob("*_cjepa.py"):
+        shutil.copyfile(source, folder / source.name)
+
+
+def render_card(facts: dict) -> str:
+    """The model card of a run; facts that are not known are left out."""
+    template = template_path("cjepa.md.j2")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template.parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template.name).render(**facts)

@@ -1,0 +1,156 @@
+"""Recipes: flat YAML files whose keys are fields of the model, the data, the training or the evaluation.
+
+A flag of the command line overrides a key. An unknown key, or a value of another type than its field, is an error that
+names it: YAML reads `1e-3` as a word, and nothing may turn that into a number silently.
+"""
+
+import argparse
+import difflib
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from modeling_cjepa import CJepaConfig
+from trainers.datasets import DataArguments
+from trainers.errors import InputError
+from trainers.evaluation import EvaluationArguments
+from trainers.flags import add_flags, check_value, given_flags, type_hints
+from trainers.resources import recipe_path
+from trainers.training_args import CJepaTrainingArguments
+
+# fields of transformers' TrainingArguments worth a line of `--help`; all others are accepted, too
+COMMON_TRAINING_FIELDS = {
+    "output_dir", "max_steps", "gradient_accumulation_steps", "save_steps", "save_total_limit", "report_to", "seed",
+    "dataloader_num_workers", "resume_from_checkpoint", "torch_compile", "use_cpu",
+}  # fmt: skip
+
+
+@dataclass
+class RunArguments:
+    """What belongs to the run as a whole."""
+
+    attn_implementation: str = field(
+        default="auto",
+        metadata={
+            "help": "`sdpa`, `eager`, `flash_attention_2`, `flex_attention`, or `auto`: sdpa, but eager where a CPU "
+            "computes in bf16 (sdpa's backward pass is slower there)"
+        },
+    )
+
+
+@dataclass
+class Recipe:
+    """
+    A run, ready to be built.
+
+    Args:
+        name (`str`): The recipe file's stem.
+        values (`dict`): Every key that was set, by file or flag.
+        model (`dict`): Those of them that are fields of [`CJepaConfig`].
+        training (`dict`): Those that are fields of [`CJepaTrainingArguments`].
+        data ([`DataArguments`]), evaluation ([`EvaluationArguments`]), run ([`RunArguments`]): The others.
+    """
+
+    name: str
+    values: dict
+    model: dict
+    training: dict
+    data: DataArguments
+    evaluation: EvaluationArguments
+    run: RunArguments
+
+
+def model_fields() -> dict[str, object]:
+    """Types of the configuration's own fields, without those every transformers model has."""
+    return inspect.get_annotations(CJepaConfig)
+
+
+def section_fields() -> dict[str, dict[str, object]]:
+    """Types of all fields of a recipe, by section; a name that two sections have means the same in both."""
+    return {
+        "model": model_fields(),
+        "data": type_hints(DataArguments),
+        "training": type_hints(CJepaTrainingArguments),
+        "evaluation": type_hints(EvaluationArguments),
+        "run": type_hints(RunArguments),
+    }
+
+
+def read_recipe(path_or_name: str, overrides: dict | None = None) -> Recipe:
+    """
+    Reads a recipe and lays overrides on it.
+
+    Args:
+        path_or_name (`str`): A YAML file, or the name of a shipped recipe.
+        overrides (`dict`, *optional*): Values that replace the file's.
+
+    Returns:
+        [`Recipe`].
+
+    Raises:
+        InputError: No such recipe, no YAML mapping, an unknown key, or a value of a wrong type.
+    """
+    path = recipe_path(path_or_name)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML ({' '.join(str(error).split())}); mend it.") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is not a mapping of keys to values; write lines such as `hidden_size: 192`.")
+    sections = section_fields()
+    for where, part in ((str(path), values), ("the command line", overrides or {})):
+        check_values(part, sections, where)
+    values = values | (overrides or {})
+    chosen = {
+        section: {key: value for key, value in values.items() if key in fields} for section, fields in sections.items()
+    }
+    return Recipe(
+        name=path.stem,
+        values=values,
+        model=chosen["model"],
+        training=chosen["training"],
+        data=DataArguments(**chosen["data"]),
+        evaluation=EvaluationArguments(**chosen["evaluation"]),
+        run=RunArguments(**chosen["run"]),
+    )
+
+
+def check_values(values: dict, sections: dict[str, dict[str, object]], where: str):
+    """Raises `InputError` for the first key that is unknown or whose value has the wrong type."""
+    hints = {name: hint for fields in sections.values() for name, hint in fields.items()}
+    for key, value in values.items():
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            guess = f" (did you mean {close[0]!r}?)" if close else ""
+            raise InputError(f"{where}: unknown key {key!r}{guess}; `cjepa pretrain --help` lists the keys.")
+        check_value(key, value, hints[key], where)
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser):
+    """Adds a flag for every field of a recipe; `--help` leaves out the rarer ones of `TrainingArguments`."""
+    defaults = {
+        "model": CJepaConfig(),
+        "data": DataArguments(),
+        "training": CJepaTrainingArguments,
+        "evaluation": EvaluationArguments(),
+        "run": RunArguments(),
+    }
+    listed = set(CJepaTrainingArguments.__annotations__) | COMMON_TRAINING_FIELDS
+    taken: set[str] = set()
+    for section, fields in section_fields().items():
+        fields = {name: hint for name, hint in fields.items() if name not in taken}
+        taken |= fields.keys()
+        add_flags(parser, section, defaults[section], fields, listed if section == "training" else None)
+
+
+def overrides_of(namespace: argparse.Namespace) -> dict:
+    """The recipe flags that were given."""
+    hints = {name: hint for fields in section_fields().values() for name, hint in fields.items()}
+    return given_flags(namespace, hints)
+
+
+def write_recipe(values: dict, path: Path):
+    """Writes the keys that were set as a recipe."""
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,86 @@
+"""What a run leaves to read: the facts of machine and software, and its curves as a picture."""
+
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import matplotlib.figure
+import torch
+
+_PACKAGES = ("cjepa", "torch", "torchvision", "transformers", "accelerate", "datasets")
+# title, log keys, logarithmic axis
+_PANELS = (
+    ("loss", ("loss", "loss_prediction"), True),
+    ("VICReg terms, unweighted", ("loss_invariance", "loss_variance", "loss_covariance"), True),
+    ("effective rank (RankMe) of target features", ("target_rankme",), False),
+    ("standard deviation of target features", ("target_std",), False),
+    ("learning rate and weight decay", ("learning_rate", "weight_decay"), True),
+    ("images per second", ("images_per_second",), False),
+)
+
+
+def machine_facts() -> dict:
+    """Processor, cores and accelerator of this machine, as far as they are known."""
+    facts = {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        facts["accelerator"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return {name: value for name, value in facts.items() if value}
+
+
+def software_facts() -> dict:
+    """Versions of the packages that matter, and the commit where the code is a git checkout."""
+    facts = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            facts[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = _commit()
+    return facts | ({"commit": commit} if commit else {})
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with a plus sign where files differ from it."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=10", "--dirty=+"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def draw_curves(log_history: list[dict], path: Path):
+    """
+    Draws the curves of a run.
+
+    Args:
+        log_history (`list[dict]`): `trainer.state.log_history`.
+        path (`Path`): The PNG to write.
+    """
+    figure = matplotlib.figure.Figure(figsize=(12, 6.5), layout="constrained")
+    for axes, (title, names, logarithmic) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
+        for name in names:
+            points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name.removeprefix("loss_").replace("_", " "))
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("optimizer step", fontsize=8)
+        axes.grid(alpha=0.3)
+        if logarithmic and axes.lines:
+            axes.set_yscale("log")
+        if len(axes.lines) > 1:
+            axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,85 @@
+"""Arguments of a pre-training run: transformers' `TrainingArguments` with I-JEPA's schedules and defaults."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+PRECISIONS = ("auto", "bf16", "float32")
+
+
+@dataclass
+class CJepaTrainingArguments(TrainingArguments):
+    """
+    `TrainingArguments` with the defaults of pre-training.
+
+    Three schedules run over `schedule_scale` times the run's steps, so that the run ends before they do (I-JEPA's
+    code: 1.25): the learning rate (linear warm-up of `warmup_steps` from `start_learning_rate`, cosine to
+    `final_learning_rate`), the weight decay (cosine) and the momentum of the target encoder (linear).
+
+    Args:
+        start_learning_rate (`float`): Learning rate of the first step.
+        final_learning_rate (`float`): Learning rate at the schedules' end.
+        final_weight_decay (`float`): Weight decay at the schedules' end.
+        ema_momentum (`float`): Share of the old target encoder kept in the first step, in [0, 1].
+        final_ema_momentum (`float`): The same at the schedules' end.
+        schedule_scale (`float`): Length of the schedules in units of the run; 1 or more.
+        precision (`"auto"`, `"bf16"` or `"float32"`): Autocast; `auto` is bf16 where the device computes in it.
+        num_monitored_images (`int`): Latest images whose target features the logged standard deviation and RankMe
+            are computed on.
+
+    Raises:
+        ValueError: A value is out of its range; the message names it.
+    """
+
+    learning_rate: float = field(default=1.0e-3, metadata={"help": "learning rate after the warm-up"})
+    start_learning_rate: float = field(default=2.0e-4, metadata={"help": "learning rate of the first step"})
+    final_learning_rate: float = field(default=1.0e-6, metadata={"help": "learning rate at the schedules' end"})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "steps of warm-up, or their share of the run if below 1"}
+    )
+    weight_decay: float = field(default=0.04, metadata={"help": "weight decay of the first step"})
+    final_weight_decay: float = field(default=0.4, metadata={"help": "weight decay at the schedules' end"})
+    ema_momentum: float = field(
+        default=0.996, metadata={"help": "share of the old target encoder kept in a step, at the start"}
+    )
+    final_ema_momentum: float = field(default=1.0, metadata={"help": "the same at the schedules' end"})
+    schedule_scale: float = field(default=1.25, metadata={"help": "length of the schedules in units of the run"})
+    precision: str = field(
+        default="auto", metadata={"help": "`auto` (bf16 where the device computes in it), `bf16` or `float32`"}
+    )
+    num_monitored_images: int = field(
+        default=2048, metadata={"help": "latest images that the logged feature statistics are computed on"}
+    )
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "images of a process in a batch"})
+    num_train_epochs: float = field(default=100.0, metadata={"help": "passes over the train images"})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to this norm; 0 never clips"})
+    logging_steps: float = field(default=20, metadata={"help": "log every so many optimizer steps"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "it would wait for the device each step"})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "leave out the last, smaller batch"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "images have no column to keep"})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "do not gather predictions in evaluation"})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "every parameter is used"})
+
+    def __post_init__(self):
+        for name in ("ema_momentum", "final_ema_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1]; it is the share that is kept.")
+        if self.schedule_scale < 1:
+            raise ValueError(f"schedule_scale={self.schedule_scale} is below 1; the schedules must outlast the run.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
+        self.bf16 = self.precision == "bf16" or (self.precision == "auto" and computes_in_bf16(self.device))
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bf16 faster than in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # without the matrix unit bf16 on a CPU is two to three times slower than float32
+        return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+    return False
