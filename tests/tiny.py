@@ -23,11 +23,11 @@ def tiny_config(**changes) -> CJepaConfig:
 
 
 def tiny_model(**changes) -> CJepaForPreTraining:
-    """A pre-training model, the same at every call, whose encoders differ."""
+    """A pre-training model, the same at every call, whose encoders differ and whose norms and biases matter."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = CJepaForPreTraining(tiny_config(**changes)).train()
-        for parameter in model.context_encoder.parameters():
+        for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
     return model
 

@@ -26,17 +26,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         namespace.run(namespace)
     except InputError as error:
-        print(f"cjepa: {plain_message(error)}", file=sys.stderr)
-        return 2
+        return fail(plain_message(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"cjepa: the disk is full ({error}); make room and resume from the last checkpoint.", file=sys.stderr)
-        return 2
+        return fail(f"the disk is full ({error}); make room and resume from the last checkpoint.")
     except KeyboardInterrupt:
-        print("cjepa: interrupted; a run goes on with --resume_from_checkpoint last.", file=sys.stderr)
-        return 130
+        return fail("interrupted; a run goes on with --resume_from_checkpoint last.", status=130)
     return 0
+
+
+def fail(sentence: str, status: int = 2) -> int:
+    """Says why the command ends, on a line of its own below any progress bar."""
+    print(f"\ncjepa: {sentence}", file=sys.stderr)
+    return status
 
 
 def build_parser() -> argparse.ArgumentParser:

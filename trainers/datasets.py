@@ -17,6 +17,7 @@ import torch
 from datasets import ClassLabel, DatasetDict, DownloadMode, Image, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from PIL import Image as PILImage
+from PIL import UnidentifiedImageError
 
 from trainers.errors import InputError
 from trainers.scenes import FAMILY_NAMES, KIND_NAMES, render_scenes
@@ -94,9 +95,10 @@ class ImageSource:
             with PILImage.open(data) as image:
                 return to_rgb(image)
         except (OSError, SyntaxError, ValueError, zlib.error, PILImage.DecompressionBombError) as error:
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+            where = item.get("path") or f"number {index}"
             raise InputError(
-                f"Image {item.get('path') or f'number {index}'} of {self.name} cannot be read "
-                f"({error}); repair or remove it."
+                f"Image {where} of {self.name} cannot be read ({reason}); repair or remove it."
             ) from error
 
     def take(self, indices: np.ndarray) -> "ImageSource":

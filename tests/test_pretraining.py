@@ -1,0 +1,245 @@
+"""A run as a user makes it: the command, its files, reloading them in a fresh process, and mistakes on the way."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from modeling_cjepa import CJepaForPreTraining, CJepaModel
+from trainers import pretraining
+from trainers.cli import main
+from trainers.publishing import whole_folder
+
+TINY = [
+    "--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2", "--intermediate_size", "64",
+    "--predictor_hidden_size", "16", "--predictor_num_hidden_layers", "1", "--predictor_num_attention_heads", "2",
+    "--num_train_images", "64", "--num_eval_images", "48", "--per_device_train_batch_size", "16",
+    "--logging_steps", "1", "--precision", "float32", "--dataloader_num_workers", "0", "--use_cpu",
+]  # fmt: skip
+
+
+def pretrain(output, *flags, recipe="cjepa_scenes") -> int:
+    return main(["pretrain", recipe, *TINY, "--output_dir", str(output), "--max_steps", "3", *flags])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished tiny run, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    command = [sys.executable, "scripts/pretrain.py", "cjepa_scenes", *TINY, "--output_dir", str(folder)]
+    root = Path(__file__).resolve().parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    result = subprocess.run(
+        [*command, "--max_steps", "3"], cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder, result.stdout, result.stderr
+
+
+def test_run_leaves_a_whole_folder(run):
+    folder, _, _ = run
+    names = {path.name for path in (folder / "final").iterdir()}
+    expected = {"model.safetensors", "config.json", "preprocessor_config.json", "curves.png", "results.json"}
+    assert expected | {"README.md", "modeling_cjepa.py"} <= names
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    with Image.open(folder / "final" / "curves.png") as picture:
+        assert picture.size[0] > 800 and np.asarray(picture.convert("L")).std() > 10
+    facts = json.loads((folder / "final" / "results.json").read_text())
+    assert facts["training"]["steps"] == 3 and facts["training"]["images_seen"] == 48
+    assert [row["encoder"] for row in facts["evaluation"]["rows"]] == [
+        "target encoder", "context encoder", "random encoder", "raw pixels",
+    ]  # fmt: skip
+
+
+def test_run_says_what_it_does(run):
+    folder, stdout, stderr = run
+    assert "C-JEPA (I-JEPA + VICReg)" in stdout and f'from_pretrained("{folder}/final"' in stdout
+    assert "| target encoder" in stdout and "raw pixels" in stdout
+    assert "images/s" in stderr and "RankMe" in stderr and "Traceback" not in stderr
+
+
+def test_card_tells_what_was_recorded(run):
+    folder, _, _ = run
+    card = (folder / "final" / "README.md").read_text()
+    facts = json.loads((folder / "final" / "results.json").read_text())
+    row = facts["evaluation"]["rows"][0]
+    assert f"{row['knn']:.1f}" in card and "regularizer `context`" in card and "3 steps of 16 images" in card
+    assert card.startswith("---\n") and "{{" not in card and "None" not in card.split("## Settings")[0]
+
+
+def test_recipe_beside_the_run_repeats_it(run, tmp_path):
+    folder, _, _ = run
+    recipe = tmp_path / "recipe.yaml"
+    shutil.copy(folder / "recipe.yaml", recipe)
+    assert main(["pretrain", str(recipe), "--output_dir", str(tmp_path / "again")]) == 0
+    first, again = (load_file(path / "final" / "model.safetensors") for path in (folder, tmp_path / "again"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(again[name], tensor, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+LOAD = """
+import sys, torch
+from transformers import (
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining,
+)
+from PIL import Image
+assert not any(name.startswith(("modeling_cjepa", "trainers")) for name in sys.modules)
+folder = sys.argv[1]
+trust = {"trust_remote_code": True}
+processor = AutoImageProcessor.from_pretrained(folder)
+inputs = processor(Image.new("L", (50, 40), 90).convert("RGB"), return_tensors="pt")
+encoder, info = AutoModel.from_pretrained(folder, output_loading_info=True, **trust)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+pretraining = AutoModelForPreTraining.from_pretrained(folder, **trust)
+classifier = AutoModelForImageClassification.from_pretrained(folder, num_labels=5, **trust)
+assert AutoConfig.from_pretrained(folder, **trust).hidden_size == 32
+assert classifier(**inputs).logits.shape == (1, 5)
+with torch.no_grad():
+    embedding = encoder(**inputs).pooler_output
+    assert torch.equal(embedding, pretraining.cjepa(**inputs).pooler_output)
+torch.save(embedding, sys.argv[2])
+"""
+
+
+def test_final_folder_loads_without_the_package(run, tmp_path):
+    folder, _, _ = run
+    script = tmp_path / "load.py"
+    script.write_text(LOAD)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, str(script), str(folder / "final"), str(tmp_path / "embedding.pt")]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    encoder = CJepaModel.from_pretrained(folder / "final")
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder / "final")
+    with torch.no_grad():
+        image = Image.new("L", (50, 40), 90).convert("RGB")
+        expected = encoder(**processor(image, return_tensors="pt")).pooler_output
+    torch.testing.assert_close(torch.load(tmp_path / "embedding.pt"), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_evaluate_repeats_the_figures_of_the_run(run, tmp_path, capsys):
+    folder, _, _ = run
+    output = tmp_path / "results.json"
+    flags = ["--dataset", "scenes", "--num_train_images", "64", "--num_eval_images", "48", "--output", str(output)]
+    assert main(["evaluate", str(folder / "final"), *flags]) == 0
+    recorded = json.loads((folder / "final" / "results.json").read_text())["evaluation"]["rows"]
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["knn"] for row in rows] == [row["knn"] for row in recorded]
+    assert "| target encoder" in capsys.readouterr().out
+
+
+def test_unlabelled_folder_trains_and_is_not_evaluated(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for index in range(40):
+        pixels = np.random.default_rng(index).integers(0, 256, (36, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index}.png")
+    assert pretrain(tmp_path / "run", "--dataset", str(tmp_path / "photos")) == 0
+    assert "has no labels" in capsys.readouterr().out
+    assert "evaluation" not in json.loads((tmp_path / "run" / "final" / "results.json").read_text())
+    status = main(["evaluate", str(tmp_path / "run" / "final"), "--dataset", str(tmp_path / "photos")])
+    assert status == 2 and "--label_column" in capsys.readouterr().err
+
+
+def fails_in_one_sentence(capsys, status: int, *words: str):
+    error = capsys.readouterr().err
+    sentences = [line for line in error.splitlines() if line.startswith("cjepa: ")]
+    assert status == 2 and len(sentences) == 1 and "Traceback" not in error, error
+    for word in words:
+        assert word in sentences[0], sentences[0]
+
+
+def test_corrupt_image_stops_the_run_with_its_name(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for index in range(40):
+        (tmp_path / "photos" / f"{index}.png").write_bytes(b"this is no picture")
+    status = pretrain(tmp_path / "run", "--dataset", str(tmp_path / "photos"), "--dataloader_num_workers", "1")
+    fails_in_one_sentence(capsys, status, ".png", "cannot be read", "repair or remove")
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_finished_and_begun_runs_are_not_overwritten(run, tmp_path, capsys):
+    folder, _, _ = run
+    fails_in_one_sentence(capsys, pretrain(folder), "finished run", "--output_dir")
+    begun = tmp_path / "begun"
+    shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
+    fails_in_one_sentence(capsys, pretrain(begun), "checkpoint-3", "--resume_from_checkpoint last")
+    status = pretrain(tmp_path / "new", "--resume_from_checkpoint", "last")
+    fails_in_one_sentence(capsys, status, "no checkpoint to resume from")
+    status = pretrain(begun, "--resume_from_checkpoint", str(tmp_path))
+    fails_in_one_sentence(capsys, status, "trainer_state.json")
+
+
+def test_checkpoint_of_another_grid_is_refused(run, tmp_path, capsys):
+    folder, _, _ = run
+    checkpoint = str(folder / "checkpoint-3")
+    status = pretrain(tmp_path / "run", "--patch_size", "8", "--min_context_patches", "4", "--resume_from_checkpoint",
+                      checkpoint)  # fmt: skip
+    fails_in_one_sentence(capsys, status, "patch_size=4", "8")
+
+
+def test_resuming_goes_on_where_the_run_stopped(run, tmp_path):
+    folder, _, _ = run
+    begun = tmp_path / "begun"
+    shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
+    assert pretrain(begun, "--resume_from_checkpoint", "last", "--max_steps", "5") == 0
+    facts = json.loads((begun / "final" / "results.json").read_text())
+    assert facts["training"]["steps"] == 5
+    assert [entry["step"] for entry in facts["history"] if "loss" in entry] == [1, 2, 3, 4, 5]
+
+
+def test_model_with_missing_weights_is_refused(run, tmp_path, capsys):
+    folder, _, _ = run
+    broken = tmp_path / "broken"
+    shutil.copytree(folder / "final", broken)
+    weights = load_file(broken / "model.safetensors")
+    del weights["cjepa.layernorm.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    status = main(["evaluate", str(broken), "--num_train_images", "20", "--num_eval_images", "20"])
+    fails_in_one_sentence(capsys, status, "cjepa.layernorm.weight")
+
+
+def test_batch_larger_than_the_data_is_refused(tmp_path, capsys):
+    status = pretrain(tmp_path / "run", "--per_device_train_batch_size", "512")
+    fails_in_one_sentence(capsys, status, "64 images", "512", "--per_device_train_batch_size")
+
+
+def test_full_disk_is_said_and_leaves_no_half_folder(run, tmp_path, capsys, monkeypatch):
+    def no_space(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pretraining, "draw_curves", no_space)
+    fails_in_one_sentence(capsys, pretrain(tmp_path / "run"), "disk is full")
+    left = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert left == ["checkpoint-3", "recipe.yaml"]
+
+
+def test_whole_folder_appears_at_the_end_only(tmp_path):
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "final") as unfinished:
+        (unfinished / "a").write_text("a")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with whole_folder(tmp_path / "final") as unfinished:
+        (unfinished / "a").write_text("a")
+        assert not (tmp_path / "final").exists()
+    assert (tmp_path / "final" / "a").read_text() == "a"
+
+
+def test_published_weights_hold_all_three_parts(run):
+    folder, _, _ = run
+    model, info = CJepaForPreTraining.from_pretrained(folder / "final", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    last = CJepaForPreTraining.from_pretrained(folder / "checkpoint-3")
+    for (name, tensor), other in zip(model.state_dict().items(), last.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
