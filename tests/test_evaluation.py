@@ -15,23 +15,21 @@ from tiny import seeded, tiny_config, tiny_model
 from transformers import ViTConfig
 
 from modeling_cjepa import CJepaModel
-from trainers import evaluation
+from trainers import probes
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.diagnostics import feature_std, rankme
 from trainers.errors import InputError
 from trainers.evaluation import (
     EvaluationArguments,
-    accuracy_interval,
     evaluate_baselines,
     evaluate_encoder,
     evaluate_model,
     extract_embeddings,
     format_table,
-    knn_predict,
-    linear_predict,
     load_encoder_config,
 )
 from trainers.files import write_json, write_text_atomically
+from trainers.probes import accuracy_interval, knn_predict, linear_predict
 from trainers.scenes import FAMILY_NAMES, render_scenes
 from trainers.transforms import eval_transform, image_processor
 
@@ -132,7 +130,7 @@ def test_knn_in_chunks_is_the_same(monkeypatch):
     (train_x, train_y), (test_x, _) = clusters(300), clusters(101, seed=1)
     whole = knn_predict(train_x, train_y, test_x, 4)
     for at_once in (1, 300 * 7):
-        monkeypatch.setattr(evaluation, "_SIMILARITIES_AT_ONCE", at_once)
+        monkeypatch.setattr(probes, "_SIMILARITIES_AT_ONCE", at_once)
         assert torch.equal(knn_predict(train_x, train_y, test_x, 4), whole)
 
 
@@ -140,7 +138,7 @@ def test_knn_in_chunks_is_the_same(monkeypatch):
 def test_linear_probe_is_scikit_learns(num_images, width, C, monkeypatch):
     (train_x, train_y), (test_x, test_y) = clusters(num_images, width), clusters(400, width, seed=1)
     if C is not None:
-        monkeypatch.setattr(evaluation, "C_GRID", (C,))
+        monkeypatch.setattr(probes, "C_GRID", (C,))
     probe = linear_predict(train_x, train_y + 3, test_x)  # class indices need not start at 0
     scaler = StandardScaler().fit(train_x.double())
     reference = LogisticRegression(C=probe.C, max_iter=10_000, tol=1e-7)
@@ -161,12 +159,12 @@ def test_linear_probe_minimises_the_objective_where_few_directions_dominate():
     x, y = clusters(300)
     x = StandardScaler().fit_transform(x + 300 * torch.randn(300, 1, generator=seeded(5)))
     variances, axes = np.linalg.eigh(x.T @ x / len(x))
-    weight, bias, converged = evaluation._fit(torch.from_numpy(x @ axes), y, 4, 10.0, torch.from_numpy(variances))
-    reference = LogisticRegression(C=10.0, solver="newton-cholesky", tol=1e-8).fit(x, y)
+    weight, bias, converged = probes._fit(torch.from_numpy(x @ axes), y, 4, 1e3, torch.from_numpy(variances))
+    reference = LogisticRegression(C=1e3, solver="newton-cholesky", tol=1e-8).fit(x, y)
 
     def objective(weight, bias):
         logits = torch.from_numpy(x @ weight + bias)
-        return torch.nn.functional.cross_entropy(logits, y, reduction="sum").item() * 10 + (weight**2).sum() / 2
+        return torch.nn.functional.cross_entropy(logits, y, reduction="sum").item() * 1e3 + (weight**2).sum() / 2
 
     assert converged
     best = objective(reference.coef_.T, reference.intercept_)
@@ -181,7 +179,7 @@ def test_linear_probe_chooses_C_on_train_embeddings_alone():
     x[:, 0] += 2 * y
     chosen = {linear_predict(x, y, test_x).C for test_x in (x, -x, x[torch.randperm(200, generator=generator)])}
     assert len(chosen) == 1
-    kept, held_out = evaluation._hold_out(y, seed=0)
+    kept, held_out = probes._hold_out(y, seed=0)
     assert len(held_out) == 20 and set(kept.tolist()) | set(held_out.tolist()) == set(range(200))
     scaled = StandardScaler().fit_transform(x)
     scores = [LogisticRegression(C=C).fit(scaled[kept], y[kept]).score(scaled[held_out], y[held_out])
@@ -192,9 +190,9 @@ def test_linear_probe_chooses_C_on_train_embeddings_alone():
 def test_held_out_images_leave_one_of_each_class():
     targets = torch.tensor([0] * 18 + [1, 2])
     for seed in range(20):
-        kept, held_out = evaluation._hold_out(targets, seed)
+        kept, held_out = probes._hold_out(targets, seed)
         assert set(targets[kept].tolist()) == {0, 1, 2} and len(held_out) == 2
-    assert evaluation._hold_out(targets, 0)[1].tolist() != evaluation._hold_out(targets, 1)[1].tolist()
+    assert probes._hold_out(targets, 0)[1].tolist() != probes._hold_out(targets, 1)[1].tolist()
     with pytest.raises(InputError, match="one train image of each class"):
         linear_predict(torch.randn(3, 4), torch.arange(3), torch.randn(2, 4))
 
@@ -244,7 +242,7 @@ def check_row(row, encoder, train, test):
     assert row["knn_interval"] == pytest.approx(accuracy_interval(round(row["knn"] * 0.4), 40))
     assert row["linear_interval"] == pytest.approx(accuracy_interval(round(row["linear"] * 0.4), 40))
     assert row["rankme"] == pytest.approx(rankme_written_out(test_x), rel=1e-4)
-    assert row["dim"] == 32 and row["linear_C"] in evaluation.C_GRID and row["linear_converged"]
+    assert row["dim"] == 32 and row["linear_C"] in probes.C_GRID and row["linear_converged"]
 
 
 def test_an_encoder_alone_and_a_model_in_memory(folder, tmp_path, train, test):
@@ -388,9 +386,10 @@ def test_json_has_no_nan(tmp_path):
 def test_files_are_whole_or_untouched(tmp_path):
     path = tmp_path / "card.md"
     write_text_atomically(path, "é\n")
-    with pytest.raises(TypeError):
-        write_text_atomically(path, None)
+    with pytest.raises(OSError):
+        write_text_atomically(tmp_path, "where a folder is")
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert path.read_text(encoding="utf-8") == "é\n"
     assert list(tmp_path.iterdir()) == [path]
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}*"))

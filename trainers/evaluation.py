@@ -1,23 +1,16 @@
 """How good a frozen encoder is: kNN and a linear probe on its embeddings, beside a random encoder and raw pixels.
 
-The kNN is the weighted one of InstDisc and DINO (arXiv 1805.01978, 2104.14294). The linear probe is multinomial
-logistic regression with an L2 penalty on standardised embeddings; no choice is made on the test images.
-
-Shapes: n images to vote or fit, m test images, D width of an embedding, K classes.
+Shapes: B images, n images in all, D width of an embedding.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import NormalDist
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from scipy.optimize import minimize
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -31,12 +24,10 @@ from modeling_cjepa.configuration_cjepa import pair
 from trainers.datasets import ImageDataset, ImageSource, sample_seed, seeded
 from trainers.diagnostics import feature_std, rankme
 from trainers.errors import InputError
+from trainers.probes import accuracy_interval, knn_predict, linear_predict
 from trainers.transforms import eval_transform, normalize
 
-# Up to 10,000: embeddings with few strong directions, such as a random encoder's, need weak penalties.
-C_GRID = tuple(10.0**power for power in range(-4, 5))
 _MAX_RAW_PIXELS = 32
-_SIMILARITIES_AT_ONCE = 2**25
 
 
 @dataclass
@@ -51,21 +42,6 @@ class EvaluationArguments:
     num_random_encoders: int = field(
         default=1, metadata={"help": "randomly initialised encoders of the same size to compare with"}
     )
-
-
-class LinearProbe(NamedTuple):
-    """
-    Result of [`linear_predict`].
-
-    Args:
-        predictions (`torch.Tensor` of shape `(m,)`): Class indices.
-        C (`float`): The inverse penalty chosen, in scikit-learn's sense.
-        converged (`bool`): Whether the last fit converged.
-    """
-
-    predictions: torch.Tensor
-    C: float
-    converged: bool
 
 
 def extract_embeddings(
@@ -116,151 +92,6 @@ def extract_embeddings(
 
 def _device_of(encoder: nn.Module) -> torch.device:
     return next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
-
-
-def knn_predict(
-    train_x: torch.Tensor,
-    train_y: torch.Tensor,
-    test_x: torch.Tensor,
-    num_classes: int,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> torch.Tensor:
-    """
-    Classes by the vote of the k nearest train embeddings, weighted by exp(cosine similarity / temperature).
-
-    Args:
-        train_x (`torch.Tensor` of shape `(n, D)`), train_y (`(n,)`, int64): The voters and their classes.
-        test_x (`torch.Tensor` of shape `(m, D)`): The embeddings to classify.
-        num_classes (`int`): Number of classes K.
-        k (`int`): Number of neighbours; all train embeddings if there are fewer.
-        temperature (`float`): T > 0.
-
-    Returns:
-        `torch.Tensor` of shape `(m,)`: Class indices, int64.
-    """
-    train_x, test_x = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
-    predictions = []
-    for rows in test_x.split(max(1, _SIMILARITIES_AT_ONCE // len(train_x))):
-        nearest = (rows @ train_x.T).topk(min(k, len(train_x)), dim=1)
-        # relative to the nearest one, which changes no vote and cannot overflow
-        weights = ((nearest.values - nearest.values[:, :1]) / temperature).exp()
-        votes = weights.new_zeros(len(rows), num_classes).scatter_add_(1, train_y[nearest.indices], weights)
-        predictions.append(votes.argmax(dim=1))
-    return torch.cat(predictions)
-
-
-def linear_predict(
-    train_x: torch.Tensor, train_y: torch.Tensor, test_x: torch.Tensor, seed: int = 0, progress: bool = False
-) -> LinearProbe:
-    """
-    Classes by logistic regression on standardised embeddings, with C chosen on a tenth of the train embeddings.
-
-    C goes up `C_GRID` until three in a row do worse than the best; the fit with the best C is then made on all train
-    embeddings. The objective is that of scikit-learn's `LogisticRegression`.
-
-    Args:
-        train_x (`torch.Tensor` of shape `(n, D)`), train_y (`(n,)`, int64): Embeddings to fit, and their classes.
-        test_x (`torch.Tensor` of shape `(m, D)`): The embeddings to classify.
-        seed (`int`): Chooses the tenth that is held out.
-        progress (`bool`): Whether to show a bar.
-
-    Returns:
-        [`LinearProbe`].
-
-    Raises:
-        InputError: No class has a second train image to hold out.
-    """
-    classes, targets = train_y.unique(return_inverse=True)
-    kept, held_out = _hold_out(targets, seed)
-    std, mean = torch.std_mean(train_x.float(), dim=0, correction=0)
-    std = std.where(std > 0, 1)
-    x = (train_x.float() - mean) / std
-    variances, axes = _principal_axes(x)
-    x = x @ axes
-    best_score, best_C, num_worse = -1.0, C_GRID[0], 0
-    for C in tqdm(C_GRID, desc="linear probe", unit="fit", disable=not progress):
-        weight, bias, _ = _fit(x[kept], targets[kept], len(classes), C, variances)
-        score = ((x[held_out] @ weight + bias).argmax(dim=1) == targets[held_out]).float().mean().item()
-        num_worse = num_worse + 1 if score < best_score else 0
-        if score > best_score:
-            best_score, best_C = score, C
-        if num_worse == 3:
-            break
-    weight, bias, converged = _fit(x, targets, len(classes), best_C, variances)
-    logits = ((test_x.float() - mean) / std) @ axes @ weight + bias
-    return LinearProbe(classes[logits.argmax(dim=1)], best_C, converged)
-
-
-def _hold_out(targets: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions to fit on and a random tenth to choose C on; of each class at least one image is fitted."""
-    order = np.random.default_rng(seed).permutation(len(targets))
-    _, first_of_class = np.unique(targets.cpu().numpy()[order], return_index=True)
-    spare = np.delete(order, first_of_class)
-    if len(spare) == 0:
-        raise InputError("There is one train image of each class, and the linear probe needs more; give more images.")
-    held_out = spare[: max(len(targets) // 10, 1)]
-    kept = np.setdiff1d(order, held_out)
-    return torch.from_numpy(kept).to(targets.device), torch.from_numpy(held_out).to(targets.device)
-
-
-def _principal_axes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Variances (R,) and directions (D, R) of the principal axes of x (n, D), with R = min(n, D)."""
-    if len(x) < x.shape[1]:
-        _, singular_values, axes = torch.linalg.svd(x, full_matrices=False)
-        return singular_values.square() / len(x), axes.T
-    return torch.linalg.eigh(x.T @ x / len(x))
-
-
-def _fit(x: torch.Tensor, targets: torch.Tensor, num_classes: int, C: float, variances: torch.Tensor):
-    """
-    The minimum of sum of losses * C + |weights|^2 / 2: weights (R, K), bias (K,), and whether it was reached.
-
-    scikit-learn's solvers take thousands of steps where few directions carry most of the variance, as in the
-    embeddings of a random or collapsed encoder. The columns of x (n, R) are along principal axes with the given
-    variances, so here each gets a step length of its own, which leaves the minimum where it is.
-    """
-    num_images, width = x.shape
-    penalty = 1 / (num_images * C)
-    curvature = max(num_classes - 1, 1) / num_classes**2  # of the loss, when nothing is known yet
-    step = torch.rsqrt(curvature * variances.clamp_min(0) + penalty)[:, None]
-    one_hot = F.one_hot(targets, num_classes).to(x)
-
-    def unpack(flat):
-        scaled = torch.from_numpy(flat).to(x).view(width + 1, num_classes)
-        return scaled[:-1] * step, scaled[-1]
-
-    def loss_and_gradient(flat):
-        weight, bias = unpack(flat)
-        log_probabilities = torch.log_softmax(x @ weight + bias, dim=1)
-        loss = -(log_probabilities * one_hot).sum(dtype=torch.float64) / num_images
-        loss = loss + penalty / 2 * weight.double().square().sum()
-        residual = (log_probabilities.exp() - one_hot) / num_images
-        gradient = torch.cat([step * (x.T @ residual + penalty * weight), residual.sum(0, keepdim=True)])
-        return loss.item(), gradient.double().flatten().cpu().numpy()
-
-    # a loss that changes by less than a millionth changes no prediction that matters
-    options = {"maxiter": 1000, "maxcor": 20, "ftol": 1e-6}
-    start = np.zeros((width + 1) * num_classes)
-    result = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options=options)
-    return *unpack(result.x), bool(result.success)
-
-
-def accuracy_interval(num_correct: int, num_total: int) -> tuple[float, float]:
-    """
-    The 95 % Wilson score interval of an accuracy: what chance in the choice of the test images leaves open.
-
-    Args:
-        num_correct (`int`), num_total (`int`): Correct predictions of how many, at least 1.
-
-    Returns:
-        `(float, float)`: Low and high, in percent.
-    """
-    z = NormalDist().inv_cdf(0.975)
-    share, weight = num_correct / num_total, z * z / num_total
-    centre = (share + weight / 2) / (1 + weight)
-    half = math.sqrt(share * (1 - share) * weight + weight * weight / 4) / (1 + weight)
-    return 100 * max(centre - half, 0.0), 100 * min(centre + half, 1.0)
 
 
 def evaluate_encoder(
