@@ -35,6 +35,13 @@ def sincos_positions(grid_size: tuple[int, int], width: int) -> torch.Tensor:
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
 
 
+def positions_for(grid_size: tuple[int, int], stored_grid_size: tuple[int, int], table: torch.Tensor) -> torch.Tensor:
+    """Positions (1, N, D) of a grid: the stored table of its own grid, a computed one of any other."""
+    if grid_size == stored_grid_size:
+        return table
+    return sincos_positions(grid_size, table.shape[-1]).unsqueeze(0).to(table)
+
+
 class CJepaPatchEmbeddings(nn.Module):
     """Linear projection of patches, stored as the convolution it equals."""
 
@@ -81,14 +88,9 @@ class CJepaEmbeddings(nn.Module):
         self.register_buffer("position_embeddings", table)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def positions(self, grid_size: tuple[int, int]) -> torch.Tensor:
-        """Position embeddings (1, N, D) of a grid."""
-        if grid_size == self.config.grid_size:
-            return self.position_embeddings
-        return sincos_positions(grid_size, self.config.hidden_size).unsqueeze(0).to(self.position_embeddings)
-
     def forward(self, pixel_values: torch.Tensor, patch_ids: torch.Tensor | None = None) -> torch.Tensor:
-        positions = self.positions(self.patch_embeddings.grid_size(pixel_values))
+        grid_size = self.patch_embeddings.grid_size(pixel_values)
+        positions = positions_for(grid_size, self.config.grid_size, self.position_embeddings)
         if patch_ids is not None:
             positions = take(positions.expand(patch_ids.shape[0], -1, -1), patch_ids)
         embeddings = self.patch_embeddings(pixel_values, patch_ids) + positions

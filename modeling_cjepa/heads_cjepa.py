@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .configuration_cjepa import CJepaConfig
-from .encoders_cjepa import CJepaLayer, sincos_positions
+from .encoders_cjepa import CJepaLayer, positions_for, sincos_positions
 from .losses_cjepa import take
 
 
@@ -22,9 +22,10 @@ class CJepaPredictor(nn.Module):
         super().__init__()
         width = config.predictor_hidden_size
         intermediate_size = width * config.intermediate_size // config.hidden_size
-        self.width = width
+        self.config = config
         self.input_projection = nn.Linear(config.hidden_size, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("position_embeddings", sincos_positions(config.grid_size, width).unsqueeze(0))
         self.layers = nn.ModuleList(
             CJepaLayer(config, width, config.predictor_num_attention_heads, intermediate_size)
             for _ in range(config.predictor_num_hidden_layers)
@@ -47,7 +48,8 @@ class CJepaPredictor(nn.Module):
         """
         (num_images, num_blocks, block_length), num_context = target_ids.shape, context_ids.shape[1]
         context = self.input_projection(context)
-        positions = sincos_positions(grid_size, self.width).to(context).expand(num_images, -1, -1)
+        positions = positions_for(grid_size, self.config.grid_size, self.position_embeddings)
+        positions = positions.to(context.dtype).expand(num_images, -1, -1)
         context = context + take(positions, context_ids)
         queries = self.mask_token + take(positions, target_ids)
         context = context.unsqueeze(1).expand(-1, num_blocks, -1, -1)

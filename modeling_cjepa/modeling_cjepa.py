@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_cjepa import CJepaConfig
-from .encoders_cjepa import CJepaAttention, CJepaEmbeddings, CJepaLayer, init_weights
+from .encoders_cjepa import CJepaAttention, CJepaEmbeddings, CJepaLayer, init_weights, sincos_positions
 from .heads_cjepa import CJepaExpander, CJepaPredictor
 from .losses_cjepa import (
     block_vicreg_terms,
@@ -52,6 +52,8 @@ class CJepaPreTrainedModel(PreTrainedModel):
         init_weights(module, self.config)
         if isinstance(module, CJepaPredictor):
             init.trunc_normal_(module.mask_token, mean=0.0, std=self.config.initializer_range)
+            table = sincos_positions(self.config.grid_size, self.config.predictor_hidden_size)
+            init.copy_(module.position_embeddings, table.unsqueeze(0))
 
 
 class CJepaModel(CJepaPreTrainedModel):

@@ -21,6 +21,7 @@ from trainers.diagnostics import feature_std, rankme
 from trainers.errors import InputError
 from trainers.evaluation import (
     EvaluationArguments,
+    RawPixels,
     evaluate_baselines,
     evaluate_encoder,
     evaluate_model,
@@ -281,7 +282,7 @@ def test_baselines_are_a_function_of_the_seed(train, test):
 
 def test_raw_pixels_of_large_images_are_reduced(test):
     pixels = torch.rand(2, 3, 64, 96, generator=seeded())
-    reduced = evaluation.RawPixels()(pixels).pooler_output
+    reduced = RawPixels()(pixels).pooler_output
     expected = pixels.reshape(2, 3, 32, 2, 32, 3).mean(dim=(3, 5)).flatten(1)
     torch.testing.assert_close(reduced, expected)
     large = ImageDataset(test, eval_transform((40, 40)))

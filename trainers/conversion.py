@@ -20,6 +20,7 @@ _LAYER_NAMES = (
     (r"^(?:predictor_)?norm\.", "layernorm."),
     (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
     (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^predictor_pos_embed$", "position_embeddings"),
     (r"^predictor_embed\.", "input_projection."),
     (r"^predictor_proj\.", "output_projection."),
 )
@@ -53,7 +54,7 @@ def from_ijepa_checkpoint(
     context, target, predictor = (_rename(state[part]) for part in ("encoder", "target_encoder", "predictor"))
     config = _read_config(target, predictor, image_size, num_attention_heads)
     _check_positions(target.get("embeddings.position_embeddings"), config.grid_size, "target_encoder.pos_embed")
-    _check_positions(predictor.pop("predictor_pos_embed", None), config.grid_size, "predictor.predictor_pos_embed")
+    _check_positions(predictor.get("position_embeddings"), config.grid_size, "predictor.predictor_pos_embed")
     model = CJepaForPreTraining(config)
     for part, module, tensors in (
         ("encoder", model.context_encoder, context),
