@@ -8,7 +8,7 @@ from transformers import IJepaConfig, IJepaModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_cjepa import CJepaForPreTraining, CJepaModel
-from modeling_cjepa.encoders_cjepa import CJepaAttention, eager_attention, sincos_positions
+from modeling_cjepa.encoders_cjepa import CJepaAttention, eager_attention, positions_for, sincos_positions
 
 
 @pytest.fixture
