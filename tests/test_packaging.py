@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tiny import FLAGS
 from transformers.dynamic_module_utils import get_relative_imports
 
 from trainers.errors import InputError
@@ -102,6 +103,14 @@ def test_the_wheel_works_away_from_the_checkout(installed, tmp_path):
     assert templates and {name: Path(path).read_text() for name, path in found["templates"].items()} == templates
     assert found["metadata"] == [VERSION, "Apache-2.0"]
     assert found["commands"] == [["console_scripts", "cjepa", "trainers.cli:main"]]
+
+
+def test_the_wheel_pretrains_away_from_the_checkout(installed, tmp_path):
+    command = [sys.executable, "-m", "trainers.cli", "pretrain", "cjepa_scenes", *FLAGS, "--max_steps", "2"]
+    printed = run(*command, "--output_dir", "mine", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert 'AutoModel.from_pretrained("mine/final"' in printed
+    card = (tmp_path / "mine/final/README.md").read_text()
+    assert "2 steps of 16 images" in card and f"cjepa {VERSION}" in card
 
 
 def test_the_wheel_carries_the_cards(installed):

@@ -13,29 +13,23 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import FLAGS
 
 from modeling_cjepa import CJepaForPreTraining, CJepaModel
 from trainers import pretraining
 from trainers.cli import main
 from trainers.publishing import whole_folder
 
-TINY = [
-    "--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2", "--intermediate_size", "64",
-    "--predictor_hidden_size", "16", "--predictor_num_hidden_layers", "1", "--predictor_num_attention_heads", "2",
-    "--num_train_images", "64", "--num_eval_images", "48", "--per_device_train_batch_size", "16",
-    "--logging_steps", "1", "--precision", "float32", "--dataloader_num_workers", "0", "--use_cpu",
-]  # fmt: skip
-
 
 def pretrain(output, *flags, recipe="cjepa_scenes") -> int:
-    return main(["pretrain", recipe, *TINY, "--output_dir", str(output), "--max_steps", "3", *flags])
+    return main(["pretrain", recipe, *FLAGS, "--output_dir", str(output), "--max_steps", "3", *flags])
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a finished tiny run, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    command = [sys.executable, "scripts/pretrain.py", "cjepa_scenes", *TINY, "--output_dir", str(folder)]
+    command = [sys.executable, "scripts/pretrain.py", "cjepa_scenes", *FLAGS, "--output_dir", str(folder)]
     root = Path(__file__).resolve().parent.parent
     environment = os.environ | {"PYTHONPATH": str(root)}
     result = subprocess.run(

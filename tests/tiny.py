@@ -17,6 +17,14 @@ SIZES = {
     "initializer_range": 0.2,
 }
 
+# a run of `cjepa pretrain` that takes seconds
+FLAGS = [
+    "--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2", "--intermediate_size", "64",
+    "--predictor_hidden_size", "16", "--predictor_num_hidden_layers", "1", "--predictor_num_attention_heads", "2",
+    "--num_train_images", "64", "--num_eval_images", "48", "--per_device_train_batch_size", "16",
+    "--logging_steps", "1", "--precision", "float32", "--dataloader_num_workers", "0", "--use_cpu",
+]  # fmt: skip
+
 
 def tiny_config(**changes) -> CJepaConfig:
     return CJepaConfig(**{**SIZES, **changes})
