@@ -17,6 +17,7 @@ pretrain: $(INSTALLED) ## pre-train with RECIPE (a name or a file), e.g. ARGS="-
 	$(BIN)/cjepa pretrain $(RECIPE) $(ARGS)
 
 smoke: $(INSTALLED) ## pre-train for a few steps on a few images, into runs/smoke
+	rm -rf runs/smoke
 	$(BIN)/cjepa pretrain cjepa_scenes --max_steps 4 --num_train_images 256 --num_eval_images 128 --output_dir runs/smoke
 
 test: $(INSTALLED) ## run the tests, e.g. ARGS="-k packaging"

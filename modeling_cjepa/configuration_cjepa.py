@@ -1,9 +1,15 @@
 """Configuration of the C-JEPA models: encoder, predictor, mask geometry and loss weights."""
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 REGULARIZERS = ("blocks", "context", "pair")
 PREDICTION_LOSSES = ("smooth_l1", "mse")
+_COUNTS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size",
+    "num_channels", "predictor_hidden_size", "predictor_num_hidden_layers", "predictor_num_attention_heads",
+    "expander_hidden_size", "num_target_blocks", "min_context_patches",
+)  # fmt: skip
 
 
 class CJepaConfig(PreTrainedConfig):
@@ -98,6 +104,10 @@ class CJepaConfig(PreTrainedConfig):
         return height // patch_height, width // patch_width
 
     def _check_fields(self):
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or min(pair(value)) < 1):
+                raise ValueError(f"{name}={value} must be 1 or more.")
         for prefix in ("", "predictor_"):
             size, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
             if size % 4 or size % heads:
@@ -110,15 +120,21 @@ class CJepaConfig(PreTrainedConfig):
                 f"image_size={self.image_size} is smaller than patch_size={self.patch_size}; "
                 "choose a smaller patch_size or larger images."
             )
-        for name, value, choices in (
-            ("regularizer", self.regularizer, REGULARIZERS),
-            ("prediction_loss", self.prediction_loss, PREDICTION_LOSSES),
+        for name, choices in (
+            ("regularizer", REGULARIZERS),
+            ("prediction_loss", PREDICTION_LOSSES),
+            ("hidden_act", ACT2FN),
         ):
-            if value not in choices:
-                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}.")
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(choices)}.")
         for name in ("regularizer_weight", "invariance_weight", "variance_weight", "covariance_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative; a loss weight must be 0 or more.")
+        for name in ("target_scale", "target_aspect_ratio", "context_scale"):
+            if len(getattr(self, name)) != 2:
+                raise ValueError(f"{name}={getattr(self, name)} must be two numbers, low and high.")
+        if self.regularizer == "blocks" and self.num_target_blocks < 2 and self.regularizer_weight > 0:
+            raise ValueError("regularizer='blocks' compares target blocks; set num_target_blocks to 2 or more.")
 
 
 def pair(size) -> tuple[int, int]:

@@ -66,6 +66,8 @@ class CJepaPatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, patch_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Embeds all patches of images (B, C, H, W) to (B, N, D), or only those at `patch_ids` (B, Nc)."""
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalised images in floating point.")
         rows, columns = self.grid_size(pixel_values)
         height, width = self.patch_size
         pixels = pixel_values[..., : rows * height, : columns * width]

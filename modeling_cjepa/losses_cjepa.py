@@ -1,7 +1,7 @@
 """Losses of C-JEPA (arXiv 2410.19560) and VICReg (arXiv 2105.04906): pure functions, named and unweighted terms.
 
-Shapes: B images, M target blocks, K patches a block, D width. Batch statistics are those of the global batch: under
-several processes the embeddings are gathered with their gradient. All statistics are float32, also under autocast.
+Shapes: B images, M target blocks, K patches a block, D width. Batch statistics shall be those of the global batch:
+under several processes give what [`gather`] returns. All statistics are float32, also under autocast.
 """
 
 import torch
@@ -46,9 +46,9 @@ def vicreg_terms(a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
         `dict` of the scalars `invariance`, `variance` and `covariance`.
 
     Raises:
-        ValueError: The global batch has one image, so that its variance is undefined.
+        ValueError: There is one image only, so that its variance is undefined.
     """
-    a, b = gather(a.float()), gather(b.float())
+    a, b = a.float(), b.float()
     return {
         "invariance": F.mse_loss(a, b),
         "variance": (variance_term(a) + variance_term(b)) / 2,
@@ -70,14 +70,14 @@ def block_vicreg_terms(blocks: torch.Tensor) -> dict[str, torch.Tensor]:
         `dict` of the scalars `invariance`, `variance` and `covariance`.
 
     Raises:
-        ValueError: There is one block only, or the global batch has one image.
+        ValueError: There is one block or one image only.
     """
     num_blocks = blocks.shape[1]
     if num_blocks < 2:
         raise ValueError(
             "regularizer='blocks' compares target blocks with each other; set num_target_blocks to 2 or more."
         )
-    blocks = gather(blocks.float())
+    blocks = blocks.float()
     centred = blocks - blocks.mean(dim=1, keepdim=True)
     return {
         "invariance": 2 / (num_blocks - 1) * centred.square().sum(dim=1).mean(),

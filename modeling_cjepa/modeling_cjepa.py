@@ -136,7 +136,7 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
     Context encoder, target encoder (`cjepa`, a moving average of the former) and predictor, with the C-JEPA loss.
 
     The loss gives no gradient to the target encoder: call [`~CJepaForPreTraining.update_target_encoder`] after each
-    optimizer step (`CJepaTrainer` does, and `trainers.callbacks.TargetUpdateCallback` does it for any Trainer).
+    optimizer step (`CJepaTrainer` does, and `trainers.callbacks.TargetUpdateCallback(0.996)` makes any Trainer do it).
 
     Args:
         config ([`CJepaConfig`]): Its configuration.
@@ -151,7 +151,8 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         self.context_encoder = CJepaModel(config)
         self.predictor = CJepaPredictor(config)
         width = config.expander_hidden_size
-        self.expander = nn.Identity() if width is None else CJepaExpander(config.hidden_size, width)
+        has_expander = width is not None and config.regularizer_weight > 0
+        self.expander = CJepaExpander(config.hidden_size, width) if has_expander else nn.Identity()
         self.post_init()
         self._copy_target_to_context()
 
@@ -249,6 +250,9 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         """
         if (context_ids is None) != (target_ids is None):
             raise ValueError("Give both context_ids and target_ids, or neither to have them drawn.")
+        for name, ids in (("context_ids", context_ids), ("target_ids", target_ids)):
+            if ids is not None and ids.shape[0] != pixel_values.shape[0]:
+                raise ValueError(f"{name} has masks of {ids.shape[0]} images, pixel_values {pixel_values.shape[0]}.")
         grid_size = self.cjepa.embeddings.patch_embeddings.grid_size(pixel_values)
         if context_ids is None:
             context_ids, target_ids = self.sample_masks(
@@ -275,28 +279,37 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         config = self.config
         with torch.autocast(predictions.device.type, enabled=False):
             prediction = prediction_loss(predictions, targets, config.prediction_loss)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and config.regularizer_weight > 0):
-                terms = self._regularizer_terms(prediction, predictions.float(), context.float())
-            loss = prediction
-            if config.regularizer_weight > 0:
+            if config.regularizer_weight == 0:
+                with torch.no_grad():
+                    terms = self._regularizer_terms(prediction, predictions, context, only_watched=True)
+                loss = prediction
+            else:
+                terms = self._regularizer_terms(prediction, predictions, context)
                 weighted = [getattr(config, f"{name}_weight") * term for name, term in terms.items()]
                 loss = prediction + config.regularizer_weight * sum(weighted)
         terms = {"prediction": prediction, **terms}
         return loss, {name: term.detach() for name, term in terms.items()}
 
-    def _regularizer_terms(self, prediction, predictions, context) -> dict[str, torch.Tensor]:
-        """VICReg's terms in the configured reading: (A) `blocks`, (B) `context`, (C) `pair`."""
+    def _regularizer_terms(self, prediction, predictions, context, only_watched=False) -> dict[str, torch.Tensor]:
+        """
+        VICReg's terms of the global batch in the configured reading: (A) `blocks`, (B) `context`, (C) `pair`.
+
+        The expander reads the gathered batch, so that its batch norm, too, sees all of it. Terms that are only watched
+        are left out where one image or one block does not define them.
+        """
+        blocks = gather(predictions.float().mean(dim=2))  # (B, M, D)
+        pooled = gather(context.float().mean(dim=1))
+        if only_watched and min(blocks.shape[:2] if self.config.regularizer == "blocks" else pooled.shape[:1]) < 2:
+            return {}
         if self.config.regularizer == "blocks":
-            blocks = predictions.mean(dim=2)
             return block_vicreg_terms(self.expander(blocks.flatten(0, 1)).unflatten(0, blocks.shape[:2]))
-        pooled = self.expander(context.mean(dim=1))
+        expanded = self.expander(pooled)
         if self.config.regularizer == "pair":
-            return vicreg_terms(pooled, self.expander(predictions.mean(dim=(1, 2))))
-        pooled = gather(pooled)
+            return vicreg_terms(expanded, self.expander(blocks.mean(dim=1)))
         return {
             "invariance": prediction,
-            "variance": variance_term(pooled),
-            "covariance": covariance_term(pooled),
+            "variance": variance_term(expanded),
+            "covariance": covariance_term(expanded),
         }
 
 

@@ -9,8 +9,9 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from trainers.datasets import DataArguments, ImageDataset, ImageSource, load_sources, sample_seed, seeded, to_rgb
+from trainers.datasets import ImageDataset, ImageSource, sample_seed, seeded, to_rgb
 from trainers.errors import InputError, plain_message
+from trainers.sources import DataArguments, load_sources
 from trainers.transforms import eval_transform, image_processor, normalize, train_transform
 
 

@@ -75,15 +75,15 @@ def test_gradients_match(golden, step):
     model, _ = step
     gradients = parts(golden, prefix="grad.")
     assert not gradients["target_encoder"]
-    checked = 0
     for module, part in ((model.context_encoder, "encoder"), (model.predictor, "predictor")):
         parameters = dict(module.named_parameters())
         expected = _rename(gradients[part])
         assert expected.keys() == parameters.keys()
         for name, gradient in expected.items():
-            torch.testing.assert_close(parameters[name].grad, gradient, atol=1e-4, rtol=0, msg=lambda m, n=name: n + m)
-            checked += gradient.abs().max() > 0
-    assert checked > 50
+            # relative to the tensor's own size: many of them are smaller than any fixed tolerance
+            scale = gradient.abs().max()
+            assert scale > 0 or name.endswith("k_proj.bias")
+            assert (parameters[name].grad - gradient).abs().max() <= 1e-4 * scale + 1e-8, name
     assert all(parameter.grad is None for parameter in model.cjepa.parameters())
 
 

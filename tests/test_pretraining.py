@@ -157,9 +157,10 @@ def fails_in_one_sentence(capsys, status: int, *words: str):
 def test_corrupt_image_stops_the_run_with_its_name(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     for index in range(40):
-        (tmp_path / "photos" / f"{index}.png").write_bytes(b"this is no picture")
+        Image.new("RGB", (40, 40), (index, 0, 0)).save(tmp_path / "photos" / f"{index}.png")
+    (tmp_path / "photos" / "17.png").write_bytes(b"this is no picture")
     status = pretrain(tmp_path / "run", "--dataset", str(tmp_path / "photos"), "--dataloader_num_workers", "1")
-    fails_in_one_sentence(capsys, status, ".png", "cannot be read", "repair or remove")
+    fails_in_one_sentence(capsys, status, "17.png", "cannot be read", "repair or remove")
     assert not (tmp_path / "run" / "final").exists()
 
 
@@ -170,9 +171,9 @@ def test_finished_and_begun_runs_are_not_overwritten(run, tmp_path, capsys):
     shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
     fails_in_one_sentence(capsys, pretrain(begun), "checkpoint-3", "--resume_from_checkpoint last")
     status = pretrain(tmp_path / "new", "--resume_from_checkpoint", "last")
-    fails_in_one_sentence(capsys, status, "no checkpoint to resume from")
+    fails_in_one_sentence(capsys, status, "no whole checkpoint to resume from")
     status = pretrain(begun, "--resume_from_checkpoint", str(tmp_path))
-    fails_in_one_sentence(capsys, status, "trainer_state.json")
+    fails_in_one_sentence(capsys, status, "no whole checkpoint", "trainer_state.json")
 
 
 def test_checkpoint_of_another_grid_is_refused(run, tmp_path, capsys):
@@ -191,6 +192,86 @@ def test_resuming_goes_on_where_the_run_stopped(run, tmp_path):
     facts = json.loads((begun / "final" / "results.json").read_text())
     assert facts["training"]["steps"] == 5
     assert [entry["step"] for entry in facts["history"] if "loss" in entry] == [1, 2, 3, 4, 5]
+
+
+def test_resuming_a_run_at_its_end_trains_nothing(run, tmp_path):
+    folder, _, _ = run
+    begun = tmp_path / "begun"
+    shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
+    assert pretrain(begun, "--resume_from_checkpoint", "last") == 0
+    assert not (begun / "checkpoint-4").exists()
+    first, again = (load_file(path / "final" / "model.safetensors") for path in (folder, begun))
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("part", ["trainer_state.json", "config.json", "model.safetensors", "optimizer.pt"])
+def test_broken_checkpoint_is_passed_over_for_a_whole_one(run, tmp_path, capsys, part):
+    folder, _, _ = run
+    begun = tmp_path / "begun"
+    shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
+    shutil.copytree(begun / "checkpoint-3", begun / "checkpoint-10")
+    broken = begun / "checkpoint-10" / part
+    broken.write_bytes(broken.read_bytes()[:20])
+    assert pretrain(begun, "--resume_from_checkpoint", "last") == 0
+    printed = capsys.readouterr().out
+    assert "checkpoint-10 is passed over" in printed and part in printed and "going on from" in printed
+    status = pretrain(tmp_path / "other", "--resume_from_checkpoint", str(begun / "checkpoint-10"))
+    fails_in_one_sentence(capsys, status, "no whole checkpoint", part)
+
+
+def test_other_settings_are_said_on_resuming(run, tmp_path, capsys):
+    folder, _, _ = run
+    begun = tmp_path / "begun"
+    shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
+    assert pretrain(begun, "--resume_from_checkpoint", "last", "--seed", "7", "--max_steps", "4") == 0
+    assert "other settings" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_classes_that_train_lacks_are_said_before_training(tmp_path, capsys):
+    for split, name in (("train", "cat"), ("train", "dog"), ("test", "emu")):
+        (tmp_path / "pets" / split / name).mkdir(parents=True)
+        for index in range(16):
+            Image.new("RGB", (32, 32), (index, 0, 0)).save(tmp_path / "pets" / split / name / f"{index}.png")
+    status = pretrain(tmp_path / "run", "--dataset", str(tmp_path / "pets"))
+    fails_in_one_sentence(capsys, status, "emu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_make_one_run(run, tmp_path):
+    folder, _, _ = run
+    root = Path(__file__).resolve().parent.parent
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    flags = [*FLAGS, "--per_device_train_batch_size", "8", "--max_steps", "3", "--output_dir", str(tmp_path / "run")]
+    result = subprocess.run(
+        [*launcher, "scripts/pretrain.py", "cjepa_scenes", *flags], cwd=root, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(root)}, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    facts = json.loads((tmp_path / "run" / "final" / "results.json").read_text())
+    assert facts["training"]["processes"] == 2 and facts["training"]["images_seen"] == 48
+    one, two = (load_file(path / "final" / "model.safetensors") for path in (folder, tmp_path / "run"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--crop_scale", "1", "0.3"], ["crop_scale"]),
+        (["--image_std", "0", "0", "0"], ["image_std"]),
+        (["--num_train_images", "0"], ["num_train_images"]),
+        (["--num_channels", "1"], ["num_channels", "RGB"]),
+        (["--per_device_train_batch_size", "1"], ["per_device_train_batch_size"]),
+        (["--report_to", "nowhere"], ["nowhere"]),
+        (["--hidden_act", "sharp"], ["hidden_act"]),
+        (["--target_scale", "0.2"], ["target_scale"]),
+        (["--patch_size", "0"], ["patch_size"]),
+        (["--dataset", "*.parquet"], ["*.parquet"]),
+    ],
+)
+def test_impossible_flags_are_one_sentence(tmp_path, capsys, flags, words):
+    fails_in_one_sentence(capsys, pretrain(tmp_path / "run", *flags), *words)
 
 
 def test_model_with_missing_weights_is_refused(run, tmp_path, capsys):

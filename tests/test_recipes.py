@@ -48,6 +48,7 @@ def test_flags_are_typed_like_yaml():
     assert parse("--horizontal_flip", "false", "--dataset", "my/photos", "--report_to", "tensorboard") == {
         "horizontal_flip": False, "dataset": "my/photos", "report_to": "tensorboard",
     }  # fmt: skip
+    assert parse("--dataset", "2024", "--run_name", "a: b") == {"dataset": "2024", "run_name": "a: b"}
     assert parse() == {}
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from training_worker import build_trainer, train
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from trainers.callbacks import ema_momentum, weight_decay
+from trainers.callbacks import TargetUpdateCallback, ema_momentum, weight_decay
 from trainers.diagnostics import feature_std, rankme
 from trainers.errors import InputError
 from trainers.schedules import warmup_cosine
@@ -171,6 +171,54 @@ def test_checkpoint_with_missing_weights_is_refused(tmp_path):
         build_trainer(str(tmp_path), training | {"max_steps": 2}).train(resume_from_checkpoint=str(checkpoint))
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("float32", torch.float32)])
+def test_precision_is_that_of_the_computation(tmp_path, precision, dtype):
+    training = {"max_steps": 1, "per_device_train_batch_size": 8, "precision": precision}
+    trainer = build_trainer(str(tmp_path), training)
+    seen = set()
+    for encoder in (trainer.model.cjepa, trainer.model.context_encoder):
+        encoder.layers[0].mlp.fc1.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    trainer.train()
+    assert seen == {dtype}
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+def test_diverged_run_stops_with_its_step(tmp_path):
+    trainer = build_trainer(str(tmp_path), {"max_steps": 3, "per_device_train_batch_size": 8})
+    with torch.no_grad():
+        trainer.model.predictor.mask_token.fill_(float("nan"))
+    with pytest.raises(InputError, match="nan at step 1.*learning_rate"):
+        trainer.train()
+
+
+def test_unfinished_checkpoint_is_taken_away(tmp_path, monkeypatch):
+    training = {"max_steps": 2, "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1}
+    trainer = build_trainer(str(tmp_path), training)
+    save = torch.save
+
+    def full_disk(obj, path, *arguments, **options):
+        if "checkpoint-2" in str(path) and "optimizer" in str(path):
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos")
+        return save(obj, path, *arguments, **options)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(RuntimeError, match="enforce fail"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_any_trainer_can_update_the_target(tmp_path):
+    model = build_trainer(str(tmp_path), {"max_steps": 1}).model
+    start = model.cjepa.layernorm.bias.clone()
+    pixels = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to=[]
+    )
+    images = [{"pixel_values": image} for image in pixels]
+    Trainer(model, arguments, train_dataset=images, callbacks=[TargetUpdateCallback(0.5)]).train()
+    assert not torch.equal(model.cjepa.layernorm.bias, start)
+
+
 def test_schedule_values():
     values = [warmup_cosine(step, 10, 2, 0.2, 1.0, 0.1) for step in (0, 1, 2, 6, 10, 99)]
     assert values == pytest.approx([0.2, 0.6, 1.0, 0.55, 0.1, 0.1])
@@ -178,7 +226,16 @@ def test_schedule_values():
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"ema_momentum": 1.5}, "ema_momentum"), ({"schedule_scale": 0.5}, "schedule_scale"), ({"precision": "x"}, "x")],
+    [
+        ({"ema_momentum": 1.5}, "ema_momentum"),
+        ({"schedule_scale": 0.5}, "schedule_scale"),
+        ({"precision": "x"}, "x"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"seed": -1}, "seed"),
+        ({"fp16": True}, "fp16"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+    ],
 )
 def test_arguments_out_of_range_are_refused(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):

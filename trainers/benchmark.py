@@ -6,6 +6,7 @@ import time
 import torch
 
 from modeling_cjepa.masking_cjepa import sample_block_masks
+from trainers.errors import InputError
 
 GRIDS = (8, 14, 16)
 
@@ -21,6 +22,8 @@ def benchmark_masks(batch_size: int = 256, num_rounds: int = 20) -> list[dict]:
     Returns:
         One `dict` a grid: `grid`, `batch_size`, `median` and `low`, `high` (the quartiles) in microseconds an image.
     """
+    if batch_size < 1 or num_rounds < 2:
+        raise InputError(f"--batch_size {batch_size} must be 1 or more and --rounds {num_rounds} 2 or more.")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -8,10 +8,21 @@ from trainers.schedules import cosine, linear
 
 
 class TargetUpdateCallback(TrainerCallback):
-    """Moves the target encoder once after each optimizer step; works with any `Trainer` and our arguments."""
+    """
+    Moves the target encoder once after each optimizer step; works with any `Trainer`.
+
+    Args:
+        momentum (`float`): Share of the old target kept in the first step, in [0, 1].
+        final_momentum (`float`): The same at the schedule's end; linear in between.
+        schedule_scale (`float`): Length of the schedule in units of the run.
+    """
+
+    def __init__(self, momentum: float = 0.996, final_momentum: float = 1.0, schedule_scale: float = 1.0):
+        self.momentum, self.final_momentum, self.schedule_scale = momentum, final_momentum, schedule_scale
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        model.update_target_encoder(ema_momentum(args, state.global_step, state.max_steps))
+        num_steps = state.max_steps * self.schedule_scale
+        model.update_target_encoder(linear(state.global_step, num_steps, self.momentum, self.final_momentum))
 
 
 class WeightDecayCallback(TrainerCallback):
@@ -19,7 +30,7 @@ class WeightDecayCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         for group in optimizer.param_groups:
-            if group["decays"]:
+            if group.get("decays", False):
                 group["weight_decay"] = weight_decay(args, state.global_step, state.max_steps)
 
 

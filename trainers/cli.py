@@ -4,6 +4,7 @@ import argparse
 import errno
 import sys
 
+from safetensors import SafetensorError
 from transformers.utils import logging
 
 from trainers.errors import InputError, plain_message
@@ -21,19 +22,26 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = build_parser()
     namespace = parser.parse_args(arguments)
+    namespace.command = sys.argv[1:] if arguments is None else arguments
     # one bar says how far a command is; those of single files would break it up
     logging.disable_progress_bar()
     try:
         namespace.run(namespace)
     except InputError as error:
         return fail(plain_message(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not is_disk_full(error):
             raise
         return fail(f"the disk is full ({error}); make room and resume from the last checkpoint.")
     except KeyboardInterrupt:
-        return fail("interrupted; a run goes on with --resume_from_checkpoint last.", status=130)
+        return fail("interrupted; a run that has saved a checkpoint goes on with --resume_from_checkpoint last.", 130)
     return 0
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether a write failed for want of space, in the words of Python, safetensors or torch."""
+    words = ("No space left", "os error 28", "Disk quota exceeded", "inline_container")
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in words)
 
 
 def fail(sentence: str, status: int = 2) -> int:
@@ -82,14 +90,16 @@ def run_pretrain(namespace):
     from trainers.pretraining import pretrain
     from trainers.recipes import overrides_of, read_recipe
 
-    pretrain(read_recipe(namespace.recipe, overrides_of(namespace)))
+    recipe = read_recipe(namespace.recipe, overrides_of(namespace))
+    recipe.command = namespace.command
+    pretrain(recipe)
 
 
 def add_evaluate(commands):
     """`cjepa evaluate MODEL --dataset ...`."""
-    from trainers.datasets import DataArguments
     from trainers.evaluation import EvaluationArguments
     from trainers.flags import add_flags, type_hints
+    from trainers.sources import DataArguments
 
     parser = commands.add_parser(
         "evaluate",
@@ -113,11 +123,13 @@ def run_evaluate(namespace):
     from pathlib import Path
 
     from modeling_cjepa.configuration_cjepa import pair
-    from trainers.datasets import DataArguments, load_sources
     from trainers.evaluation import EvaluationArguments, evaluate_model, format_table, load_encoder_config
     from trainers.files import write_json
     from trainers.flags import dataclass_from_flags
+    from trainers.sources import DataArguments, load_sources
 
+    if namespace.output and (Path(namespace.output).is_dir() or not Path(namespace.output).parent.is_dir()):
+        raise InputError(f"--output {namespace.output} is no file in an existing folder; mend it.")
     data = dataclass_from_flags(namespace, DataArguments)
     evaluation = dataclass_from_flags(namespace, EvaluationArguments)
     image_size = max(pair(load_encoder_config(namespace.model).image_size))

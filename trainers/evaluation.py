@@ -214,7 +214,7 @@ def evaluate_model(
         InputError: There is no whole C-JEPA model, images have no labels, or a test class is not in the train images.
     """
     arguments = arguments or EvaluationArguments()
-    train_source, test_source = _with_common_classes(train_source, test_source)
+    train_source, test_source = with_common_classes(train_source, test_source)
     if isinstance(model, str | Path):
         image_mean, image_std = _image_statistics(model) or (image_mean, image_std)
         model = _load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -243,8 +243,19 @@ def evaluate_model(
     }
 
 
-def _with_common_classes(train: ImageSource, test: ImageSource) -> tuple[ImageSource, ImageSource]:
-    """Both sources with the classes that train images have, numbered alike: each may have numbered its own."""
+def with_common_classes(train: ImageSource, test: ImageSource) -> tuple[ImageSource, ImageSource]:
+    """
+    Both sources with the classes that train images have, numbered alike: each may have numbered its own.
+
+    Args:
+        train, test ([`ImageSource`]): Labelled images.
+
+    Returns:
+        The two sources.
+
+    Raises:
+        InputError: There are no labels, or a test class is not in the train images.
+    """
     for source in (train, test):
         if source.labels is None:
             raise InputError(f"{source.name} has no labels; say which with --label_column.")

@@ -65,8 +65,21 @@ def type_name(hint) -> str:
 
 def flag_value(text: str):
     """A flag's text as YAML would read it, except that `1e-3` is a number here."""
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
     return float(value) if is_number(value) else value
+
+
+def takes_words(hint) -> bool:
+    """Whether a field is text and nothing else, or none."""
+    return hint is str or set(typing.get_args(hint)) == {str, type(None)}
+
+
+def word(text: str) -> str | None:
+    """A flag's text as it is; `null` is none."""
+    return None if text == "null" else text
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, defaults, hints: dict[str, object], listed=None):
@@ -86,9 +99,13 @@ def add_flags(parser: argparse.ArgumentParser, title: str, defaults, hints: dict
         text = " ".join(field_help(cls, name).split()).split(". ")[0].rstrip(".")
         shown = f"{text} (default {getattr(defaults, name, None)})".replace("%", "%%")
         group.add_argument(
-            f"--{name}", type=flag_value, metavar="X", nargs="*", default=argparse.SUPPRESS,
+            f"--{name}",
+            type=word if takes_words(hints[name]) else flag_value,
+            metavar="X",
+            nargs="*",
+            default=argparse.SUPPRESS,
             help=shown if listed is None or name in listed else argparse.SUPPRESS,
-        )  # fmt: skip
+        )
 
 
 def given_flags(namespace: argparse.Namespace, hints: dict[str, object]) -> dict:

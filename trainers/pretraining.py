@@ -1,28 +1,32 @@
 """A pre-training run from recipe to published folder."""
 
-import json
 import math
-import sys
+import os
+import shlex
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerState
+from transformers.trainer_utils import set_seed
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining
 from modeling_cjepa.configuration_cjepa import pair
-from trainers.datasets import ImageDataset, ImageSource, load_sources
+from trainers.checkpoints import changed_settings, check_same_model, find_checkpoint, is_finished
+from trainers.datasets import ImageDataset, ImageSource
 from trainers.errors import InputError
-from trainers.evaluation import evaluate_model, format_table
+from trainers.evaluation import evaluate_model, format_table, with_common_classes
 from trainers.files import write_json
 from trainers.publishing import render_card, save_model, whole_folder
 from trainers.recipes import Recipe, model_fields, write_recipe
 from trainers.reports import draw_curves, machine_facts, software_facts
+from trainers.sources import load_sources
 from trainers.trainer import CJepaTrainer
 from trainers.training_args import CJepaTrainingArguments
 from trainers.transforms import image_processor, train_transform
-
-LAST = "last"
 
 
 def pretrain(recipe: Recipe) -> Path:
@@ -39,6 +43,8 @@ def pretrain(recipe: Recipe) -> Path:
     Raises:
         InputError: The recipe cannot be run as it is; the message says what to change.
     """
+    # numbers too small for a normal float slow a CPU's matrix products down tenfold and more
+    torch.set_flush_denormal(True)
     args = training_arguments(recipe)
     model = build_model(recipe, args)
     checkpoint = find_checkpoint(args)
@@ -46,14 +52,21 @@ def pretrain(recipe: Recipe) -> Path:
         check_same_model(checkpoint, model.config)
     if args.process_index == 0:
         print(describe(recipe, model, args), flush=True)
-    with args.main_process_first(desc="reading the images"):
-        train_source, eval_source = load_sources(recipe.data, max(pair(model.config.image_size)), args.seed)
+        if checkpoint is not None:
+            print(f"going on from {checkpoint}{changed_settings(recipe, checkpoint)}", flush=True)
+    train_source, eval_source = load_sources(recipe.data, max(pair(model.config.image_size)), args.seed)
+    if train_source.labels is not None and eval_source.labels is not None:
+        # now rather than after hours of training
+        train_source, eval_source = with_common_classes(train_source, eval_source)
     trainer = build_trainer(recipe, model, args, train_source)
     if trainer.is_world_process_zero():
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_recipe(recipe.values, Path(args.output_dir, "recipe.yaml"))
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is not None and is_finished(checkpoint, args):
+        trainer.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        trainer._load_from_checkpoint(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     trainer.accelerator.wait_for_everyone()
     folder = Path(args.output_dir, "final")
@@ -65,8 +78,14 @@ def pretrain(recipe: Recipe) -> Path:
 def training_arguments(recipe: Recipe) -> CJepaTrainingArguments:
     """The run's arguments; without an output folder a new one under `runs/` is named after recipe and time."""
     values = dict(recipe.training)
-    values.setdefault("output_dir", f"runs/{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}")
     values.setdefault("report_to", "none")
+    if "output_dir" not in values:
+        name = [f"runs/{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"]
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # the clocks of the processes may differ by the second that matters
+            PartialState(cpu=bool(values.get("use_cpu", False)))
+            broadcast_object_list(name)
+        values["output_dir"] = name[0]
     try:
         return CJepaTrainingArguments(**values)
     except (ValueError, ImportError) as error:
@@ -97,49 +116,19 @@ def build_trainer(recipe: Recipe, model, args, train_source: ImageSource) -> CJe
             f"{train_source.name} has {len(train_source)} images, fewer than the {batch_size} of a batch over all "
             "processes; lower --per_device_train_batch_size or give more images."
         )
-    transform = train_transform(pair(model.config.image_size), data.crop_scale, data.horizontal_flip)
+    if batch_size < 2 and model.config.regularizer_weight > 0:
+        raise InputError("A batch of 1 image has no variance; raise --per_device_train_batch_size to 2 or more.")
+    if model.config.num_channels != 3:
+        raise InputError(f"num_channels={model.config.num_channels}, but images are read as RGB; set it to 3.")
+    image_size = pair(model.config.image_size)
+    transform = train_transform(image_size, data.crop_scale, data.horizontal_flip)
     dataset = ImageDataset(train_source, transform, args.seed)
-    return CJepaTrainer(
-        model, args, train_dataset=dataset, image_mean=data.image_mean, image_std=data.image_std
-    )  # fmt: skip
-
-
-def find_checkpoint(args: CJepaTrainingArguments) -> str | None:
-    """The checkpoint to resume from, if any; a folder that already holds a run is never started anew silently."""
-    asked, output = args.resume_from_checkpoint, Path(args.output_dir)
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None
-    if (output / "final").exists():
-        raise InputError(f"{output} already holds a finished run; choose another --output_dir.")
-    if asked is None:
-        if last is not None:
-            raise InputError(
-                f"{output} already holds {Path(last).name}; go on with --resume_from_checkpoint {LAST} or choose "
-                "another --output_dir."
-            )
-        return None
-    if asked == LAST:
-        if last is None:
-            raise InputError(f"{output} holds no checkpoint to resume from; mend --output_dir.")
-        return last
-    if not Path(asked, "trainer_state.json").is_file():
-        raise InputError(f"{asked} is no checkpoint of a run (it has no trainer_state.json); mend "
-                         "--resume_from_checkpoint.")  # fmt: skip
-    return asked
-
-
-def check_same_model(checkpoint: str, config: CJepaConfig):
-    """Refuses a checkpoint of another architecture, grid or loss, naming the first field that differs."""
-    path = Path(checkpoint, "config.json")
-    if not path.is_file():
-        raise InputError(f"{checkpoint} has no config.json; it is no whole checkpoint, resume from another.")
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    ours = json.loads(config.to_json_string(use_diff=False))
-    for name in model_fields():
-        if name in saved and saved[name] != ours[name]:
-            raise InputError(
-                f"{checkpoint} was trained with {name}={saved[name]}, the recipe says {ours[name]}; resume with the "
-                "recipe it was trained with (recipe.yaml beside it)."
-            )
+    processor = image_processor(image_size, data.image_mean, data.image_std)
+    statistics = {"image_mean": data.image_mean, "image_std": data.image_std}
+    try:
+        return CJepaTrainer(model, args, train_dataset=dataset, processing_class=processor, **statistics)
+    except (ValueError, ImportError, OSError) as error:
+        raise InputError(f"The run cannot start: {' '.join(str(error).split())}") from error
 
 
 def describe(recipe: Recipe, model, args) -> str:
@@ -159,30 +148,29 @@ def describe(recipe: Recipe, model, args) -> str:
 
 def finish(recipe: Recipe, trainer: CJepaTrainer, train_source, eval_source, seconds: float, folder: Path):
     """Saves the trained model, evaluates it where there are labels, writes results and card, says how to load it."""
-    data, history = recipe.data, trainer.state.log_history
     model = trainer.accelerator.unwrap_model(trainer.model)
-    processor = image_processor(pair(model.config.image_size), data.image_mean, data.image_std)
     with whole_folder(folder) as unfinished:
-        save_model(model, processor, unfinished)
+        save_model(model, trainer.processing_class, unfinished)
         facts = run_facts(recipe, trainer, model, train_source, seconds)
-        if eval_source.labels is not None:
-            facts["evaluation"] = evaluate_model(str(unfinished), train_source, eval_source, recipe.evaluation)
+        if train_source.labels is not None and eval_source.labels is not None:
+            try:
+                facts["evaluation"] = evaluate_model(str(unfinished), train_source, eval_source, recipe.evaluation)
+            except InputError as error:
+                print(f"The model is saved, but cannot be evaluated: {error}", flush=True)
         else:
             print(f"{eval_source.name} has no labels: nothing to evaluate.", flush=True)
-        facts["history"] = history
-        draw_curves(history, unfinished / "curves.png")
-        write_json(unfinished / "results.json", facts)
-        (unfinished / "README.md").write_text(render_card(card_facts(facts)), encoding="utf-8")
+        draw_curves(trainer.state.log_history, unfinished / "curves.png")
+        write_json(unfinished / "results.json", facts | {"history": trainer.state.log_history})
+        (unfinished / "README.md").write_text(render_card(card_facts(facts, folder)), encoding="utf-8")
     if "evaluation" in facts:
         print("\n" + format_table(facts["evaluation"]))
     print(CLOSING.format(folder=folder), flush=True)
 
 
-def card_facts(facts: dict) -> dict:
-    """The facts with the evaluation as a table."""
-    if "evaluation" not in facts:
-        return facts
-    return facts | {"evaluation_table": format_table(facts["evaluation"])}
+def card_facts(facts: dict, folder: Path) -> dict:
+    """The facts with the folder's place and the evaluation as a table."""
+    table = {"evaluation_table": format_table(facts["evaluation"])} if "evaluation" in facts else {}
+    return facts | {"folder": folder} | table
 
 
 CLOSING = """
@@ -195,6 +183,15 @@ Saved in {folder} (weights, config, image processor, curves.png, results.json, R
     embeddings = encoder(**processor(images, return_tensors="pt")).pooler_output"""
 
 
+def trained_seconds(logged: list[dict], batch_size: int) -> float:
+    """Seconds of training by the log, the parts before a resume included; 0 without one."""
+    steps = [0, *(entry["step"] for entry in logged)]
+    return math.fsum(
+        (step - before) * batch_size / entry["images_per_second"]
+        for before, step, entry in zip(steps, steps[1:], logged, strict=False)
+    )
+
+
 def run_facts(recipe: Recipe, trainer: CJepaTrainer, model, train_source: ImageSource, seconds: float) -> dict:
     """What is known about a finished run, for `results.json` and the card."""
     state, args = trainer.state, trainer.args
@@ -205,7 +202,7 @@ def run_facts(recipe: Recipe, trainer: CJepaTrainer, model, train_source: ImageS
         "steps": state.global_step,
         "batch_size": batch_size,
         "images_seen": state.global_step * batch_size,
-        "seconds": round(seconds, 1),
+        "seconds": round(trained_seconds(logged, batch_size) or seconds, 1),
         "processes": args.world_size,
         "precision": "bf16" if args.bf16 else "float32",
     }
@@ -220,7 +217,7 @@ def run_facts(recipe: Recipe, trainer: CJepaTrainer, model, train_source: ImageS
     return {
         "recipe": recipe.name,
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
-        "command": " ".join(["cjepa", *sys.argv[1:]]),
+        "command": shlex.join(["cjepa", *recipe.command]),
         "seed": args.seed,
         "settings": recipe.values,
         "model": {

@@ -13,11 +13,12 @@ from pathlib import Path
 import yaml
 
 from modeling_cjepa import CJepaConfig
-from trainers.datasets import DataArguments
 from trainers.errors import InputError
 from trainers.evaluation import EvaluationArguments
+from trainers.files import write_text_atomically
 from trainers.flags import add_flags, check_value, given_flags, type_hints
 from trainers.resources import recipe_path
+from trainers.sources import DataArguments
 from trainers.training_args import CJepaTrainingArguments
 
 # fields of transformers' TrainingArguments worth a line of `--help`; all others are accepted, too
@@ -50,6 +51,7 @@ class Recipe:
         values (`dict`): Every key that was set, by file or flag.
         model (`dict`): Those of them that are fields of [`CJepaConfig`].
         training (`dict`): Those that are fields of [`CJepaTrainingArguments`].
+        command (`list[str]`): The command line it came from, for the record.
         data ([`DataArguments`]), evaluation ([`EvaluationArguments`]), run ([`RunArguments`]): The others.
     """
 
@@ -60,6 +62,7 @@ class Recipe:
     data: DataArguments
     evaluation: EvaluationArguments
     run: RunArguments
+    command: list[str] = field(default_factory=list)
 
 
 def model_fields() -> dict[str, object]:
@@ -152,5 +155,6 @@ def overrides_of(namespace: argparse.Namespace) -> dict:
 
 
 def write_recipe(values: dict, path: Path):
-    """Writes the keys that were set as a recipe."""
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    """Writes the keys that were set as a recipe that repeats the run elsewhere."""
+    kept = {name: value for name, value in values.items() if name not in ("output_dir", "resume_from_checkpoint")}
+    write_text_atomically(path, yaml.safe_dump(kept, sort_keys=False))

@@ -4,8 +4,11 @@ The masks of a step are a function of (seed, step, micro-step): every process dr
 its rows, so that several processes compute the gradients of one, and a resumed run those of an uninterrupted one.
 """
 
+import math
+import shutil
 import time
 from collections import deque
+from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -55,9 +58,12 @@ class CJepaTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(model, args, **kwargs)
-        self.image_mean, self.image_std = list(image_mean), list(image_std)
+        # on the device once, so that no step waits for a copy
+        self.image_mean, self.image_std = (
+            torch.tensor(list(values), device=args.device) for values in (image_mean, image_std)
+        )
         self.add_callback(CropEpochCallback)
-        self.add_callback(TargetUpdateCallback)
+        self.add_callback(TargetUpdateCallback(args.ema_momentum, args.final_ema_momentum, args.schedule_scale))
         self.add_callback(WeightDecayCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ImagesPerSecondBar)
@@ -148,6 +154,11 @@ class CJepaTrainer(Trainer):
         if "loss" in logs and self._num_micro_batches:
             logs |= self._summary()
             self._reset_window()
+            if not math.isfinite(logs["loss"]):
+                raise InputError(
+                    f"The loss is {logs['loss']} at step {self.state.global_step}: the run has diverged; lower "
+                    "--learning_rate or set --max_grad_norm, and resume from a checkpoint before that."
+                )
         super().log(logs, start_time)
 
     def _summary(self) -> dict[str, float]:
@@ -165,6 +176,14 @@ class CJepaTrainer(Trainer):
             "images_per_second": self._num_images / seconds,
             "data_wait_share": self._waited / seconds,
         }
+
+    def _save_checkpoint(self, model, trial):
+        """Saves a checkpoint whole: one that cannot be finished, such as on a full disk, is taken away again."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"), ignore_errors=True)
+            raise
 
     def floating_point_ops(self, inputs) -> int:
         """None are counted: transformers' estimate is one of text models."""

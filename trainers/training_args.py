@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 PRECISIONS = ("auto", "bf16", "float32")
 
@@ -55,6 +56,7 @@ class CJepaTrainingArguments(TrainingArguments):
     num_train_epochs: float = field(default=100.0, metadata={"help": "passes over the train images"})
     max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to this norm; 0 never clips"})
     logging_steps: float = field(default=20, metadata={"help": "log every so many optimizer steps"})
+    logging_first_step: bool = field(default=True, metadata={"help": "log the first step, too"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "it would wait for the device each step"})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "leave out the last, smaller batch"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "images have no column to keep"})
@@ -69,10 +71,27 @@ class CJepaTrainingArguments(TrainingArguments):
             raise ValueError(f"schedule_scale={self.schedule_scale} is below 1; the schedules must outlast the run.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
+        for name in ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} is negative; give 0 or more.")
+        if self.fp16:
+            raise ValueError("fp16 is not supported: the target encoder's moving average needs float32 or bf16.")
+        if self.lr_scheduler_type not in ("linear", SchedulerType.LINEAR):
+            raise ValueError(
+                f"lr_scheduler_type={self.lr_scheduler_type!r} has no effect: the schedule is set by warmup_steps, "
+                "start_learning_rate, final_learning_rate and schedule_scale."
+            )
+        if self.bf16:
+            self.precision = "bf16"
+        self.bf16 = False  # decided below, when the device is known
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
         self.bf16 = self.precision == "bf16" or (self.precision == "auto" and computes_in_bf16(self.device))
+        # the field that Trainer hands to Accelerate, which the parent has set before the device was known
+        self.mixed_precision = "bf16" if self.bf16 else "no"
 
 
 def computes_in_bf16(device: torch.device) -> bool:

@@ -72,7 +72,9 @@ def normalize(pixel_values: torch.Tensor, mean, std) -> torch.Tensor:
     """Images (B, C, H, W) uint8 to float32 with the channels' mean and std; float images are taken as they are."""
     if pixel_values.dtype != torch.uint8:
         return pixel_values
+    mean, std = (
+        torch.as_tensor(values, dtype=torch.float32, device=pixel_values.device).view(1, -1, 1, 1)
+        for values in (mean, std)
+    )
     # one multiplication and one subtraction, in place
-    scale = 1 / (255 * torch.tensor(std, device=pixel_values.device).view(1, -1, 1, 1))
-    shift = (torch.tensor(mean) / torch.tensor(std)).to(pixel_values.device).view(1, -1, 1, 1)
-    return pixel_values.float().mul_(scale).sub_(shift)
+    return pixel_values.float().mul_(1 / (255 * std)).sub_(mean / std)

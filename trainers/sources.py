@@ -1,0 +1,220 @@
+"""Where images come from: rendered scenes, a folder, parquet files or a data set of the Hub."""
+
+import glob
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Image, load_dataset
+from datasets.exceptions import DatasetsError
+
+from trainers.datasets import ImageSource, StoredImages
+from trainers.errors import InputError
+from trainers.scenes import FAMILY_NAMES, KIND_NAMES, render_scenes
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+EVAL_SPLITS = ("test", "validation", "val", "valid")
+# rendered scenes: as many as these where the recipe does not say; evaluation scenes have a seed of their own
+NUM_SCENES = {"train": 10_000, "test": 2_000}
+SCENES_SEED = {"train": 0, "test": 1}
+
+
+@dataclass
+class DataArguments:
+    """Which images, and how they are cropped."""
+
+    dataset: str = field(
+        default="scenes",
+        metadata={"help": "`scenes` (rendered), a folder of images, parquet files (a path, a pattern or a folder), "
+                          "or the id of a data set on the Hub"},
+    )  # fmt: skip
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set on the Hub"})
+    train_split: str = field(default="train", metadata={"help": "split to train on"})
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "split to evaluate on; when not given `test` or `validation`, or else a tenth of the train "
+                          "split is held out"},
+    )  # fmt: skip
+    image_column: str | None = field(
+        default=None, metadata={"help": "column of images; found by its type if not given"}
+    )
+    label_column: str | None = field(default=None, metadata={"help": "column of labels; scenes: `kind` or `family`"})
+    num_train_images: int | None = field(
+        default=None, metadata={"help": "use only so many train images, a fixed choice"}
+    )
+    num_eval_images: int | None = field(default=None, metadata={"help": "use only so many evaluation images"})
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.3, 1.0], metadata={"help": "share of the image a random crop covers, low and high"}
+    )
+    horizontal_flip: bool = field(default=False, metadata={"help": "mirror half of the crops (I-JEPA does not)"})
+    image_mean: list[float] = field(
+        default_factory=lambda: [0.485, 0.456, 0.406], metadata={"help": "mean of the channels, for pixels in [0, 1]"}
+    )
+    image_std: list[float] = field(
+        default_factory=lambda: [0.229, 0.224, 0.225], metadata={"help": "standard deviation of the channels"}
+    )
+
+    def __post_init__(self):
+        for name in ("num_train_images", "num_eval_images"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} must be 1 or more.")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise InputError(f"crop_scale={self.crop_scale} must be two numbers, low and high, above 0 and up to 1.")
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+            raise InputError(
+                f"image_mean={self.image_mean} and image_std={self.image_std} must be three numbers each, one a "
+                "channel, and the latter above 0."
+            )
+
+
+def load_sources(arguments: DataArguments, image_size: int = 32, seed: int = 0) -> tuple[ImageSource, ImageSource]:
+    """
+    Loads the images to train on and those to evaluate on.
+
+    Args:
+        arguments ([`DataArguments`]): Which data set, splits and columns, and how many images.
+        image_size (`int`): Pixels of a rendered scene's side; other images keep their own size.
+        seed (`int`): Chooses the images where only some are used or held out.
+
+    Returns:
+        The train and the evaluation [`ImageSource`].
+
+    Raises:
+        InputError: There is no such data set, split or column, or no image in it.
+    """
+    if arguments.dataset == "scenes":
+        return _scenes(arguments, "train", image_size), _scenes(arguments, "test", image_size)
+    splits = _load_splits(arguments)
+    if len(splits) == 1 and arguments.train_split == "train":
+        # whatever the file names made of it, such as a folder of photographs called test_1.png and so on
+        splits = {"train": next(iter(splits.values()))}
+    if arguments.train_split not in splits:
+        raise InputError(f"{arguments.dataset} has no split {arguments.train_split!r}, only {', '.join(splits)}; say "
+                         "which with --train_split.")  # fmt: skip
+    train = _source(splits[arguments.train_split], arguments, arguments.train_split)
+    name = arguments.eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
+    if name is None:
+        order = np.random.default_rng(seed).permutation(len(train))
+        num_held_out = max(len(train) // 10, 1)
+        if len(train) < 2:
+            raise InputError(
+                f"{train.name} has {len(train)} image; give at least 2, one to train on, one to evaluate."
+            )
+        train, evaluation = train.take(np.sort(order[num_held_out:])), train.take(np.sort(order[:num_held_out]))
+    elif name not in splits:
+        raise InputError(f"{arguments.dataset} has no split {name!r}, only {', '.join(splits)}; mend --eval_split.")
+    else:
+        evaluation = _source(splits[name], arguments, name)
+    return _choose(train, arguments.num_train_images, seed), _choose(evaluation, arguments.num_eval_images, seed)
+
+
+def _scenes(arguments: DataArguments, split: str, image_size: int) -> ImageSource:
+    asked = arguments.num_train_images if split == "train" else arguments.num_eval_images
+    label = arguments.label_column or "kind"
+    if label not in ("kind", "family"):
+        raise InputError(f"Scenes have no labels {label!r}; give --label_column kind or family.")
+    scenes = render_scenes(asked or NUM_SCENES[split], SCENES_SEED[split], image_size, progress=True)
+    names = {"kind": KIND_NAMES, "family": FAMILY_NAMES}[label]
+    return ImageSource(scenes["image"], scenes[label], list(names), f"scenes ({split})")
+
+
+def _choose(source: ImageSource, number: int | None, seed: int) -> ImageSource:
+    """A fixed random choice of so many images, in their own order; all of them if there are not more."""
+    if number is None or number >= len(source):
+        return source
+    order = np.random.default_rng(seed).permutation(len(source))
+    return source.take(np.sort(order[:number]))
+
+
+def _load_splits(arguments: DataArguments) -> dict:
+    """The splits of a folder, of parquet files, or of a data set on the Hub, images undecoded."""
+    name, path = arguments.dataset, Path(arguments.dataset).expanduser()
+    parquet = sorted(glob.glob(glob.escape(str(path)) + "/**/*.parquet" if path.is_dir() else name, recursive=True))
+    if parquet and all(file.endswith(".parquet") for file in parquet):
+        return _load(f"the parquet files {name}", "parquet", data_files=_parquet_splits(parquet, arguments))
+    if path.is_dir():
+        if not any(_is_image(file.relative_to(path)) for file in path.rglob("*")):
+            raise InputError(f"Folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)}); mend --dataset.")
+        return _load(f"the folder {path}", "imagefolder", data_dir=str(path))
+    if path.exists() or name.endswith(".parquet") or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"{name} is neither a folder of images nor parquet files; mend --dataset.")
+    advice = "it is no folder here; check the name, the network, and whether you are logged in"
+    return _load(f"{name} of the Hub", name, arguments.dataset_config, advice=advice)
+
+
+def _load(what: str, *args, advice: str = "repair or remove what is not an image or a table of images", **kwargs):
+    """`datasets.load_dataset`, whose many errors become one sentence."""
+    try:
+        return load_dataset(*args, **kwargs)
+    except (DatasetsError, pa.ArrowException, ConnectionError, OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"Cannot load {what} ({_first_line(error)}); {advice}.") from error
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a file below the data folder counts as an image: hidden files and folders do not."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith((".", "__")) for part in path.parts)
+
+
+def _parquet_splits(files: list[str], arguments: DataArguments) -> dict[str, list[str]]:
+    """Parquet files by split, read off names such as `test-00000-of-00001.parquet`; all others are `train`."""
+    known = {"train", *EVAL_SPLITS, arguments.train_split, arguments.eval_split}
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        name = Path(file).stem.split("-")[0]
+        splits.setdefault(name if name in known else "train", []).append(file)
+    return splits
+
+
+def _source(rows, arguments: DataArguments, split: str) -> ImageSource:
+    name = f"{arguments.dataset} ({split})"
+    image_column = arguments.image_column or _find_image_column(rows, name)
+    if image_column not in rows.column_names:
+        raise InputError(f"{name} has no column {image_column!r}, only {', '.join(rows.column_names)}; mend "
+                         "--image_column.")  # fmt: skip
+    if len(rows) == 0:
+        raise InputError(f"{name} holds no image; mend --dataset or the split.")
+    labels, label_names = _labels(rows, arguments.label_column, name)
+    images = StoredImages(rows.cast_column(image_column, Image(decode=False)).data.column(image_column))
+    return ImageSource(images, labels, label_names, name)
+
+
+def _find_image_column(rows, name: str) -> str:
+    for column, feature in rows.features.items():
+        if isinstance(feature, Image):
+            return column
+    for column in ("image", "img", "jpg", "png"):
+        if column in rows.column_names:
+            return column
+    raise InputError(f"{name} has no column of images among {', '.join(rows.column_names)}; say which with "
+                     "--image_column.")  # fmt: skip
+
+
+def _labels(rows, asked: str | None, name: str) -> tuple[np.ndarray | None, list[str] | None]:
+    """Class indices and names: of the column asked for, or of the first column of classes; None without one."""
+    if asked is not None and asked not in rows.column_names:
+        raise InputError(f"{name} has no column {asked!r}, only {', '.join(rows.column_names)}; mend --label_column.")
+    classes = [column for column, feature in rows.features.items() if isinstance(feature, ClassLabel)]
+    usual = [column for column in ("label", "labels", "fine_label") if column in rows.column_names]
+    column = asked or next(iter(classes + usual), None)
+    if column is None:
+        return None, None
+    feature, values = rows.features[column], rows[column][:]
+    missing = sum(value is None for value in values)
+    if missing == len(values) and asked is None:
+        return None, None
+    if missing:
+        raise InputError(
+            f"{name} has {missing} rows without a {column!r}; remove them or name another --label_column."
+        )
+    values = np.asarray(values)
+    if values.ndim != 1:
+        raise InputError(f"Column {column!r} of {name} holds lists, not one label each; name another --label_column.")
+    if isinstance(feature, ClassLabel):
+        return values.astype(np.int64), list(feature.names)
+    names, indices = np.unique(values, return_inverse=True)
+    return indices.astype(np.int64), [str(value) for value in names]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
