@@ -138,8 +138,10 @@ def test_resumed_run_is_bit_identical(tmp_path, workers):
 
 
 def test_two_processes_train_like_one(tmp_path):
+    # plain gradient descent: Adam turns the rounding of a vanishing gradient into a step of full length
+    descent = {"optim": "sgd", "start_learning_rate": 0.1, "learning_rate": 0.1, "max_steps": 3}
     runs = {
-        regularizer: {"max_steps": 3, "model": {"regularizer": regularizer, "regularizer_weight": 0.1}}
+        regularizer: descent | {"model": {"regularizer": regularizer, "regularizer_weight": 0.1}}
         for regularizer in ("context", "blocks", "pair")
     }
     halves = {name: run | {"per_device_train_batch_size": 8} for name, run in runs.items()}
@@ -153,7 +155,7 @@ def test_two_processes_train_like_one(tmp_path):
         two_log = json.loads((tmp_path / f"{name}-0.json").read_text())
         for key, tensor in one.items():
             assert torch.equal(two[0][key], two[1][key]), f"{name}: {key} differs between the ranks"
-            torch.testing.assert_close(two[0][key], tensor, atol=2e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(two[0][key], tensor, atol=1e-6, rtol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
         for entry, expected in zip(two_log[:3], one_log[:3], strict=True):
             for term in ("loss", "loss_prediction", "loss_variance", "loss_covariance", "grad_norm"):
                 assert entry[term] == pytest.approx(expected[term], rel=1e-4), (name, term)
