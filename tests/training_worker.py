@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors.torch import save_file  # noqa: E402
+from tiny import SIZES  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint, set_seed  # noqa: E402
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining  # noqa: E402
@@ -22,16 +23,7 @@ from trainers.trainer import CJepaTrainer  # noqa: E402
 from trainers.training_args import CJepaTrainingArguments  # noqa: E402
 from trainers.transforms import train_transform  # noqa: E402
 
-MODEL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 4,
-    "predictor_hidden_size": 16,
-    "predictor_num_hidden_layers": 1,
-}
+MODEL = SIZES | {"predictor_num_hidden_layers": 1, "initializer_range": 0.02}
 TRAINING = {
     "precision": "float32",
     "report_to": "none",

@@ -123,9 +123,10 @@ def run_evaluate(namespace):
     from pathlib import Path
 
     from modeling_cjepa.configuration_cjepa import pair
-    from trainers.evaluation import EvaluationArguments, evaluate_model, format_table, load_encoder_config
+    from trainers.evaluation import EvaluationArguments, evaluate_model, format_table
     from trainers.files import write_json
     from trainers.flags import dataclass_from_flags
+    from trainers.loading import load_encoder_config
     from trainers.sources import DataArguments, load_sources
 
     if namespace.output and (Path(namespace.output).is_dir() or not Path(namespace.output).parent.is_dir()):

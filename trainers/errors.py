@@ -8,3 +8,8 @@ class InputError(ValueError):
 def plain_message(error: InputError) -> str:
     """The sentence of an error, also of one that a data loader's worker wrapped in its traceback."""
     return str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.{InputError.__name__}: ")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of another library's error, to be quoted in one of ours."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

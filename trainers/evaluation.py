@@ -10,20 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import has_file
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining, CJepaModel
 from modeling_cjepa.configuration_cjepa import pair
 from trainers.datasets import ImageDataset, ImageSource, sample_seed, seeded
 from trainers.diagnostics import feature_std, rankme
 from trainers.errors import InputError
+from trainers.loading import load_image_statistics, load_model
 from trainers.probes import accuracy_interval, knn_predict, linear_predict
 from trainers.transforms import eval_transform, normalize
 
@@ -216,8 +214,8 @@ def evaluate_model(
     arguments = arguments or EvaluationArguments()
     train_source, test_source = with_common_classes(train_source, test_source)
     if isinstance(model, str | Path):
-        image_mean, image_std = _image_statistics(model) or (image_mean, image_std)
-        model = _load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
+        image_mean, image_std = load_image_statistics(model) or (image_mean, image_std)
+        model = load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
     pretraining = isinstance(model, CJepaForPreTraining)
     encoders = {"target encoder": model.cjepa, "context encoder": model.context_encoder} if pretraining else {}
     encoders = encoders or {"encoder": model.base_model}
@@ -282,61 +280,6 @@ def with_common_classes(train: ImageSource, test: ImageSource) -> tuple[ImageSou
 
 def _class_names(source: ImageSource) -> list[str]:
     return source.label_names or [str(label) for label in range(max(source.labels) + 1)]
-
-
-def load_encoder_config(path: str | Path) -> CJepaConfig:
-    """
-    The configuration of a saved model.
-
-    Args:
-        path (`str` or `Path`): Its folder, or its id on the Hub.
-
-    Returns:
-        [`CJepaConfig`].
-
-    Raises:
-        InputError: There is no C-JEPA model.
-    """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} is neither a folder with a C-JEPA model nor the id of one on the Hub ({_first_line(error)}); "
-            "give a folder such as runs/mine/final."
-        ) from error
-    if not isinstance(config, CJepaConfig):
-        raise InputError(f"{path} is a model of type {config.model_type!r}, not 'cjepa'; give a C-JEPA model.")
-    return config
-
-
-def _load_model(path: str | Path) -> CJepaForPreTraining | CJepaModel:
-    """A saved model with all of its weights, in float32; only its encoder, unless it is one of pre-training."""
-    architectures = load_encoder_config(path).architectures or []
-    cls = CJepaForPreTraining if "CJepaForPreTraining" in architectures else CJepaModel
-    try:
-        model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"The weights of {path} cannot be loaded ({_first_line(error)}); save it again.") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise InputError(f"{path} lacks {len(missing)} weights of a {cls.__name__} ({shown}); save it again.")
-    return model
-
-
-def _image_statistics(path: str | Path) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation of the channels that a model's image processor says, if it has one."""
-    if not has_file(path, "preprocessor_config.json"):
-        return None
-    try:
-        processor = AutoImageProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"The image processor of {path} cannot be loaded ({_first_line(error)}).") from error
-    return list(processor.image_mean), list(processor.image_std)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def format_table(results: dict) -> str:

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Image, load_dataset
 from datasets.exceptions import DatasetsError
 
 from trainers.datasets import ImageSource, StoredImages
-from trainers.errors import InputError
+from trainers.errors import InputError, first_line
 from trainers.scenes import FAMILY_NAMES, KIND_NAMES, render_scenes
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -148,7 +148,7 @@ def _load(what: str, *args, advice: str = "repair or remove what is not an image
     try:
         return load_dataset(*args, **kwargs)
     except (DatasetsError, pa.ArrowException, ConnectionError, OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"Cannot load {what} ({_first_line(error)}); {advice}.") from error
+        raise InputError(f"Cannot load {what} ({first_line(error)}); {advice}.") from error
 
 
 def _is_image(path: Path) -> bool:
@@ -214,7 +214,3 @@ def _labels(rows, asked: str | None, name: str) -> tuple[np.ndarray | None, list
         return values.astype(np.int64), list(feature.names)
     names, indices = np.unique(values, return_inverse=True)
     return indices.astype(np.int64), [str(value) for value in names]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

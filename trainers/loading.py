@@ -1,0 +1,62 @@
+"""Saved models as a user names them, a folder or an id of the Hub: whole, or refused with the reason."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoImageProcessor
+from transformers.utils import has_file
+
+from modeling_cjepa import CJepaConfig, CJepaForPreTraining, CJepaModel
+from trainers.errors import InputError, first_line
+
+
+def load_encoder_config(path: str | Path) -> CJepaConfig:
+    """
+    The configuration of a saved model.
+
+    Args:
+        path (`str` or `Path`): Its folder, or its id on the Hub.
+
+    Returns:
+        [`CJepaConfig`].
+
+    Raises:
+        InputError: There is no C-JEPA model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is neither a folder with a C-JEPA model nor the id of one on the Hub ({first_line(error)}); "
+            "give a folder such as runs/mine/final."
+        ) from error
+    if not isinstance(config, CJepaConfig):
+        raise InputError(f"{path} is a model of type {config.model_type!r}, not 'cjepa'; give a C-JEPA model.")
+    return config
+
+
+def load_model(path: str | Path) -> CJepaForPreTraining | CJepaModel:
+    """A saved model with all of its weights, in float32; only its encoder, unless it is one of pre-training."""
+    architectures = load_encoder_config(path).architectures or []
+    cls = CJepaForPreTraining if "CJepaForPreTraining" in architectures else CJepaModel
+    try:
+        model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"The weights of {path} cannot be loaded ({first_line(error)}); save it again.") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise InputError(f"{path} lacks {len(missing)} weights of a {cls.__name__} ({shown}); save it again.")
+    return model
+
+
+def load_image_statistics(path: str | Path) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation of the channels that a model's image processor says, if it has one."""
+    if not has_file(path, "preprocessor_config.json"):
+        return None
+    try:
+        processor = AutoImageProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The image processor of {path} cannot be loaded ({first_line(error)}).") from error
+    return list(processor.image_mean), list(processor.image_std)
