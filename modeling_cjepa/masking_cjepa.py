@@ -71,12 +71,17 @@ def sample_block_masks(
     target_size = _block_size(uniform[0], uniform[1], target_scale, target_aspect_ratio, rows, columns)
     context_size = _block_size(uniform[2], 0.0, context_scale, (1.0, 1.0), rows, columns)
 
+    num_layouts = math.ceil(batch_size * _OVERSAMPLING)
     while True:
-        num_layouts = math.ceil(batch_size * _OVERSAMPLING)
-        places = _draw_places(num_layouts, num_target_blocks, target_size, (rows, columns), generator, draw_device)
-        context_place = _draw_places(num_layouts, 1, context_size, (rows, columns), generator, draw_device)
-        is_context = _covered(context_place, context_size, rows, columns)
-        is_context &= ~_covered(places, target_size, rows, columns)
+        targets, contexts = (_every_block(size, rows, columns, draw_device) for size in (target_size, context_size))
+        target_places = torch.randint(
+            len(targets), (num_layouts, num_target_blocks), generator=generator, device=draw_device
+        )
+        context_places = torch.randint(len(contexts), (num_layouts,), generator=generator, device=draw_device)
+        is_context = _marked(contexts, rows * columns)[context_places]
+        outside = ~_marked(targets, rows * columns)
+        for places in target_places.unbind(dim=1):
+            is_context &= outside[places]
         counts, kept = is_context.sum(dim=1).topk(batch_size, sorted=False)
         num_context = int(counts.min())
         if num_context >= min_context_patches:
@@ -86,7 +91,7 @@ def sample_block_masks(
     kept = kept.sort().values
     num_context = max(_round_down(num_context, rows * columns), min_context_patches)
     context_ids = _random_subset(is_context[kept], num_context, generator)
-    return context_ids.to(device), _block_ids(places[kept], target_size, columns).to(device)
+    return context_ids.to(device), targets[target_places[kept]].to(device)
 
 
 def _block_size(u_scale, u_aspect, scale, aspect_ratio, rows, columns) -> tuple[int, int]:
@@ -97,35 +102,33 @@ def _block_size(u_scale, u_aspect, scale, aspect_ratio, rows, columns) -> tuple[
     return min(max(height, 1), rows), min(max(width, 1), columns)
 
 
-def _draw_places(num_layouts, num_blocks, block_size, grid_size, generator, device) -> torch.Tensor:
-    """Top row and left column of each block, uniform over every place inside the grid: (L, blocks, 2)."""
-    free = torch.tensor([g - b + 1 for g, b in zip(grid_size, block_size, strict=True)], device=device)
-    uniform = torch.rand(num_layouts, num_blocks, 2, generator=generator, device=device)
-    return (uniform * free).long().clamp_max_(free - 1)
+def _every_block(block_size, rows, columns, device) -> torch.Tensor:
+    """Positions (P, K), in raster order, of a block at each of its P places inside the grid."""
+    height, width = (torch.arange(size, device=device) for size in block_size)
+    top, left = (torch.arange(g - b + 1, device=device) for g, b in zip((rows, columns), block_size, strict=True))
+    corners = (top.unsqueeze(1) * columns + left).flatten()
+    return corners.unsqueeze(1) + (height.unsqueeze(1) * columns + width).flatten()
 
 
-def _covered(places, block_size, rows, columns) -> torch.Tensor:
-    """Whether each patch of the grid lies in any of the blocks: (L, N) from places (L, blocks, 2)."""
-    row, column = torch.arange(rows, device=places.device), torch.arange(columns, device=places.device)
-    top, left = places.unsqueeze(-1).unbind(dim=-2)
-    in_rows = ((row >= top) & (row < top + block_size[0])).float()
-    in_columns = ((column >= left) & (column < left + block_size[1])).float()
-    return (in_rows.transpose(1, 2) @ in_columns).flatten(1) > 0
-
-
-def _block_ids(places, block_size, columns) -> torch.Tensor:
-    """Positions of each block's patches in raster order: (B, M, K)."""
-    height, width = (torch.arange(size, device=places.device) for size in block_size)
-    offsets = (height.unsqueeze(1) * columns + width).flatten()
-    return (places[..., 0] * columns + places[..., 1]).unsqueeze(-1) + offsets
+def _marked(ids, num_patches) -> torch.Tensor:
+    """A mask (P, N) that is true at the positions of each row (P, K)."""
+    return torch.zeros(len(ids), num_patches, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
 
 
 def _random_subset(mask, size, generator) -> torch.Tensor:
-    """`size` random positions of each row's true entries, rising: (B, size) from (B, N)."""
-    order = torch.rand(mask.shape, generator=generator, device=mask.device).masked_fill_(~mask, 2.0)
-    chosen = order.topk(size, dim=1, largest=False, sorted=False).indices
-    # marking and listing the chosen is cheaper than sorting them
-    return torch.zeros_like(mask).scatter_(1, chosen, True).nonzero()[:, 1].view(-1, size)
+    """
+    `size` random positions of each row's true entries, rising: (B, size) from (B, N).
+
+    One random order of the positions serves the batch, and each row reads it from a random start on: as uniform as an
+    order a row, without the sorting of one.
+    """
+    num_rows, num_patches = mask.shape
+    order = torch.randperm(num_patches, generator=generator, device=mask.device)
+    start = torch.randint(num_patches, (num_rows,), generator=generator, device=mask.device)
+    orders = torch.cat([order, order]).unfold(0, num_patches, 1)[start]  # (B, N)
+    candidates = mask.gather(1, orders)
+    chosen = candidates & (candidates.cumsum(dim=1, dtype=torch.int32) <= size)
+    return torch.empty_like(mask).scatter_(1, orders, chosen).nonzero()[:, 1].view(-1, size)
 
 
 def _round_down(length: int, num_patches: int) -> int:
