@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from modeling_cjepa import CJepaConfig
+from trainers.cli import main
 from trainers.errors import InputError
 from trainers.flags import fits, flag_value, plain_number
 from trainers.pretraining import build_model, training_arguments
@@ -128,3 +129,23 @@ def test_types(value, hint, expected):
 @pytest.mark.parametrize("word", ["1e-3", "1E5", "2.5e-4", "12", "-3e2"])
 def test_advised_number_is_the_number_in_yaml(word):
     assert yaml.safe_load(plain_number(word)) == float(word) == flag_value(word)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("pretrain cjepa_scenes --learning_rat 3", "'--learning_rat' is not known; did you mean --learning_rate?"),
+        ("pretrain cjepa_scenes --zzz", "'--zzz' is not known; see --help."),
+        ("evaluate somewhere --crop_scale 0.3 1", "'--crop_scale' is not known"),
+        ("evaluate somewhere --num_neighbors 0", "num_neighbors=0 is too small; set it to 1 or more."),
+        ("evaluate somewhere --temperature 0", "temperature=0 divides similarities"),
+        ("pretrain --max_steps 3 cjepa_scenes", "required: RECIPE"),
+    ],
+)
+def test_a_mistyped_command_ends_with_what_to_do(command, said, capsys):
+    try:
+        status = main(command.split())
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert said in capsys.readouterr().err

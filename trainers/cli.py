@@ -1,6 +1,7 @@
 """The `cjepa` command."""
 
 import argparse
+import difflib
 import errno
 import sys
 
@@ -20,8 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         `int`: The exit status.
     """
-    parser = build_parser()
-    namespace = parser.parse_args(arguments)
+    namespace = parse(arguments)
     namespace.command = sys.argv[1:] if arguments is None else arguments
     # one bar says how far a command is; those of single files would break it up
     logging.disable_progress_bar()
@@ -36,6 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; a run that has saved a checkpoint goes on with --resume_from_checkpoint last.", 130)
     return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The parsed command line; a flag that is not known ends the command with the one that was probably meant."""
+    parser = build_parser()
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [flag for flag in namespace.parser._option_string_actions if flag.startswith("--")]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+        advice = f"did you mean {close[0]}?" if close else "see --help."
+        namespace.parser.error(f"{unknown[0]!r} is not known; {advice}")
+    return namespace
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -78,11 +90,14 @@ def add_pretrain(commands):
         "           cjepa pretrain cjepa_cifar10 --output_dir runs/mine --resume_from_checkpoint last\n"
         "           accelerate launch scripts/pretrain.py cjepa_cifar10",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="cjepa pretrain RECIPE [--key value ...]",
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file or the name of a shipped recipe")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a YAML file or the name of a shipped recipe; before all flags"
+    )
     add_recipe_flags(parser)
-    parser.set_defaults(run=run_pretrain)
+    parser.set_defaults(run=run_pretrain, parser=parser)
 
 
 def run_pretrain(namespace):
@@ -99,7 +114,7 @@ def add_evaluate(commands):
     """`cjepa evaluate MODEL --dataset ...`."""
     from trainers.evaluation import EvaluationArguments
     from trainers.flags import add_flags, type_hints
-    from trainers.sources import DataArguments
+    from trainers.sources import AUGMENTATIONS, DataArguments
 
     parser = commands.add_parser(
         "evaluate",
@@ -107,15 +122,19 @@ def add_evaluate(commands):
         description="Evaluate the frozen target encoder of a model by weighted kNN and a linear probe, beside a "
         "randomly initialised encoder and raw pixels, with 95 % intervals; the table goes to the screen, all "
         "figures to --output.",
+        usage="cjepa evaluate MODEL --dataset DATASET [--key value ...]",
         allow_abbrev=False,
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="a folder such as runs/mine/final, or the id of a model on the Hub"
+        "model",
+        metavar="MODEL",
+        help="a folder such as runs/mine/final, or the id of a model on the Hub; before all flags",
     )
     parser.add_argument("--output", metavar="FILE", help="write all figures to this JSON file")
-    add_flags(parser, "data", DataArguments(), type_hints(DataArguments))
+    hints = {name: hint for name, hint in type_hints(DataArguments).items() if name not in AUGMENTATIONS}
+    add_flags(parser, "data", DataArguments(), hints)
     add_flags(parser, "evaluation", EvaluationArguments(), type_hints(EvaluationArguments))
-    parser.set_defaults(run=run_evaluate)
+    parser.set_defaults(run=run_evaluate, parser=parser)
 
 
 def run_evaluate(namespace):
@@ -147,7 +166,7 @@ def add_benchmark(commands):
     parser.add_argument("part", choices=["masks"], help="what to measure: the mask sampler")
     parser.add_argument("--batch_size", type=int, default=256, help="images of a batch (default 256)")
     parser.add_argument("--rounds", type=int, default=20, help="timed draws (default 20)")
-    parser.set_defaults(run=run_benchmark)
+    parser.set_defaults(run=run_benchmark, parser=parser)
 
 
 def run_benchmark(namespace):

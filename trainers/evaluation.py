@@ -41,6 +41,13 @@ class EvaluationArguments:
         default=1, metadata={"help": "randomly initialised encoders of the same size to compare with"}
     )
 
+    def __post_init__(self):
+        for name, least in (("num_neighbors", 1), ("eval_batch_size", 1), ("num_random_encoders", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)} is too small; set it to {least} or more.")
+        if not self.temperature > 0:
+            raise InputError(f"temperature={self.temperature} divides similarities; set it above 0, such as 0.07.")
+
 
 def extract_embeddings(
     encoder: nn.Module,

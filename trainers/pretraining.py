@@ -149,6 +149,8 @@ def describe(recipe: Recipe, model, args) -> str:
 def finish(recipe: Recipe, trainer: CJepaTrainer, train_source, eval_source, seconds: float, folder: Path):
     """Saves the trained model, evaluates it where there are labels, writes results and card, says how to load it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
+    # the other processes are done: theirs are free
+    torch.set_num_threads(torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     with whole_folder(folder) as unfinished:
         save_model(model, trainer.processing_class, unfinished)
         facts = run_facts(recipe, trainer, model, train_source, seconds)

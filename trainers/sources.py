@@ -18,6 +18,8 @@ EVAL_SPLITS = ("test", "validation", "val", "valid")
 # rendered scenes: as many as these where the recipe does not say; evaluation scenes have a seed of their own
 NUM_SCENES = {"train": 10_000, "test": 2_000}
 SCENES_SEED = {"train": 0, "test": 1}
+# fields that only training reads
+AUGMENTATIONS = ("crop_scale", "horizontal_flip")
 
 
 @dataclass
