@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from training_worker import build_trainer, train
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from trainers.callbacks import TargetUpdateCallback, ema_momentum, weight_decay
+from trainers.callbacks import TargetUpdateCallback, weight_decay
 from trainers.diagnostics import feature_std, rankme
 from trainers.errors import InputError
-from trainers.schedules import warmup_cosine
+from trainers.schedules import linear, warmup_cosine
 from trainers.training_args import CJepaTrainingArguments
 
 WORKER = Path(__file__).parent / "training_worker.py"
@@ -106,7 +106,7 @@ def test_log_holds_what_is_promised(trained):
         regularizer = 25 * (entry["loss_invariance"] + entry["loss_variance"]) + entry["loss_covariance"]
         expected = entry["loss_prediction"] + config.regularizer_weight * regularizer
         assert entry["loss"] == pytest.approx(expected, rel=1e-4)
-        assert entry["ema_momentum"] == pytest.approx(ema_momentum(trainer.args, step, 5))
+        assert entry["ema_momentum"] == pytest.approx(linear(step, 5 * 1.25, 0.9, 1.0))
         assert entry["weight_decay"] == pytest.approx(weight_decay(trainer.args, step, 5))
         assert 0 <= entry["data_wait_share"] <= 1
 

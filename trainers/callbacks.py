@@ -20,9 +20,12 @@ class TargetUpdateCallback(TrainerCallback):
     def __init__(self, momentum: float = 0.996, final_momentum: float = 1.0, schedule_scale: float = 1.0):
         self.momentum, self.final_momentum, self.schedule_scale = momentum, final_momentum, schedule_scale
 
+    def momentum_at(self, step: int, num_steps: int) -> float:
+        """Share of the old target kept after the step that follows `step` of `num_steps` finished ones."""
+        return linear(step, num_steps * self.schedule_scale, self.momentum, self.final_momentum)
+
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        num_steps = state.max_steps * self.schedule_scale
-        model.update_target_encoder(linear(state.global_step, num_steps, self.momentum, self.final_momentum))
+        model.update_target_encoder(self.momentum_at(state.global_step, state.max_steps))
 
 
 class WeightDecayCallback(TrainerCallback):
@@ -64,11 +67,6 @@ class ImagesPerSecondBar(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         names = {"loss": "loss", "target_rankme": "RankMe"}
         self.shown |= {title: f"{logs[name]:.4g}" for name, title in names.items() if name in logs}
-
-
-def ema_momentum(args, step: int, num_steps: int) -> float:
-    """Share of the old target encoder kept after the step that follows `step` finished ones."""
-    return linear(step, num_steps * args.schedule_scale, args.ema_momentum, args.final_ema_momentum)
 
 
 def weight_decay(args, step: int, num_steps: int) -> float:

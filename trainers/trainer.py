@@ -20,7 +20,6 @@ from trainers.callbacks import (
     ImagesPerSecondBar,
     TargetUpdateCallback,
     WeightDecayCallback,
-    ema_momentum,
     weight_decay,
 )
 from trainers.datasets import sample_seed
@@ -63,7 +62,8 @@ class CJepaTrainer(Trainer):
             torch.tensor(list(values), device=args.device) for values in (image_mean, image_std)
         )
         self.add_callback(CropEpochCallback)
-        self.add_callback(TargetUpdateCallback(args.ema_momentum, args.final_ema_momentum, args.schedule_scale))
+        self.target_update = TargetUpdateCallback(args.ema_momentum, args.final_ema_momentum, args.schedule_scale)
+        self.add_callback(self.target_update)
         self.add_callback(WeightDecayCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ImagesPerSecondBar)
@@ -172,7 +172,7 @@ class CJepaTrainer(Trainer):
         step, num_steps = max(self.state.global_step - 1, 0), self.state.max_steps
         return summary | {
             "weight_decay": weight_decay(self.args, step, num_steps),
-            "ema_momentum": ema_momentum(self.args, step, num_steps),
+            "ema_momentum": self.target_update.momentum_at(step, num_steps),
             "images_per_second": self._num_images / seconds,
             "data_wait_share": self._waited / seconds,
         }
