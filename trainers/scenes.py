@@ -1,8 +1,10 @@
 """The default data set: small scenes that are rendered, not downloaded, so that a fresh machine can pre-train on them.
 
-A scene shows one to four objects of one kind before a textured background. The labels are real (an object is its
-shape: its parts and how they are put together) while all else is a nuisance: colours, textures, distance, rotation,
-mirroring, position, occlusion by other objects and by clutter, light. None of the nuisances depends on the label.
+A scene shows one to four objects of one kind before a textured background. The labels are real (a kind has its shape,
+the parts and how they are put together, and its coat, the pattern on its surface) while all else is a nuisance:
+colours, backgrounds, distance, rotation, mirroring, position, occlusion by other objects and by clutter, light, and the
+grain of a picture taken in the dark. None of the nuisances depends on the label. A part of a picture tells what the
+object's other parts look like and nothing about the grain: what predicts the one and leaves out the other has learned.
 
 Every scene is a function of (seed, index) alone, whatever the number of scenes, their order or the process; another
 image size shows the same scene in another resolution. The drawing is Pillow's and NumPy's: another version of theirs
@@ -16,6 +18,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from trainers.errors import InputError
+from trainers.scene_coats import draw_coat
 from trainers.scene_objects import FAMILY_DRAWINGS, NUM_PAINTS, Part, ellipse, limb, rotate
 
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -37,8 +40,13 @@ _MAX_ROTATION = np.deg2rad(35)
 # Of what two random colours differ by: a texture of full contrast drowns the objects at 32 pixels.
 _TEXTURE_CONTRAST = 0.6
 # Of the nearest object, in units of the image's side; the others are this many times as far away.
-_NEAREST_SIZES = (0.6, 0.95)
+_NEAREST_SIZES = (0.7, 1.0)
 _FARTHER_THAN_NEAREST = (1.25, 2.0)
+# Of an object's parts: how far their colours are from the object's own.
+_SHADES = 50
+# Grains a side, whatever the image size, and the range of their standard deviation, of 255.
+_GRAINS = 32
+_GRAIN_STRENGTHS = (20, 45)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Scene:
             How many objects there are, 1 to 4, all of the same kind.
         distance (`float`):
             Of the nearest object to the camera, in units of the distance from which an object's longer side (upright)
-            fills the image: an object at distance d is drawn 1 / d of the image's side long. From 1.05 to 1.67.
+            fills the image: an object at distance d is drawn 1 / d of the image's side long. From 1 to 1.43.
     """
 
     image: np.ndarray
@@ -104,15 +112,20 @@ def render_scene(seed: int, index: int, image_size: int = 32) -> Scene:
     # The fourth channel holds the number of the object instead of an opacity: one stroke paints image and mask.
     canvas = background.resize((side, side), Image.Resampling.NEAREST)
     brush = ImageDraw.Draw(canvas)
+    colours = _object_colours(ground, rng)
     _draw_clutter(brush, side, int(rng.integers(0, 3)), rng)
     for number, (size, centre) in enumerate(zip(sizes, _place(sizes, rng), strict=True), start=1):
         parts = _pose(_DRAWINGS[kind](rng), size, centre, rng)
-        _draw(brush, side, parts, _paints(ground, rng), number)
+        _draw(brush, side, parts, _paints(colours[0], rng), number)
     _draw_clutter(brush, side, int(rng.integers(0, 2)), rng)
 
+    pixels = np.array(canvas)
+    coat = draw_coat(kind, _grid(side).reshape(side, side, 2), rng)
+    pixels[coat & (pixels[..., 3] > 0), :3] = colours[1]
     middle = _SUPERSAMPLING // 2
-    mask = np.asarray(canvas)[middle::_SUPERSAMPLING, middle::_SUPERSAMPLING, 3].copy()
-    image = _light(np.asarray(canvas.convert("RGB").reduce(_SUPERSAMPLING)), rng)
+    mask = pixels[middle::_SUPERSAMPLING, middle::_SUPERSAMPLING, 3].copy()
+    lit = _light(np.asarray(Image.fromarray(pixels[..., :3]).reduce(_SUPERSAMPLING)), rng)
+    image = np.clip(lit + _grain(image_size, rng), 0, 255).astype(np.uint8)
     return Scene(image, mask, _FAMILY_OF_KIND[kind], kind, count, float(distances[-1]))
 
 
@@ -191,13 +204,18 @@ def _pose(parts: list[Part], size: float, centre: np.ndarray, rng: np.random.Gen
     return [(paint, corners) for (paint, _), corners in zip(parts, np.split(points, ends[:-1]), strict=True)]
 
 
-def _paints(ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Random colours (paints, 3) of an object, each the most distinct of some from the background and the others."""
+def _object_colours(ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Colours (2, 3) of objects and coat, each the most distinct of some from the background and the other."""
     used = list(ground)
-    for tries in rng.integers(0, 256, (NUM_PAINTS, 5, 3)):
+    for tries in rng.integers(0, 256, (2, 5, 3)):
         gaps = np.abs(tries[:, None] - np.array(used)).sum(axis=2).min(axis=1)
         used.append(tries[gaps.argmax()])
     return np.array(used[len(ground) :])
+
+
+def _paints(colour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Shades (paints, 3) of an object's colour."""
+    return np.clip(colour + rng.integers(-_SHADES, _SHADES + 1, (NUM_PAINTS, 3)), 0, 255)
 
 
 def _draw(brush: ImageDraw.ImageDraw, side: int, parts: list[Part], paints: np.ndarray, number: int) -> None:
@@ -240,7 +258,14 @@ def _light(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Lights an image (H, W, 3) from a random side."""
     direction = rng.uniform(-0.5, 0.5, 2)
     shade = 0.85 + (_grid(len(image)) @ direction).reshape(*image.shape[:2], 1)
-    return np.clip(image * shade, 0, 255).astype(np.uint8)
+    return np.clip(image * shade, 0, 255)
+
+
+def _grain(image_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Noise (H, W, 3) that is independent from grain to grain and colour to colour."""
+    grains = rng.normal(0, rng.uniform(*_GRAIN_STRENGTHS), (3, _GRAINS, _GRAINS)).astype(np.float32)
+    size = image_size, image_size
+    return np.stack([Image.fromarray(colour).resize(size, Image.Resampling.BOX) for colour in grains], axis=-1)
 
 
 def _grid(image_size: int) -> np.ndarray:
