@@ -218,7 +218,8 @@ def test_embeddings_are_the_mean_tokens_in_order(train, num_workers):
 
 
 def test_evaluate_model_loads_both_encoders_and_compares(folder, train, test):
-    results = evaluate_model(str(folder), train, test, ARGUMENTS, [0.5] * 3, [0.5] * 3)
+    both = dataclasses.replace(ARGUMENTS, context_encoder=True)
+    results = evaluate_model(str(folder), train, test, both, [0.5] * 3, [0.5] * 3)
     labels = [row["encoder"] for row in results["rows"]]
     assert labels == ["target encoder", "context encoder", "random encoder", "raw pixels"]
     model = tiny_model(image_size=SIZE)

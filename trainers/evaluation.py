@@ -41,6 +41,10 @@ class EvaluationArguments:
         default=1, metadata={"help": "randomly initialised encoders of the same size to compare with"}
     )
 
+    context_encoder: bool = field(
+        default=False, metadata={"help": "also evaluate the context encoder, which is not the one that is published"}
+    )
+
     def __post_init__(self):
         for name, least in (("num_neighbors", 1), ("eval_batch_size", 1), ("num_random_encoders", 0)):
             if getattr(self, name) < least:
@@ -211,7 +215,7 @@ def evaluate_model(
         image_mean, image_std (`list[float]`): Of the channels, where the folder has no image processor to say.
 
     Returns:
-        `dict`: `rows` of [`evaluate_encoder`] (the target encoder, the context encoder if the model has one, the
+        `dict`: `rows` of [`evaluate_encoder`] (the target encoder, the context encoder if asked for, the
         baselines), the data sets' names and sizes, `chance` (percent: always saying the most frequent test class),
         and the settings.
 
@@ -224,8 +228,9 @@ def evaluate_model(
         image_mean, image_std = load_image_statistics(model) or (image_mean, image_std)
         model = load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
     pretraining = isinstance(model, CJepaForPreTraining)
-    encoders = {"target encoder": model.cjepa, "context encoder": model.context_encoder} if pretraining else {}
-    encoders = encoders or {"encoder": model.base_model}
+    encoders = {"target encoder" if pretraining else "encoder": model.base_model}
+    if pretraining and arguments.context_encoder:
+        encoders["context encoder"] = model.context_encoder
     transform = eval_transform(pair(model.config.image_size))
     images = ImageDataset(train_source, transform), ImageDataset(test_source, transform)
     settings = (*images, image_mean, image_std, arguments)

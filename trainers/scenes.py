@@ -2,9 +2,10 @@
 
 A scene shows one to four objects of one kind before a textured background. The labels are real (a kind has its shape,
 the parts and how they are put together, and its coat, the pattern on its surface) while all else is a nuisance:
-colours, backgrounds, distance, rotation, mirroring, position, occlusion by other objects and by clutter, light, and the
-grain of a picture taken in the dark. None of the nuisances depends on the label. A part of a picture tells what the
-object's other parts look like and nothing about the grain: what predicts the one and leaves out the other has learned.
+colours, backgrounds, distance, rotation, mirroring, position, occlusion by other objects and by clutter, light, and
+the grain of a picture taken in the dark. None of the nuisances depends on the label. A part of a picture tells what
+the object's other parts look like and nothing about the grain: what predicts the one and leaves out the other has
+learned.
 
 Every scene is a function of (seed, index) alone, whatever the number of scenes, their order or the process; another
 image size shows the same scene in another resolution. The drawing is Pillow's and NumPy's: another version of theirs
