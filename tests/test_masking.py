@@ -9,7 +9,7 @@ import torch
 from reference import block_masks
 from tiny import seeded
 
-from modeling_cjepa.masking_cjepa import sample_block_masks
+from modeling_cjepa.masking_cjepa import _random_subset, sample_block_masks
 
 GRIDS = [(14, 14), (6, 15), (20, 7)]
 
@@ -214,3 +214,12 @@ def test_smallest_possible_grid():
 def test_impossible_geometry_is_named(grid_size, geometry, numbers):
     with pytest.raises(ValueError, match=numbers):
         sample_block_masks(2, grid_size, **geometry)
+
+
+def test_images_of_a_batch_keep_different_patches():
+    """Two images keep as many patches in common as two independent choices do: half of a half."""
+    mask = torch.ones(256, 64, dtype=torch.bool)
+    ids = _random_subset(mask, 32, torch.Generator().manual_seed(0))
+    kept = torch.zeros_like(mask).scatter_(1, ids, True).float()
+    in_common = (kept @ kept.T)[~torch.eye(256, dtype=torch.bool)]
+    assert in_common.mean() == pytest.approx(16, abs=0.5)
