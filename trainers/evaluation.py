@@ -40,7 +40,6 @@ class EvaluationArguments:
     num_random_encoders: int = field(
         default=1, metadata={"help": "randomly initialised encoders of the same size to compare with"}
     )
-
     context_encoder: bool = field(
         default=False, metadata={"help": "also evaluate the context encoder, which is not the one that is published"}
     )

@@ -149,8 +149,9 @@ def describe(recipe: Recipe, model, args) -> str:
 def finish(recipe: Recipe, trainer: CJepaTrainer, train_source, eval_source, seconds: float, folder: Path):
     """Saves the trained model, evaluates it where there are labels, writes results and card, says how to load it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    # the other processes are done: theirs are free
-    torch.set_num_threads(torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # the other processes are done: their threads are free
+    num_threads = torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(min(num_threads, os.cpu_count() or num_threads))
     with whole_folder(folder) as unfinished:
         save_model(model, trainer.processing_class, unfinished)
         facts = run_facts(recipe, trainer, model, train_source, seconds)
