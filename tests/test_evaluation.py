@@ -26,11 +26,11 @@ from trainers.evaluation import (
     evaluate_encoder,
     evaluate_model,
     extract_embeddings,
-    format_table,
 )
 from trainers.files import write_json, write_text_atomically
 from trainers.loading import load_encoder_config
 from trainers.probes import accuracy_interval, knn_predict, linear_predict
+from trainers.reports import format_table
 from trainers.scenes import FAMILY_NAMES, render_scenes
 from trainers.transforms import eval_transform, image_processor
 

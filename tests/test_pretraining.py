@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import FLAGS
@@ -68,6 +69,8 @@ def test_card_tells_what_was_recorded(run):
     row = facts["evaluation"]["rows"][0]
     assert f"{row['knn']:.1f}" in card and "regularizer `context`" in card and "3 steps of 16 images" in card
     assert card.startswith("---\n") and "{{" not in card and "None" not in card.split("## Settings")[0]
+    settings = card.split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(settings) == facts["settings"] and facts["settings"]["final_learning_rate"] == 1e-5
 
 
 def test_recipe_beside_the_run_repeats_it(run, tmp_path):
@@ -131,7 +134,10 @@ def test_evaluate_repeats_the_figures_of_the_run(run, tmp_path, capsys):
     recorded = json.loads((folder / "final" / "results.json").read_text())["evaluation"]["rows"]
     rows = json.loads(output.read_text())["rows"]
     assert [row["knn"] for row in rows] == [row["knn"] for row in recorded]
-    assert "| target encoder" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "| target encoder" in said.out and "target encoder: train images" in said.err
+    assert main(["evaluate", str(folder / "final"), *flags, "--disable_tqdm"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_unlabelled_folder_trains_and_is_not_evaluated(tmp_path, capsys):

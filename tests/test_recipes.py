@@ -100,7 +100,9 @@ def test_sections_share_no_field_with_two_meanings():
         for name in fields:
             owners.setdefault(name, []).append(section)
     shared = {name for name, sections in owners.items() if len(sections) > 1}
-    assert shared == {"seed", "dataloader_num_workers"}, "these two mean the same in training and evaluation"
+    assert shared == {"seed", "dataloader_num_workers", "disable_tqdm"}, (
+        "these mean the same in training and evaluation"
+    )
 
 
 def test_every_model_field_is_documented_and_listed(capsys):

@@ -1,7 +1,6 @@
 """The `cjepa` command."""
 
 import argparse
-import difflib
 import errno
 import sys
 
@@ -9,6 +8,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from trainers.errors import InputError, plain_message
+from trainers.flags import closest
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,8 +44,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     namespace, unknown = parser.parse_known_args(arguments)
     if unknown:
         flags = [flag for flag in namespace.parser._option_string_actions if flag.startswith("--")]
-        close = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
-        advice = f"did you mean {close[0]}?" if close else "see --help."
+        meant = closest(unknown[0].partition("=")[0], flags)
+        advice = f"did you mean {meant}?" if meant else "see --help."
         namespace.parser.error(f"{unknown[0]!r} is not known; {advice}")
     return namespace
 
@@ -142,10 +142,11 @@ def run_evaluate(namespace):
     from pathlib import Path
 
     from modeling_cjepa.configuration_cjepa import pair
-    from trainers.evaluation import EvaluationArguments, evaluate_model, format_table
+    from trainers.evaluation import EvaluationArguments, evaluate_model
     from trainers.files import write_json
     from trainers.flags import dataclass_from_flags
     from trainers.loading import load_encoder_config
+    from trainers.reports import format_table
     from trainers.sources import DataArguments, load_sources
 
     if namespace.output and (Path(namespace.output).is_dir() or not Path(namespace.output).parent.is_dir()):
@@ -153,7 +154,7 @@ def run_evaluate(namespace):
     data = dataclass_from_flags(namespace, DataArguments)
     evaluation = dataclass_from_flags(namespace, EvaluationArguments)
     image_size = max(pair(load_encoder_config(namespace.model).image_size))
-    train_source, eval_source = load_sources(data, image_size, evaluation.seed)
+    train_source, eval_source = load_sources(data, image_size, evaluation.seed, not evaluation.disable_tqdm)
     results = evaluate_model(namespace.model, train_source, eval_source, evaluation, data.image_mean, data.image_std)
     print(format_table(results))
     if namespace.output:

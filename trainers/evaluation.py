@@ -3,7 +3,6 @@
 Shapes: B images, n images in all, D width of an embedding.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from trainers.diagnostics import feature_std, rankme
 from trainers.errors import InputError
 from trainers.loading import load_image_statistics, load_model
 from trainers.probes import accuracy_interval, knn_predict, linear_predict
+from trainers.sources import with_common_classes
 from trainers.transforms import eval_transform, normalize
 
 _MAX_RAW_PIXELS = 32
@@ -43,6 +43,7 @@ class EvaluationArguments:
     context_encoder: bool = field(
         default=False, metadata={"help": "also evaluate the context encoder, which is not the one that is published"}
     )
+    disable_tqdm: bool | None = field(default=None, metadata={"help": "show no progress bars"})
 
     def __post_init__(self):
         for name, least in (("num_neighbors", 1), ("eval_batch_size", 1), ("num_random_encoders", 0)):
@@ -129,19 +130,21 @@ def evaluate_encoder(
         InputError: The embeddings are not finite.
     """
     device = _device_of(encoder) if device is None else torch.device(device)
+    progress = not arguments.disable_tqdm
     settings = {"batch_size": arguments.eval_batch_size, "num_workers": arguments.dataloader_num_workers}
+    settings |= {"device": device, "progress": progress}
     train_x, train_y, test_x, test_y = (
         tensor.to(device if device.type == "cuda" else "cpu")
         for dataset, images in ((train, "train"), (test, "test"))
         for tensor in extract_embeddings(
-            encoder, dataset, mean, std, device=device, description=f"{label}: {images} images", **settings
+            encoder, dataset, mean, std, description=f"{label}: {images} images", **settings
         )
     )
     if not (train_x.isfinite().all() and test_x.isfinite().all()):
         raise InputError(f"The embeddings of the {label} are not finite; its training diverged, take an earlier one.")
     num_classes = int(train_y.max()) + 1
     knn = knn_predict(train_x, train_y, test_x, num_classes, arguments.num_neighbors, arguments.temperature)
-    probe = linear_predict(train_x, train_y, test_x, arguments.seed, progress=True)
+    probe = linear_predict(train_x, train_y, test_x, arguments.seed, progress)
     row = {"encoder": label}
     for name, predictions in (("knn", knn), ("linear", probe.predictions)):
         num_correct = int((predictions == test_y).sum())
@@ -250,81 +253,3 @@ def evaluate_model(
         "image_std": list(image_std),
         "rows": rows,
     }
-
-
-def with_common_classes(train: ImageSource, test: ImageSource) -> tuple[ImageSource, ImageSource]:
-    """
-    Both sources with the classes that train images have, numbered alike: each may have numbered its own.
-
-    Args:
-        train, test ([`ImageSource`]): Labelled images.
-
-    Returns:
-        The two sources.
-
-    Raises:
-        InputError: There are no labels, or a test class is not in the train images.
-    """
-    for source in (train, test):
-        if source.labels is None:
-            raise InputError(f"{source.name} has no labels; say which with --label_column.")
-        if len(source.labels) != len(source) or len(source) == 0:
-            raise InputError(f"{source.name} has {len(source)} images and {len(source.labels)} labels; mend it.")
-        if min(source.labels) < 0:
-            raise InputError(f"{source.name} has images with label {min(source.labels)}, which is none; choose "
-                             "another split or mend it.")  # fmt: skip
-    train_names, test_names = _class_names(train), _class_names(test)
-    names = list(dict.fromkeys(train_names[label] for label in np.unique(train.labels)))
-    numbers = {name: number for number, name in enumerate(names)}
-    unseen = [test_names[label] for label in np.unique(test.labels) if test_names[label] not in numbers]
-    if unseen:
-        shown = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
-        raise InputError(f"{test.name} has images of {len(unseen)} classes that no image of {train.name} has "
-                         f"({shown}); evaluate on splits with the same classes.")  # fmt: skip
-    return tuple(
-        dataclasses.replace(
-            source, labels=np.array([numbers[class_names[label]] for label in source.labels]), label_names=names
-        )
-        for source, class_names in ((train, train_names), (test, test_names))
-    )
-
-
-def _class_names(source: ImageSource) -> list[str]:
-    return source.label_names or [str(label) for label in range(max(source.labels) + 1)]
-
-
-def format_table(results: dict) -> str:
-    """
-    The results of [`evaluate_model`] as text that is valid Markdown, too.
-
-    Args:
-        results (`dict`): What [`evaluate_model`] returned.
-
-    Returns:
-        `str`: A line with sizes and settings, then the table; a last line if a probe did not converge.
-    """
-    header = ["encoder", "kNN % (95 % interval)", "linear % (95 % interval)", "RankMe"]
-    cells = [header] + [_table_row(row) for row in results["rows"]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    if not all(row["linear_converged"] for row in results["rows"]):
-        lines += ["", "\\* The linear probe did not converge."]
-    return "\n".join([_settings_line(results), "", *lines])
-
-
-def _table_row(row: dict) -> list[str]:
-    percents = [f"{row[name]:.1f} ({'-'.join(f'{end:.1f}' for end in row[f'{name}_interval'])})" for name in (
-        "knn", "linear")]  # fmt: skip
-    percents[1] += "" if row["linear_converged"] else " \\*"
-    return [row["encoder"], *percents, f"{row['rankme']:.1f} of {row['dim']}"]
-
-
-def _settings_line(results: dict) -> str:
-    height, width = results["image_size"]
-    return (
-        f"{results['num_test_images']:,} images of {results['test_dataset']}, {results['num_classes']} classes "
-        f"(chance {results['chance']:.1f} %), {height}x{width} pixels; fitted on {results['num_train_images']:,} of "
-        f"{results['train_dataset']}; kNN k {results['num_neighbors']}, T {results['temperature']:g}; seed "
-        f"{results['seed']}."
-    )

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import re
 import types
 import typing
@@ -22,6 +23,11 @@ def check_value(name: str, value, hint, where: str):
     if not fits(value, hint):
         advice = f" Write {plain_number(value)}, without quotes." if is_number(value) else ""
         raise InputError(f"{where}: {name}={value!r} is a {type(value).__name__}, not {type_name(hint)}.{advice}")
+
+
+def closest(word: str, known) -> str | None:
+    """The known word that was probably meant; None if none is like it."""
+    return next(iter(difflib.get_close_matches(word, known, n=1)), None)
 
 
 def fits(value, hint) -> bool:

@@ -18,12 +18,12 @@ from modeling_cjepa.configuration_cjepa import pair
 from trainers.checkpoints import changed_settings, check_same_model, find_checkpoint, is_finished
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.errors import InputError
-from trainers.evaluation import evaluate_model, format_table, with_common_classes
+from trainers.evaluation import evaluate_model
 from trainers.files import write_json
 from trainers.publishing import render_card, save_model, whole_folder
-from trainers.recipes import Recipe, model_fields, write_recipe
-from trainers.reports import draw_curves, machine_facts, software_facts
-from trainers.sources import load_sources
+from trainers.recipes import Recipe, model_fields, recipe_text, write_recipe
+from trainers.reports import draw_curves, format_table, machine_facts, software_facts
+from trainers.sources import load_sources, with_common_classes
 from trainers.trainer import CJepaTrainer
 from trainers.training_args import CJepaTrainingArguments
 from trainers.transforms import image_processor, train_transform
@@ -54,7 +54,8 @@ def pretrain(recipe: Recipe) -> Path:
         print(describe(recipe, model, args), flush=True)
         if checkpoint is not None:
             print(f"going on from {checkpoint}{changed_settings(recipe, checkpoint)}", flush=True)
-    train_source, eval_source = load_sources(recipe.data, max(pair(model.config.image_size)), args.seed)
+    image_size = max(pair(model.config.image_size))
+    train_source, eval_source = load_sources(recipe.data, image_size, args.seed, not args.disable_tqdm)
     if train_source.labels is not None and eval_source.labels is not None:
         # now rather than after hours of training
         train_source, eval_source = with_common_classes(train_source, eval_source)
@@ -131,12 +132,16 @@ def build_trainer(recipe: Recipe, model, args, train_source: ImageSource) -> CJe
         raise InputError(f"The run cannot start: {' '.join(str(error).split())}") from error
 
 
+def num_parameters(model: CJepaForPreTraining) -> dict[str, int]:
+    """Parameters of the encoder that is published, and of the predictor."""
+    return {"encoder": model.cjepa.num_parameters(), "predictor": sum(p.numel() for p in model.predictor.parameters())}
+
+
 def describe(recipe: Recipe, model, args) -> str:
     """Two lines that say what is about to run."""
     config = model.config
     rows, columns = config.grid_size
-    parts = (("encoder", model.cjepa), ("predictor", model.predictor))
-    sizes = ", ".join(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.1f} M" for name, part in parts)
+    sizes = ", ".join(f"{name} {number / 1e6:.1f} M" for name, number in num_parameters(model).items())
     precision = "bf16" if args.bf16 else "float32"
     return (
         f"C-JEPA (I-JEPA + VICReg), recipe {recipe.name}: {sizes} parameters, grid {rows}x{columns}, regularizer "
@@ -171,9 +176,9 @@ def finish(recipe: Recipe, trainer: CJepaTrainer, train_source, eval_source, sec
 
 
 def card_facts(facts: dict, folder: Path) -> dict:
-    """The facts with the folder's place and the evaluation as a table."""
+    """The facts with the folder's place, the settings as a recipe and the evaluation as a table."""
     table = {"evaluation_table": format_table(facts["evaluation"])} if "evaluation" in facts else {}
-    return facts | {"folder": folder} | table
+    return facts | {"folder": folder, "settings_text": recipe_text(facts["settings"])} | table
 
 
 CLOSING = """
@@ -224,8 +229,7 @@ def run_facts(recipe: Recipe, trainer: CJepaTrainer, model, train_source: ImageS
         "seed": args.seed,
         "settings": recipe.values,
         "model": {
-            "encoder_parameters": sum(p.numel() for p in model.cjepa.parameters()),
-            "predictor_parameters": sum(p.numel() for p in model.predictor.parameters()),
+            **{f"{part}_parameters": number for part, number in num_parameters(model).items()},
             **{name: getattr(model.config, name) for name in model_fields()},
         },
         "data": {"dataset": recipe.data.dataset, "num_train_images": len(train_source)},

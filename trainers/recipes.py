@@ -5,7 +5,6 @@ names it: YAML reads `1e-3` as a word, and nothing may turn that into a number s
 """
 
 import argparse
-import difflib
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from modeling_cjepa import CJepaConfig
 from trainers.errors import InputError
 from trainers.evaluation import EvaluationArguments
 from trainers.files import write_text_atomically
-from trainers.flags import add_flags, check_value, given_flags, type_hints
+from trainers.flags import add_flags, check_value, closest, given_flags, type_hints
 from trainers.resources import recipe_path
 from trainers.sources import DataArguments
 from trainers.training_args import CJepaTrainingArguments
@@ -125,8 +124,8 @@ def check_values(values: dict, sections: dict[str, dict[str, object]], where: st
     hints = {name: hint for fields in sections.values() for name, hint in fields.items()}
     for key, value in values.items():
         if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1)
-            guess = f" (did you mean {close[0]!r}?)" if close else ""
+            close = closest(str(key), hints)
+            guess = f" (did you mean {close!r}?)" if close else ""
             raise InputError(f"{where}: unknown key {key!r}{guess}; `cjepa pretrain --help` lists the keys.")
         check_value(key, value, hints[key], where)
 
@@ -157,4 +156,9 @@ def overrides_of(namespace: argparse.Namespace) -> dict:
 def write_recipe(values: dict, path: Path):
     """Writes the keys that were set as a recipe that repeats the run elsewhere."""
     kept = {name: value for name, value in values.items() if name not in ("output_dir", "resume_from_checkpoint")}
-    write_text_atomically(path, yaml.safe_dump(kept, sort_keys=False))
+    write_text_atomically(path, recipe_text(kept))
+
+
+def recipe_text(values: dict) -> str:
+    """Keys and values as [`read_recipe`] reads them: 0.00001 as `1.0e-05`, which YAML does not take for a word."""
+    return yaml.safe_dump(values, sort_keys=False)

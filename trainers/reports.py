@@ -1,4 +1,4 @@
-"""What a run leaves to read: the facts of machine and software, and its curves as a picture."""
+"""What a run leaves to read: the facts of machine and software, its curves as a picture, its evaluation as a table."""
 
 import os
 import platform
@@ -84,3 +84,40 @@ def draw_curves(log_history: list[dict], path: Path):
         if len(axes.lines) > 1:
             axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def format_table(results: dict) -> str:
+    """
+    The results of an evaluation as text that is valid Markdown, too.
+
+    Args:
+        results (`dict`): What [`~evaluation.evaluate_model`] returned.
+
+    Returns:
+        `str`: A line with sizes and settings, then the table; a last line if a probe did not converge.
+    """
+    header = ["encoder", "kNN % (95 % interval)", "linear % (95 % interval)", "RankMe"]
+    cells = [header] + [_table_row(row) for row in results["rows"]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    if not all(row["linear_converged"] for row in results["rows"]):
+        lines += ["", "\\* The linear probe did not converge."]
+    return "\n".join([_settings_line(results), "", *lines])
+
+
+def _table_row(row: dict) -> list[str]:
+    percents = [f"{row[name]:.1f} ({'-'.join(f'{end:.1f}' for end in row[f'{name}_interval'])})" for name in (
+        "knn", "linear")]  # fmt: skip
+    percents[1] += "" if row["linear_converged"] else " \\*"
+    return [row["encoder"], *percents, f"{row['rankme']:.1f} of {row['dim']}"]
+
+
+def _settings_line(results: dict) -> str:
+    height, width = results["image_size"]
+    return (
+        f"{results['num_test_images']:,} images of {results['test_dataset']}, {results['num_classes']} classes "
+        f"(chance {results['chance']:.1f} %), {height}x{width} pixels; fitted on {results['num_train_images']:,} of "
+        f"{results['train_dataset']}; kNN k {results['num_neighbors']}, T {results['temperature']:g}; seed "
+        f"{results['seed']}."
+    )

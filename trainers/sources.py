@@ -1,5 +1,6 @@
 """Where images come from: rendered scenes, a folder, parquet files or a data set of the Hub."""
 
+import dataclasses
 import glob
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,9 @@ class DataArguments:
             )
 
 
-def load_sources(arguments: DataArguments, image_size: int = 32, seed: int = 0) -> tuple[ImageSource, ImageSource]:
+def load_sources(
+    arguments: DataArguments, image_size: int = 32, seed: int = 0, progress: bool = True
+) -> tuple[ImageSource, ImageSource]:
     """
     Loads the images to train on and those to evaluate on.
 
@@ -78,6 +81,7 @@ def load_sources(arguments: DataArguments, image_size: int = 32, seed: int = 0) 
         arguments ([`DataArguments`]): Which data set, splits and columns, and how many images.
         image_size (`int`): Pixels of a rendered scene's side; other images keep their own size.
         seed (`int`): Chooses the images where only some are used or held out.
+        progress (`bool`): Whether to show a bar while scenes are rendered.
 
     Returns:
         The train and the evaluation [`ImageSource`].
@@ -86,7 +90,7 @@ def load_sources(arguments: DataArguments, image_size: int = 32, seed: int = 0) 
         InputError: There is no such data set, split or column, or no image in it.
     """
     if arguments.dataset == "scenes":
-        return _scenes(arguments, "train", image_size), _scenes(arguments, "test", image_size)
+        return tuple(_scenes(arguments, split, image_size, progress) for split in NUM_SCENES)
     splits = _load_splits(arguments)
     if len(splits) == 1 and arguments.train_split == "train":
         # whatever the file names made of it, such as a folder of photographs called test_1.png and so on
@@ -111,12 +115,53 @@ def load_sources(arguments: DataArguments, image_size: int = 32, seed: int = 0) 
     return _choose(train, arguments.num_train_images, seed), _choose(evaluation, arguments.num_eval_images, seed)
 
 
-def _scenes(arguments: DataArguments, split: str, image_size: int) -> ImageSource:
+def with_common_classes(train: ImageSource, test: ImageSource) -> tuple[ImageSource, ImageSource]:
+    """
+    Both sources with the classes that train images have, numbered alike: each may have numbered its own.
+
+    Args:
+        train, test ([`ImageSource`]): Labelled images.
+
+    Returns:
+        The two sources.
+
+    Raises:
+        InputError: There are no labels, or a test class is not in the train images.
+    """
+    for source in (train, test):
+        if source.labels is None:
+            raise InputError(f"{source.name} has no labels; say which with --label_column.")
+        if len(source.labels) != len(source) or len(source) == 0:
+            raise InputError(f"{source.name} has {len(source)} images and {len(source.labels)} labels; mend it.")
+        if min(source.labels) < 0:
+            raise InputError(f"{source.name} has images with label {min(source.labels)}, which is none; choose "
+                             "another split or mend it.")  # fmt: skip
+    train_names, test_names = _class_names(train), _class_names(test)
+    names = list(dict.fromkeys(train_names[label] for label in np.unique(train.labels)))
+    numbers = {name: number for number, name in enumerate(names)}
+    unseen = [test_names[label] for label in np.unique(test.labels) if test_names[label] not in numbers]
+    if unseen:
+        shown = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
+        raise InputError(f"{test.name} has images of {len(unseen)} classes that no image of {train.name} has "
+                         f"({shown}); evaluate on splits with the same classes.")  # fmt: skip
+    return tuple(
+        dataclasses.replace(
+            source, labels=np.array([numbers[class_names[label]] for label in source.labels]), label_names=names
+        )
+        for source, class_names in ((train, train_names), (test, test_names))
+    )
+
+
+def _class_names(source: ImageSource) -> list[str]:
+    return source.label_names or [str(label) for label in range(max(source.labels) + 1)]
+
+
+def _scenes(arguments: DataArguments, split: str, image_size: int, progress: bool) -> ImageSource:
     asked = arguments.num_train_images if split == "train" else arguments.num_eval_images
     label = arguments.label_column or "kind"
     if label not in ("kind", "family"):
         raise InputError(f"Scenes have no labels {label!r}; give --label_column kind or family.")
-    scenes = render_scenes(asked or NUM_SCENES[split], SCENES_SEED[split], image_size, progress=True)
+    scenes = render_scenes(asked or NUM_SCENES[split], SCENES_SEED[split], image_size, progress)
     names = {"kind": KIND_NAMES, "family": FAMILY_NAMES}[label]
     return ImageSource(scenes["image"], scenes[label], list(names), f"scenes ({split})")
 
