@@ -8,7 +8,7 @@ PREDICTION_LOSSES = ("smooth_l1", "mse")
 _COUNTS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size",
     "num_channels", "predictor_hidden_size", "predictor_num_hidden_layers", "predictor_num_attention_heads",
-    "expander_hidden_size", "num_target_blocks", "min_context_patches",
+    "predictor_intermediate_size", "expander_hidden_size", "num_target_blocks", "min_context_patches",
 )  # fmt: skip
 
 
@@ -36,8 +36,10 @@ class CJepaConfig(PreTrainedConfig):
         predictor_hidden_size (`int`, defaults to 384): Width P of the predictor.
         predictor_num_hidden_layers (`int`, defaults to 6): Layers of the predictor (I-JEPA: 6 for S, B; 12 for L, H).
         predictor_num_attention_heads (`int`, *optional*): Heads of the predictor; the encoder's number when not given.
-        prediction_loss (`"smooth_l1"` or `"mse"`, defaults to `"smooth_l1"`): I-JEPA's code has the first, its paper
-            the second.
+        predictor_intermediate_size (`int`, *optional*): Width of the predictor's MLPs; four times its own when not
+            given.
+        prediction_loss (`"smooth_l1"` or `"mse"`, defaults to `"smooth_l1"`): Distance of predictions and targets;
+            I-JEPA's code has the first, its paper the second.
         regularizer (`"blocks"`, `"context"` or `"pair"`, defaults to `"context"`): Which reading of the C-JEPA paper's
             VICReg term is used. `"blocks"`: Algorithm 1, on every pair of predicted blocks. `"context"`: the
             appendix's listing, variance and covariance of the context encoder's mean token, the prediction loss as
@@ -78,6 +80,7 @@ class CJepaConfig(PreTrainedConfig):
     predictor_hidden_size: int = 384
     predictor_num_hidden_layers: int = 6
     predictor_num_attention_heads: int | None = None
+    predictor_intermediate_size: int | None = None
     prediction_loss: str = "smooth_l1"
     regularizer: str = "context"
     regularizer_weight: float = 0.001
@@ -94,6 +97,8 @@ class CJepaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.predictor_num_attention_heads is None:
             self.predictor_num_attention_heads = self.num_attention_heads
+        if self.predictor_intermediate_size is None:
+            self.predictor_intermediate_size = 4 * self.predictor_hidden_size
         self._check_fields()
         super().__post_init__(**kwargs)
 
@@ -130,6 +135,12 @@ class CJepaConfig(PreTrainedConfig):
         for name in ("regularizer_weight", "invariance_weight", "variance_weight", "covariance_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative; a loss weight must be 0 or more.")
+        for name in ("initializer_range", "layer_norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1).")
         for name in ("target_scale", "target_aspect_ratio", "context_scale"):
             if len(getattr(self, name)) != 2:
                 raise ValueError(f"{name}={getattr(self, name)} must be two numbers, low and high.")

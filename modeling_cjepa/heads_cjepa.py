@@ -21,13 +21,12 @@ class CJepaPredictor(nn.Module):
     def __init__(self, config: CJepaConfig):
         super().__init__()
         width = config.predictor_hidden_size
-        intermediate_size = width * config.intermediate_size // config.hidden_size
         self.config = config
         self.input_projection = nn.Linear(config.hidden_size, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("position_embeddings", sincos_positions(config.grid_size, width).unsqueeze(0))
         self.layers = nn.ModuleList(
-            CJepaLayer(config, width, config.predictor_num_attention_heads, intermediate_size)
+            CJepaLayer(config, width, config.predictor_num_attention_heads, config.predictor_intermediate_size)
             for _ in range(config.predictor_num_hidden_layers)
         )
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)

@@ -58,9 +58,11 @@ def sample_block_masks(
         last dimension.
 
     Raises:
-        ValueError: The grid cannot hold `min_context_patches` context patches and a target patch, or a range is not
-            one.
+        ValueError: The grid or the smallest context block cannot hold `min_context_patches` and the targets, or a
+            range is not one.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be 1 or more.")
     rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
     _check_geometry(rows, columns, num_target_blocks, target_scale, target_aspect_ratio, context_scale,
                     min_context_patches)  # fmt: skip
@@ -153,17 +155,25 @@ def _smaller(target_size, context_size, rows, columns, min_context_patches):
 
 
 def _check_geometry(rows, columns, num_target_blocks, target_scale, target_aspect_ratio, context_scale, min_context):
-    for name, (low, high), limit in (
+    for name, scale, limit in (
         ("target_scale", target_scale, 1.0),
         ("target_aspect_ratio", target_aspect_ratio, math.inf),
         ("context_scale", context_scale, 1.0),
     ):
-        if not 0 < low <= high <= limit:
-            raise ValueError(f"{name}=({low}, {high}) is not a range within (0, {limit}]; give (low, high).")
+        if not isinstance(scale, list | tuple) or len(scale) != 2 or not 0 < scale[0] <= scale[1] <= limit:
+            raise ValueError(f"{name}={scale} is not a range within (0, {limit}]; give (low, high).")
+    if min(rows, columns) < 1:
+        raise ValueError(f"A {rows}x{columns} grid has no patches; give a grid_size of 1 or more.")
     if num_target_blocks < 1 or min_context < 1:
         raise ValueError(f"num_target_blocks={num_target_blocks} and min_context_patches={min_context} must be >= 1.")
     if rows * columns < min_context + num_target_blocks:
         raise ValueError(
             f"A {rows}x{columns} grid has {rows * columns} patches, too few for min_context_patches={min_context} and "
             f"num_target_blocks={num_target_blocks}; use a smaller patch_size, larger images or lower these numbers."
+        )
+    height, width = _block_size(0.0, 0.0, context_scale, (1.0, 1.0), rows, columns)
+    if height * width < min_context:
+        raise ValueError(
+            f"context_scale={context_scale} allows a context block of {height}x{width} patches of a {rows}x{columns} "
+            f"grid, too few for min_context_patches={min_context}; raise context_scale or lower min_context_patches."
         )

@@ -160,7 +160,8 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers; from a checkpoint that holds an encoder only, both encoders start from it."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if any(key.startswith("context_encoder.") for key in info["missing_keys"]):
+        contexts = {f"context_encoder.{name}" for name in model.context_encoder.state_dict()}
+        if contexts <= set(info["missing_keys"]):
             model._copy_target_to_context()
         return (model, info) if output_loading_info else model
 
@@ -259,9 +260,9 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
                 pixel_values.shape[0], grid_size, generator, device=pixel_values.device
             )
         with torch.no_grad():
-            tokens = self.cjepa(pixel_values)
+            tokens = self.cjepa(pixel_values, return_dict=True)
             targets = take(normalize_targets(tokens.last_hidden_state), target_ids)
-        context = self.context_encoder(pixel_values, patch_ids=context_ids)
+        context = self.context_encoder(pixel_values, patch_ids=context_ids, return_dict=True)
         predictions = self.predictor(context.last_hidden_state, context_ids, target_ids, grid_size)
         loss, terms = self._loss(predictions, targets, context.last_hidden_state) if return_loss else (None, None)
         return CJepaForPreTrainingOutput(
@@ -344,7 +345,7 @@ class CJepaForImageClassification(CJepaPreTrainedModel):
         Returns:
             `ImageClassifierOutput`: `logits` (B, num_labels), `loss` when labels were given.
         """
-        outputs = self.cjepa(pixel_values, **kwargs)
+        outputs = self.cjepa(pixel_values, **kwargs, return_dict=True)
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutput(

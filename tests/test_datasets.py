@@ -11,7 +11,7 @@ from PIL import Image
 
 from trainers.datasets import ImageDataset, ImageSource, sample_seed, seeded, to_rgb
 from trainers.errors import InputError, plain_message
-from trainers.sources import DataArguments, load_sources
+from trainers.sources import DataArguments, hold_out, load_sources
 from trainers.transforms import eval_transform, image_processor, normalize, train_transform
 
 
@@ -85,15 +85,45 @@ def test_parquet_folder_splits_by_file_name(tmp_path):
 def test_chosen_images_are_fixed_and_keep_their_labels(tmp_path):
     make_parquet(tmp_path / "train.parquet", 12)
     arguments = DataArguments(dataset=str(tmp_path), num_train_images=5)
-    first, _ = load_sources(arguments, seed=1)
-    again, _ = load_sources(arguments, seed=1)
-    other, _ = load_sources(arguments, seed=2)
-    assert len(first) == 5
-    assert [first.images[i] for i in range(5)] == [again.images[i] for i in range(5)]
-    assert [first.images[i] for i in range(5)] != [other.images[i] for i in range(5)]
-    for i in range(5):
-        number = next(n for n in range(12) if np.array_equal(first.image(i), picture(n)))
-        assert first.labels[i] == number % 2
+    (first, held_out), (again, held_out_again) = load_sources(arguments), load_sources(arguments)
+    assert numbers(first) == numbers(again) and numbers(held_out) == numbers(held_out_again)
+    assert len(first) == 5 and numbers(first) != [0, 1, 2, 3, 4] and not set(numbers(first)) & set(numbers(held_out))
+    assert [number % 2 for number in numbers(first)] == list(first.labels)
+
+
+def numbers(source):
+    """Which pictures a source of a dozen holds."""
+    return [
+        next(n for n in range(12) if np.array_equal(image, picture(n)))
+        for image in map(source.image, range(len(source)))
+    ]
+
+
+def test_a_held_out_tenth_leaves_an_image_of_each_class():
+    labels = np.array([0] * 40 + list(range(1, 41)))
+    source = ImageSource(np.zeros((80, 4, 4, 3), np.uint8), labels)
+    train, held_out = hold_out(source)
+    assert set(train.labels) == set(labels) and len(held_out) == 8 and set(held_out.labels) == {0}
+    train, held_out = hold_out(source.take(np.arange(40, 80)))
+    assert (len(train), len(held_out)) == (36, 4)
+
+
+def test_a_split_without_published_labels_has_none(tmp_path):
+    make_parquet(tmp_path / "train.parquet", 4)
+    rows = Dataset.from_parquet(str(tmp_path / "train.parquet"))
+    rows.map(lambda row: {"label": -1}).cast(rows.features).to_parquet(str(tmp_path / "test.parquet"))
+    train, test = load_sources(DataArguments(dataset=str(tmp_path)))
+    assert train.labels is not None and test.labels is None
+
+
+def test_a_photograph_stands_upright():
+    sideways = picture(3, (20, 10))
+    buffer = io.BytesIO()
+    orientation = Image.Exif()
+    orientation[274] = 6  # rotated by a quarter turn
+    sideways.save(buffer, "PNG", exif=orientation)
+    source = ImageSource([{"bytes": buffer.getvalue(), "path": None}])
+    assert np.array_equal(source.image(0), np.rot90(np.asarray(sideways), -1))
 
 
 def test_scenes_are_labelled_and_test_scenes_are_others():
@@ -112,6 +142,7 @@ def test_scenes_are_labelled_and_test_scenes_are_others():
         ({"dataset": "{tmp}/good", "train_split": "training"}, "no split 'training'"),
         ({"dataset": "{tmp}/good", "eval_split": "dev"}, "no split 'dev'"),
         ({"dataset": "{tmp}/good", "image_column": "picture"}, "no column 'picture'"),
+        ({"dataset": "{tmp}/good", "image_column": "label"}, "Column 'label' .* holds no images"),
         ({"dataset": "{tmp}/good", "label_column": "kind"}, "no column 'kind'"),
         ({"dataset": "scenes", "label_column": "colour"}, "no labels 'colour'"),
     ],
@@ -154,6 +185,9 @@ def test_modes_become_rgb():
     assert np.array_equal(to_rgb(Image.fromarray(gray)), np.repeat(gray[..., None], 3, axis=2))
     deep = Image.fromarray(gray.astype(np.uint16) * 257)
     assert np.array_equal(to_rgb(deep), np.repeat(gray[..., None], 3, axis=2))
+    for top in (255, 65535, 10**6):
+        wide = Image.fromarray(gray.astype(np.int32) * (top // 255))
+        assert np.abs(np.asarray(to_rgb(wide))[..., 0].astype(int) - gray).max() <= 1
     half = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     half.putpixel((1, 0), (255, 0, 0, 0))
     assert [to_rgb(half).getpixel((x, 0)) for x in (0, 1)] == [(255, 0, 0), (255, 255, 255)]

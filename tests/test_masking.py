@@ -209,11 +209,30 @@ def test_smallest_possible_grid():
         (14, {"target_scale": (0.0, 0.2)}, r"target_scale=\(0.0, 0.2\)"),
         (14, {"context_scale": (0.9, 1.1)}, r"context_scale=\(0.9, 1.1\)"),
         (14, {"target_aspect_ratio": (-1.0, 1.5)}, r"target_aspect_ratio=\(-1.0, 1.5\)"),
+        (14, {"target_scale": 0.2}, "target_scale=0.2 is not a range"),
+        ((-3, -3), {}, "-3x-3 grid has no patches"),
+        (8, {"context_scale": (0.05, 0.1)}, r"context_scale=\(0.05, 0.1\) .* 2x2 patches .*min_context_patches=10"),
+        (14, {"min_context_patches": 190}, r"context_scale=\(0.85, 1.0\) .* 13x13 patches .*min_context_patches=190"),
     ],
 )
 def test_impossible_geometry_is_named(grid_size, geometry, numbers):
     with pytest.raises(ValueError, match=numbers):
         sample_block_masks(2, grid_size, **geometry)
+
+
+def test_a_batch_has_images():
+    with pytest.raises(ValueError, match="batch_size=0 must be 1 or more"):
+        sample_block_masks(0, 14)
+
+
+def test_target_and_context_blocks_have_sizes_of_their_own():
+    """Heights of a small target and of the context block around it, draw by draw, tell nothing about each other."""
+    geometry = {"num_target_blocks": 1, "target_scale": (0.01, 0.1), "context_scale": (0.3, 1.0)}
+    pairs = []
+    for context_ids, target_ids in draws(400, 32, (20, 20), **geometry):
+        rows = context_ids // 20
+        pairs.append([target_ids.shape[2], (rows.amax(dim=1) - rows.amin(dim=1)).max()])
+    assert abs(torch.corrcoef(torch.tensor(pairs).T.float())[0, 1]) < 0.2
 
 
 def test_images_of_a_batch_keep_different_patches():

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tiny import images, seeded, tiny_config, tiny_model
 from transformers import (
     AutoConfig,
@@ -139,6 +140,20 @@ def test_encoder_alone_starts_both_encoders(tmp_path):
     assert model.predictor.mask_token.abs().max() > 0
 
 
+def test_a_trained_context_encoder_that_lacks_a_tensor_is_kept(tmp_path):
+    saved = tiny_model()
+    saved.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["context_encoder.layernorm.bias"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, info = CJepaForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"] == {"context_encoder.layernorm.bias"}
+    loaded = dict(model.context_encoder.named_parameters())
+    for name, parameter in saved.context_encoder.named_parameters():
+        if name != "layernorm.bias":
+            assert torch.equal(loaded[name], parameter), name
+
+
 def test_positions_missing_from_a_checkpoint_are_computed(tmp_path):
     encoder = tiny_model().cjepa.eval()
     weights = {name: value for name, value in encoder.state_dict().items() if "position" not in name}
@@ -250,6 +265,9 @@ def test_stock_trainer_divides_the_loss_by_the_accumulation_steps(tmp_path):
         ({"regularizer": "both"}, "regularizer='both'.*blocks, context, pair"),
         ({"prediction_loss": "l1"}, "prediction_loss='l1'.*smooth_l1, mse"),
         ({"variance_weight": -1.0}, "variance_weight=-1.0 is negative"),
+        ({"initializer_range": -1.0}, "initializer_range=-1.0 must be above 0"),
+        ({"layer_norm_eps": 0.0}, "layer_norm_eps=0.0 must be above 0"),
+        ({"hidden_dropout_prob": 2.0}, "hidden_dropout_prob=2.0 is not in"),
     ],
 )
 def test_unfit_configurations_are_refused(changes, message):

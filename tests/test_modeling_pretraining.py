@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tiny import gradients, images, seeded, tiny_config, tiny_model
 
-from modeling_cjepa import CJepaForPreTraining
+from modeling_cjepa import CJepaForImageClassification, CJepaForPreTraining
 from modeling_cjepa.configuration_cjepa import REGULARIZERS
 from modeling_cjepa.losses_cjepa import prediction_loss
 
@@ -233,6 +233,12 @@ def test_tuple_in_the_order_of_the_fields():
     for name, field in zip(names, fields, strict=True):
         if name != "loss_terms":
             assert torch.equal(output[name], field)
+
+
+@pytest.mark.parametrize("head", [CJepaForPreTraining, CJepaForImageClassification])
+def test_configuration_may_ask_for_tuples(head):
+    model = head(tiny_config(return_dict=False)).eval()
+    assert isinstance(model(images()), tuple)
 
 
 def test_batch_of_one_image_has_no_statistics():

@@ -14,12 +14,14 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import FLAGS
+from tiny import FLAGS, tiny_model
 
 from modeling_cjepa import CJepaForPreTraining, CJepaModel
 from trainers import pretraining
 from trainers.cli import main
+from trainers.datasets import ImageSource
 from trainers.publishing import whole_folder
+from trainers.recipes import read_recipe
 
 
 def pretrain(output, *flags, recipe="cjepa_scenes") -> int:
@@ -225,6 +227,19 @@ def test_broken_checkpoint_is_passed_over_for_a_whole_one(run, tmp_path, capsys,
     fails_in_one_sentence(capsys, status, "no whole checkpoint", part)
 
 
+def test_damage_inside_a_checkpoint_is_found(run, tmp_path, capsys):
+    folder, _, _ = run
+    begun = tmp_path / "begun"
+    shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
+    shutil.copytree(begun / "checkpoint-3", begun / "checkpoint-10")
+    damaged = begun / "checkpoint-10" / "optimizer.pt"
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 255
+    damaged.write_bytes(data)
+    assert pretrain(begun, "--resume_from_checkpoint", "last") == 0
+    assert "checkpoint-10 is passed over: optimizer.pt" in capsys.readouterr().out
+
+
 def test_other_settings_are_said_on_resuming(run, tmp_path, capsys):
     folder, _, _ = run
     begun = tmp_path / "begun"
@@ -238,9 +253,55 @@ def test_classes_that_train_lacks_are_said_before_training(tmp_path, capsys):
         (tmp_path / "pets" / split / name).mkdir(parents=True)
         for index in range(16):
             Image.new("RGB", (32, 32), (index, 0, 0)).save(tmp_path / "pets" / split / name / f"{index}.png")
-    status = pretrain(tmp_path / "run", "--dataset", str(tmp_path / "pets"))
-    fails_in_one_sentence(capsys, status, "emu")
-    assert not (tmp_path / "run").exists()
+    assert pretrain(tmp_path / "run", "--dataset", str(tmp_path / "pets")) == 0
+    said = capsys.readouterr().out
+    assert "not evaluated" in said and "emu" in said
+    assert "evaluation" not in json.loads((tmp_path / "run" / "final" / "results.json").read_text())
+
+
+def test_evaluate_tests_on_what_the_run_held_out(tmp_path, capsys):
+    for name, low in (("dark", 0), ("light", 128)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(60):
+            pixels = np.random.default_rng(index).integers(low, low + 140, (32, 32, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{index}.png")
+    flags = ["--dataset", str(tmp_path / "photos"), "--num_train_images", "64"]
+    assert pretrain(tmp_path / "run", *flags) == 0
+    recorded = json.loads((tmp_path / "run" / "final" / "results.json").read_text())["evaluation"]
+    output = tmp_path / "again.json"
+    assert main(["evaluate", str(tmp_path / "run" / "final"), *flags, "--seed", "3", "--output", str(output)]) == 0
+    again = json.loads(output.read_text())
+    assert again["num_test_images"] == recorded["num_test_images"] == 12
+    for row, expected in zip(again["rows"], recorded["rows"], strict=True):
+        if row["encoder"] != "random encoder":
+            assert row["knn"] == expected["knn"] and row["rankme"] == pytest.approx(expected["rankme"])
+
+
+def test_the_recipe_reaches_the_trainer(tmp_path):
+    def trainer(**changes):
+        values = {"output_dir": str(tmp_path), "use_cpu": True, "crop_scale": [1.0, 1.0], "horizontal_flip": False}
+        recipe = read_recipe("cjepa_scenes", values | changes)
+        args = pretraining.training_arguments(recipe)
+        return pretraining.build_trainer(recipe, tiny_model(), args, source)
+
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    source = ImageSource(pixels)
+    plain = trainer(seed=5, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+    views = [plain.train_dataset[index]["pixel_values"].permute(1, 2, 0).numpy() for index in range(40)]
+    assert np.array_equal(views, pixels)
+    assert plain.train_dataset.seed == 5
+    torch.testing.assert_close(plain.image_mean, torch.tensor([0.1, 0.2, 0.3]))
+    torch.testing.assert_close(plain.image_std, torch.tensor([0.4, 0.5, 0.6]))
+    assert tuple(plain.processing_class.image_mean) == (0.1, 0.2, 0.3)
+    mirrored = trainer(horizontal_flip=True).train_dataset
+    views = [mirrored[index]["pixel_values"].permute(1, 2, 0).numpy() for index in range(40)]
+    ways = {
+        (np.array_equal(view, image), np.array_equal(view, image[:, ::-1]))
+        for view, image in zip(views, pixels, strict=True)
+    }
+    assert ways == {(True, False), (False, True)}
+    cropped = trainer(crop_scale=[0.3, 0.5]).train_dataset
+    assert not any(np.array_equal(cropped[i]["pixel_values"].permute(1, 2, 0).numpy(), pixels[i]) for i in range(40))
 
 
 def test_two_processes_make_one_run(run, tmp_path):
@@ -249,6 +310,9 @@ def test_two_processes_make_one_run(run, tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
                 "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
     flags = [*FLAGS, "--per_device_train_batch_size", "8", "--max_steps", "3", "--output_dir", str(tmp_path / "run")]
+    if not torch.accelerator.is_available():
+        # where there is nothing else, the processes find the CPU by themselves
+        flags.remove("--use_cpu")
     result = subprocess.run(
         [*launcher, "scripts/pretrain.py", "cjepa_scenes", *flags], cwd=root, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(root)}, timeout=300,
@@ -275,6 +339,10 @@ def test_two_processes_make_one_run(run, tmp_path):
         (["--target_scale", "0.2"], ["target_scale"]),
         (["--patch_size", "0"], ["patch_size"]),
         (["--dataset", "*.parquet"], ["*.parquet"]),
+        (["--num_train_images", "49", "--dataloader_drop_last", "false"], ["batch of 1 image", "drop_last"]),
+        (["--accelerator_config", "{foo: 1}"], ["foo"]),
+        (["--attn_implementation", "flex_attention"], ["flex_attention", "sdpa"]),
+        (["--seed", "-1"], ["seed=-1"]),
     ],
 )
 def test_impossible_flags_are_one_sentence(tmp_path, capsys, flags, words):
@@ -302,7 +370,7 @@ def test_full_disk_is_said_and_leaves_no_half_folder(run, tmp_path, capsys, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(pretraining, "draw_curves", no_space)
-    fails_in_one_sentence(capsys, pretrain(tmp_path / "run"), "disk is full")
+    fails_in_one_sentence(capsys, pretrain(tmp_path / "run"), "disk is full", str(tmp_path / "run"), "resume")
     left = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert left == ["checkpoint-3", "recipe.yaml"]
 

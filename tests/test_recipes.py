@@ -65,6 +65,9 @@ def test_flags_are_typed_like_yaml():
         ("- a\n- b", "not a mapping"),
         ("a: [1", "is not YAML"),
         ("max_steps: true", "max_steps=True is a bool, not int"),
+        ("save_strategy: sometimes", "save_strategy='sometimes' is not known; choose one of no, steps, epoch, best"),
+        ("optim: 5", "optim=5 is not known; choose one of adamw_torch"),
+        ("target_scale: [1e-1, 0.2]", r"target_scale=\['1e-1', 0.2\] .* Write \[1.0e-1, 0.2\], without quotes"),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(tmp_path, text, message):
@@ -84,7 +87,7 @@ def test_mistakes_in_a_recipe_are_named(tmp_path, text, message):
         ({"regularizer": "vicreg"}, "regularizer='vicreg' is not known"),
         ({"ema_momentum": 2}, "ema_momentum=2 is not in"),
         ({"covariance_weight": -1}, "covariance_weight=-1 is negative"),
-        ({"save_strategy": "sometimes"}, "sometimes"),
+        ({"accelerator_config": {"foo": 1}}, "foo"),
     ],
 )
 def test_impossible_values_are_one_sentence(tmp_path, values, message):

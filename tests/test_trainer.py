@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from training_worker import build_trainer, train
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from trainers.callbacks import TargetUpdateCallback, weight_decay
+from trainers.callbacks import CropEpochCallback, TargetUpdateCallback, weight_decay
 from trainers.diagnostics import feature_std, rankme
 from trainers.errors import InputError
 from trainers.schedules import linear, warmup_cosine
@@ -120,6 +121,46 @@ def test_monitored_statistics_are_those_of_the_target_features(trained):
     assert last["target_std"] == pytest.approx(feature_std(embeddings), rel=1e-4)
 
 
+def test_masks_are_those_of_seed_step_and_micro_step(tmp_path):
+    def masks(seed, step, micro_step):
+        trainer = build_trainer(str(tmp_path), {"seed": seed})
+        trainer.model.train()
+        trainer.state.global_step, trainer._micro_step = step, micro_step
+        return trainer._masks(torch.zeros(8, 3, 32, 32))[1].tolist()
+
+    others = [masks(1, 3, 2), masks(2, 3, 2), masks(1, 4, 2), masks(1, 3, 1)]
+    assert masks(1, 3, 2) == others[0] and all(others[0] != other for other in others[1:])
+
+
+def test_speed_and_waiting_are_those_of_the_clock(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("trainers.trainer.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    trainer = build_trainer(str(tmp_path), {"max_steps": 5})
+
+    def batches():
+        for _ in range(2):
+            clock.now += 3
+            yield {"pixel_values": torch.zeros(8, 3, 32, 32, dtype=torch.uint8)}
+
+    samples, _ = trainer.get_batch_samples(batches(), 2, trainer.args.device)
+    for sample in samples:
+        trainer.compute_loss(trainer.model.train(), sample)
+        clock.now += 1
+    trainer.state.max_steps = 5
+    summary = trainer._summary()
+    assert summary["data_wait_share"] == 6 / 8 and summary["images_per_second"] == 16 / 8
+
+
+def test_crops_follow_the_epoch_whatever_its_rounding():
+    dataset = SimpleNamespace(set_epoch=lambda epoch: epochs.append(epoch))
+    epochs = []
+    for epoch in (0.0, 1 - 1e-9, 1 + 1e-9, 2.5):
+        CropEpochCallback().on_epoch_begin(
+            None, SimpleNamespace(epoch=epoch), None, train_dataloader=SimpleNamespace(dataset=dataset)
+        )
+    assert epochs == [0, 1, 1, 2]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_run_is_bit_identical(tmp_path, workers):
     # 6 batches an epoch, two a step: step 4 is in the middle of the second epoch
@@ -157,7 +198,8 @@ def test_two_processes_train_like_one(tmp_path):
             assert torch.equal(two[0][key], two[1][key]), f"{name}: {key} differs between the ranks"
             torch.testing.assert_close(two[0][key], tensor, atol=1e-6, rtol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
         for entry, expected in zip(two_log[:3], one_log[:3], strict=True):
-            for term in ("loss", "loss_prediction", "loss_variance", "loss_covariance", "grad_norm"):
+            for term in ("loss", "loss_prediction", "loss_variance", "loss_covariance", "grad_norm", "target_std",
+                         "target_rankme"):  # fmt: skip
                 assert entry[term] == pytest.approx(expected[term], rel=1e-4), (name, term)
 
 
@@ -237,6 +279,9 @@ def test_schedule_values():
         ({"fp16": True}, "fp16"),
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
+        ({"adam_beta2": 2.0}, "adam_beta2"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers"),
+        ({"num_monitored_images": 0}, "num_monitored_images"),
     ],
 )
 def test_arguments_out_of_range_are_refused(tmp_path, values, message):

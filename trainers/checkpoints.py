@@ -79,9 +79,18 @@ def broken_part(checkpoint: Path) -> str | None:
         except (OSError, SafetensorError):
             return f"{file.name} is broken"
     for name in ("optimizer.pt", "scheduler.pt"):
-        if not zipfile.is_zipfile(checkpoint / name):
+        if not _is_whole_zip(checkpoint / name):
             return f"{name} is missing or broken"
     return None
+
+
+def _is_whole_zip(file: Path) -> bool:
+    """Whether a file that `torch.save` wrote is there and its checksums are right."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def check_same_model(checkpoint: str, config: CJepaConfig):

@@ -1,10 +1,8 @@
 """The `cjepa` command."""
 
 import argparse
-import errno
 import sys
 
-from safetensors import SafetensorError
 from transformers.utils import logging
 
 from trainers.errors import InputError, plain_message
@@ -29,10 +27,6 @@ def main(arguments: list[str] | None = None) -> int:
         namespace.run(namespace)
     except InputError as error:
         return fail(plain_message(error))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not is_disk_full(error):
-            raise
-        return fail(f"the disk is full ({error}); make room and resume from the last checkpoint.")
     except KeyboardInterrupt:
         return fail("interrupted; a run that has saved a checkpoint goes on with --resume_from_checkpoint last.", 130)
     return 0
@@ -48,12 +42,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         advice = f"did you mean {meant}?" if meant else "see --help."
         namespace.parser.error(f"{unknown[0]!r} is not known; {advice}")
     return namespace
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Whether a write failed for want of space, in the words of Python, safetensors or torch."""
-    words = ("No space left", "os error 28", "Disk quota exceeded", "inline_container")
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(word in str(error) for word in words)
 
 
 def fail(sentence: str, status: int = 2) -> int:
@@ -143,7 +131,7 @@ def run_evaluate(namespace):
 
     from modeling_cjepa.configuration_cjepa import pair
     from trainers.evaluation import EvaluationArguments, evaluate_model
-    from trainers.files import write_json
+    from trainers.files import full_disk_named, write_json
     from trainers.flags import dataclass_from_flags
     from trainers.loading import load_encoder_config
     from trainers.reports import format_table
@@ -154,11 +142,12 @@ def run_evaluate(namespace):
     data = dataclass_from_flags(namespace, DataArguments)
     evaluation = dataclass_from_flags(namespace, EvaluationArguments)
     image_size = max(pair(load_encoder_config(namespace.model).image_size))
-    train_source, eval_source = load_sources(data, image_size, evaluation.seed, not evaluation.disable_tqdm)
+    train_source, eval_source = load_sources(data, image_size, not evaluation.disable_tqdm)
     results = evaluate_model(namespace.model, train_source, eval_source, evaluation, data.image_mean, data.image_std)
     print(format_table(results))
     if namespace.output:
-        write_json(Path(namespace.output), results)
+        with full_disk_named(Path(namespace.output).parent):
+            write_json(namespace.output, results)
 
 
 def add_benchmark(commands):

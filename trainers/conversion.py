@@ -90,6 +90,7 @@ def _read_config(target, predictor, image_size, num_attention_heads) -> CJepaCon
         projection = target["embeddings.patch_embeddings.projection.weight"]
         intermediate_size = target["layers.0.mlp.fc1.weight"].shape[0]
         predictor_width = predictor["input_projection.weight"].shape[0]
+        predictor_intermediate_size = predictor["layers.0.mlp.fc1.weight"].shape[0]
     except KeyError as error:
         raise InputError(f"The checkpoint has no tensor for {error}; it is not I-JEPA's layout.") from error
     width, channels, patch_height, patch_width = projection.shape
@@ -107,6 +108,7 @@ def _read_config(target, predictor, image_size, num_attention_heads) -> CJepaCon
         qkv_bias="layers.0.attention.q_proj.bias" in target,
         predictor_hidden_size=predictor_width,
         predictor_num_hidden_layers=_num_layers(predictor),
+        predictor_intermediate_size=predictor_intermediate_size,
     )
 
 

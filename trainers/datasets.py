@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
+from PIL import ImageOps, UnidentifiedImageError
 
 from trainers.errors import InputError
 
@@ -48,7 +48,7 @@ class ImageSource:
         try:
             data = io.BytesIO(item["bytes"]) if item.get("bytes") is not None else item["path"]
             with PILImage.open(data) as image:
-                return to_rgb(image)
+                return to_rgb(ImageOps.exif_transpose(image))
         except (OSError, SyntaxError, ValueError, zlib.error, PILImage.DecompressionBombError) as error:
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
             where = item.get("path") or f"number {index}"
@@ -127,10 +127,12 @@ def sample_seed(*numbers: int) -> int:
 
 
 def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """Any image as RGB: gray, palette and 16-bit converted, transparency laid on white."""
+    """Any image as RGB: gray, palette, 16-bit and 32-bit converted, transparency laid on white."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         pixels = np.asarray(image, dtype=np.float64)
-        top = 65535 if image.mode.startswith("I") else max(pixels.max(), 1.0)
+        # what white is in a file of 32 bits is not said in it: the smallest usual one that holds its values
+        tops = {"I": (255, 65535), "F": (1,)}.get(image.mode, (65535,))
+        top = next((top for top in tops if pixels.max() <= top), pixels.max())
         image = PILImage.fromarray((pixels / top * 255).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

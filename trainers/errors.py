@@ -1,5 +1,7 @@
 """Errors a user is told about in plain words."""
 
+_LONGEST_QUOTE = 300
+
 
 class InputError(ValueError):
     """A mistake of the user's: said in one sentence, without a traceback."""
@@ -11,5 +13,6 @@ def plain_message(error: InputError) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of another library's error, to be quoted in one of ours."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """The first line of another library's error, cut if it is long, to be quoted in one of ours."""
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if len(line) <= _LONGEST_QUOTE else line[:_LONGEST_QUOTE] + " ..."

@@ -46,7 +46,8 @@ class EvaluationArguments:
     disable_tqdm: bool | None = field(default=None, metadata={"help": "show no progress bars"})
 
     def __post_init__(self):
-        for name, least in (("num_neighbors", 1), ("eval_batch_size", 1), ("num_random_encoders", 0)):
+        for name, least in (("num_neighbors", 1), ("eval_batch_size", 1), ("num_random_encoders", 0),
+                            ("seed", 0), ("dataloader_num_workers", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)} is too small; set it to {least} or more.")
         if not self.temperature > 0:

@@ -1,9 +1,15 @@
 """Files that are written whole or not at all."""
 
+import errno
 import json
 import math
 import os
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from trainers.errors import InputError, first_line
 
 
 def write_text_atomically(path: str | Path, text: str):
@@ -22,6 +28,33 @@ def write_text_atomically(path: str | Path, text: str):
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_named(folder: Path):
+    """
+    Writes into a folder, whose name and remedy are said if there is no room for them.
+
+    Args:
+        folder (`Path`): Where the writes go.
+
+    Raises:
+        InputError: The disk is full, or a file may not grow as large; other errors pass.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not is_disk_full(error):
+            raise
+        advice = "go on with --resume_from_checkpoint last" if any(folder.glob("checkpoint-*")) else "start again"
+        raise InputError(f"The disk is full ({first_line(error)}); make room for {folder} and {advice}.") from error
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether a write failed for want of space, in the words of Python, safetensors or torch."""
+    words = ("No space left", "os error 28", "Disk quota exceeded", "File too large", "inline_container")
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in codes or any(word in str(error) for word in words)
 
 
 def write_json(path: str | Path, obj):

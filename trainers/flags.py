@@ -6,6 +6,7 @@ import difflib
 import re
 import types
 import typing
+from enum import Enum
 
 import yaml
 
@@ -20,9 +21,16 @@ def type_hints(cls) -> dict[str, object]:
 
 def check_value(name: str, value, hint, where: str):
     """Raises `InputError` if a value has not its field's type, and says how a number is written."""
-    if not fits(value, hint):
-        advice = f" Write {plain_number(value)}, without quotes." if is_number(value) else ""
-        raise InputError(f"{where}: {name}={value!r} is a {type(value).__name__}, not {type_name(hint)}.{advice}")
+    if fits(value, hint):
+        return
+    choices = enum_values(hint)
+    if choices:
+        raise InputError(f"{where}: {name}={value!r} is not known; choose one of {', '.join(choices)}.")
+    items = value if isinstance(value, list) else [value]
+    plain = ", ".join(plain_number(item) if is_number(item) else repr(item) for item in items)
+    written = f"[{plain}]" if isinstance(value, list) else plain
+    advice = f" Write {written}, without quotes." if any(map(is_number, items)) else ""
+    raise InputError(f"{where}: {name}={value!r} is a {type(value).__name__}, not {type_name(hint)}.{advice}")
 
 
 def closest(word: str, known) -> str | None:
@@ -30,9 +38,17 @@ def closest(word: str, known) -> str | None:
     return next(iter(difflib.get_close_matches(word, known, n=1)), None)
 
 
+def enum_values(hint) -> list[str]:
+    """The words that a field which holds a member of an enumeration may have; empty for all others."""
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if isinstance(kind, type) and issubclass(kind, Enum)]
+    return [member.value for kind in kinds for member in kind]
+
+
 def fits(value, hint) -> bool:
     """Whether a value has a field's type; whole numbers pass as floats."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if enum_values(hint):
+        return value in enum_values(hint) or (value is None and type(None) in arguments)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, argument) for argument in arguments)
     if hint is type(None):
@@ -139,5 +155,8 @@ def field_help(cls, name: str) -> str:
     text = cls.__dataclass_fields__[name].metadata.get("help")
     if text:
         return text
-    entry = re.search(rf"^ +{name} \(.*?\): (.*?)(?=^ +\w+ \(|\n\n|\Z)", cls.__doc__ or "", re.MULTILINE | re.DOTALL)
-    return entry.group(1) if entry else ""
+    entry = re.search(rf"^ +{name} \((.*?)\): (.*?)(?=^ +\w+ \(|\n\n|\Z)", cls.__doc__ or "", re.MULTILINE | re.DOTALL)
+    if not entry:
+        return ""
+    choices = re.findall(r'`"(\w+)"`', entry.group(1).split(", defaults")[0])
+    return f"{' | '.join(choices)}: {entry.group(2)}" if choices else entry.group(2)

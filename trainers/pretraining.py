@@ -19,7 +19,7 @@ from trainers.checkpoints import changed_settings, check_same_model, find_checkp
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.errors import InputError
 from trainers.evaluation import evaluate_model
-from trainers.files import write_json
+from trainers.files import full_disk_named, write_json
 from trainers.publishing import render_card, save_model, whole_folder
 from trainers.recipes import Recipe, model_fields, recipe_text, write_recipe
 from trainers.reports import draw_curves, format_table, machine_facts, software_facts
@@ -55,42 +55,61 @@ def pretrain(recipe: Recipe) -> Path:
         if checkpoint is not None:
             print(f"going on from {checkpoint}{changed_settings(recipe, checkpoint)}", flush=True)
     image_size = max(pair(model.config.image_size))
-    train_source, eval_source = load_sources(recipe.data, image_size, args.seed, not args.disable_tqdm)
-    if train_source.labels is not None and eval_source.labels is not None:
-        # now rather than after hours of training
-        train_source, eval_source = with_common_classes(train_source, eval_source)
-    trainer = build_trainer(recipe, model, args, train_source)
-    if trainer.is_world_process_zero():
-        write_recipe(recipe.values, Path(args.output_dir, "recipe.yaml"))
-    started = time.perf_counter()
-    if checkpoint is not None and is_finished(checkpoint, args):
-        trainer.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
-        trainer._load_from_checkpoint(checkpoint)
-    else:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
-    trainer.accelerator.wait_for_everyone()
-    folder = Path(args.output_dir, "final")
-    if trainer.is_world_process_zero():
-        finish(recipe, trainer, train_source, eval_source, seconds, folder)
+    sources = load_sources(recipe.data, image_size, not args.disable_tqdm)
+    labelled = with_labels(*sources, said=args.process_index == 0)
+    trainer = build_trainer(recipe, model, args, sources[0])
+    with full_disk_named(Path(args.output_dir)):
+        if trainer.is_world_process_zero():
+            write_recipe(recipe.values, Path(args.output_dir, "recipe.yaml"))
+        started = time.perf_counter()
+        if checkpoint is not None and is_finished(checkpoint, args):
+            trainer.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+            trainer._load_from_checkpoint(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        seconds = time.perf_counter() - started
+        trainer.accelerator.wait_for_everyone()
+        folder = Path(args.output_dir, "final")
+        if trainer.is_world_process_zero():
+            finish(recipe, trainer, labelled, seconds, folder)
     return folder
+
+
+def with_labels(train: ImageSource, test: ImageSource, said: bool) -> tuple[ImageSource, ImageSource] | None:
+    """Both sources with classes numbered alike; None where they cannot be evaluated on, said before the training."""
+    try:
+        return with_common_classes(train, test)
+    except InputError as error:
+        if said:
+            print(f"The encoder will be saved, but not evaluated: {error}", flush=True)
+        return None
 
 
 def training_arguments(recipe: Recipe) -> CJepaTrainingArguments:
     """The run's arguments; without an output folder a new one under `runs/` is named after recipe and time."""
     values = dict(recipe.training)
     values.setdefault("report_to", "none")
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if num_processes > 1 and not torch.accelerator.is_available():
+        # without it, transformers starts a run in each process
+        values.setdefault("use_cpu", True)
     if "output_dir" not in values:
         name = [f"runs/{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"]
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if num_processes > 1:
             # the clocks of the processes may differ by the second that matters
             PartialState(cpu=bool(values.get("use_cpu", False)))
             broadcast_object_list(name)
         values["output_dir"] = name[0]
     try:
-        return CJepaTrainingArguments(**values)
-    except (ValueError, ImportError) as error:
+        args = CJepaTrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
         raise InputError(" ".join(str(error).split())) from error
+    if args.world_size != num_processes:
+        raise InputError(
+            f"{num_processes} processes were launched, and {args.world_size} would train on {args.device}; launch as "
+            "many as there are devices, or all on the CPU with --use_cpu."
+        )
+    return args
 
 
 def build_model(recipe: Recipe, args: CJepaTrainingArguments) -> CJepaForPreTraining:
@@ -98,6 +117,8 @@ def build_model(recipe: Recipe, args: CJepaTrainingArguments) -> CJepaForPreTrai
     attention = recipe.run.attn_implementation
     if attention == "auto":
         attention = "eager" if args.bf16 and args.device.type == "cpu" else "sdpa"
+    if attention == "flex_attention" and args.device.type == "cpu":
+        raise InputError("attn_implementation='flex_attention' trains on a GPU only; choose sdpa or eager.")
     set_seed(args.seed)
     try:
         config = CJepaConfig(**recipe.model)
@@ -117,8 +138,12 @@ def build_trainer(recipe: Recipe, model, args, train_source: ImageSource) -> CJe
             f"{train_source.name} has {len(train_source)} images, fewer than the {batch_size} of a batch over all "
             "processes; lower --per_device_train_batch_size or give more images."
         )
-    if batch_size < 2 and model.config.regularizer_weight > 0:
-        raise InputError("A batch of 1 image has no variance; raise --per_device_train_batch_size to 2 or more.")
+    last = batch_size if args.dataloader_drop_last else len(train_source) % batch_size or batch_size
+    if min(batch_size, last) < 2 and model.config.regularizer_weight > 0:
+        raise InputError(
+            "A batch of 1 image has no variance; raise --per_device_train_batch_size to 2 or more and leave the last, "
+            "smaller batch out (--dataloader_drop_last)."
+        )
     if model.config.num_channels != 3:
         raise InputError(f"num_channels={model.config.num_channels}, but images are read as RGB; set it to 3.")
     image_size = pair(model.config.image_size)
@@ -128,7 +153,7 @@ def build_trainer(recipe: Recipe, model, args, train_source: ImageSource) -> CJe
     statistics = {"image_mean": data.image_mean, "image_std": data.image_std}
     try:
         return CJepaTrainer(model, args, train_dataset=dataset, processing_class=processor, **statistics)
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise InputError(f"The run cannot start: {' '.join(str(error).split())}") from error
 
 
@@ -151,7 +176,7 @@ def describe(recipe: Recipe, model, args) -> str:
     )
 
 
-def finish(recipe: Recipe, trainer: CJepaTrainer, train_source, eval_source, seconds: float, folder: Path):
+def finish(recipe: Recipe, trainer: CJepaTrainer, labelled: tuple | None, seconds: float, folder: Path):
     """Saves the trained model, evaluates it where there are labels, writes results and card, says how to load it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     # the other processes are done: their threads are free
@@ -159,14 +184,12 @@ def finish(recipe: Recipe, trainer: CJepaTrainer, train_source, eval_source, sec
     torch.set_num_threads(min(num_threads, os.cpu_count() or num_threads))
     with whole_folder(folder) as unfinished:
         save_model(model, trainer.processing_class, unfinished)
-        facts = run_facts(recipe, trainer, model, train_source, seconds)
-        if train_source.labels is not None and eval_source.labels is not None:
+        facts = run_facts(recipe, trainer, model, seconds)
+        if labelled is not None:
             try:
-                facts["evaluation"] = evaluate_model(str(unfinished), train_source, eval_source, recipe.evaluation)
+                facts["evaluation"] = evaluate_model(str(unfinished), *labelled, recipe.evaluation)
             except InputError as error:
                 print(f"The model is saved, but cannot be evaluated: {error}", flush=True)
-        else:
-            print(f"{eval_source.name} has no labels: nothing to evaluate.", flush=True)
         draw_curves(trainer.state.log_history, unfinished / "curves.png")
         write_json(unfinished / "results.json", facts | {"history": trainer.state.log_history})
         (unfinished / "README.md").write_text(render_card(card_facts(facts, folder)), encoding="utf-8")
@@ -200,7 +223,7 @@ def trained_seconds(logged: list[dict], batch_size: int) -> float:
     )
 
 
-def run_facts(recipe: Recipe, trainer: CJepaTrainer, model, train_source: ImageSource, seconds: float) -> dict:
+def run_facts(recipe: Recipe, trainer: CJepaTrainer, model, seconds: float) -> dict:
     """What is known about a finished run, for `results.json` and the card."""
     state, args = trainer.state, trainer.args
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -232,7 +255,7 @@ def run_facts(recipe: Recipe, trainer: CJepaTrainer, model, train_source: ImageS
             **{f"{part}_parameters": number for part, number in num_parameters(model).items()},
             **{name: getattr(model.config, name) for name in model_fields()},
         },
-        "data": {"dataset": recipe.data.dataset, "num_train_images": len(train_source)},
+        "data": {"dataset": recipe.data.dataset, "num_train_images": len(trainer.train_dataset)},
         "training": training,
         "machine": machine_facts(),
         "software": software_facts(),

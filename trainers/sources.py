@@ -19,6 +19,8 @@ EVAL_SPLITS = ("test", "validation", "val", "valid")
 # rendered scenes: as many as these where the recipe does not say; evaluation scenes have a seed of their own
 NUM_SCENES = {"train": 10_000, "test": 2_000}
 SCENES_SEED = {"train": 0, "test": 1}
+# of the images that are used or held out where not all are
+_CHOICE_SEED = 0
 # fields that only training reads
 AUGMENTATIONS = ("crop_scale", "horizontal_flip")
 
@@ -72,15 +74,17 @@ class DataArguments:
 
 
 def load_sources(
-    arguments: DataArguments, image_size: int = 32, seed: int = 0, progress: bool = True
+    arguments: DataArguments, image_size: int = 32, progress: bool = True
 ) -> tuple[ImageSource, ImageSource]:
     """
     Loads the images to train on and those to evaluate on.
 
+    Where only some are used or held out, the choice is the same at every call: an evaluation long after the training
+    tests on no image that was trained on.
+
     Args:
         arguments ([`DataArguments`]): Which data set, splits and columns, and how many images.
         image_size (`int`): Pixels of a rendered scene's side; other images keep their own size.
-        seed (`int`): Chooses the images where only some are used or held out.
         progress (`bool`): Whether to show a bar while scenes are rendered.
 
     Returns:
@@ -101,18 +105,36 @@ def load_sources(
     train = _source(splits[arguments.train_split], arguments, arguments.train_split)
     name = arguments.eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
     if name is None:
-        order = np.random.default_rng(seed).permutation(len(train))
-        num_held_out = max(len(train) // 10, 1)
-        if len(train) < 2:
-            raise InputError(
-                f"{train.name} has {len(train)} image; give at least 2, one to train on, one to evaluate."
-            )
-        train, evaluation = train.take(np.sort(order[num_held_out:])), train.take(np.sort(order[:num_held_out]))
+        train, evaluation = hold_out(train)
     elif name not in splits:
         raise InputError(f"{arguments.dataset} has no split {name!r}, only {', '.join(splits)}; mend --eval_split.")
     else:
         evaluation = _source(splits[name], arguments, name)
-    return _choose(train, arguments.num_train_images, seed), _choose(evaluation, arguments.num_eval_images, seed)
+    return _choose(train, arguments.num_train_images), _choose(evaluation, arguments.num_eval_images)
+
+
+def hold_out(source: ImageSource) -> tuple[ImageSource, ImageSource]:
+    """
+    A fixed random tenth held out for evaluation; of each class at least one image stays, if labels are known.
+
+    Args:
+        source ([`ImageSource`]): 2 images or more.
+
+    Returns:
+        The images to train on and those held out, each in their own order.
+
+    Raises:
+        InputError: There is one image only.
+    """
+    if len(source) < 2:
+        raise InputError(f"{source.name} has {len(source)} image; give at least 2, one to train on, one to evaluate.")
+    order = np.random.default_rng(_CHOICE_SEED).permutation(len(source))
+    if source.labels is not None:
+        _, first_of_class = np.unique(source.labels[order], return_index=True)
+        # last: they are held out when there is nothing else
+        order = np.append(np.delete(order, first_of_class), order[first_of_class])
+    num_held_out = max(len(source) // 10, 1)
+    return source.take(np.sort(order[num_held_out:])), source.take(np.sort(order[:num_held_out]))
 
 
 def with_common_classes(train: ImageSource, test: ImageSource) -> tuple[ImageSource, ImageSource]:
@@ -166,11 +188,11 @@ def _scenes(arguments: DataArguments, split: str, image_size: int, progress: boo
     return ImageSource(scenes["image"], scenes[label], list(names), f"scenes ({split})")
 
 
-def _choose(source: ImageSource, number: int | None, seed: int) -> ImageSource:
+def _choose(source: ImageSource, number: int | None) -> ImageSource:
     """A fixed random choice of so many images, in their own order; all of them if there are not more."""
     if number is None or number >= len(source):
         return source
-    order = np.random.default_rng(seed).permutation(len(source))
+    order = np.random.default_rng(_CHOICE_SEED).permutation(len(source))
     return source.take(np.sort(order[:number]))
 
 
@@ -222,7 +244,11 @@ def _source(rows, arguments: DataArguments, split: str) -> ImageSource:
     if len(rows) == 0:
         raise InputError(f"{name} holds no image; mend --dataset or the split.")
     labels, label_names = _labels(rows, arguments.label_column, name)
-    images = StoredImages(rows.cast_column(image_column, Image(decode=False)).data.column(image_column))
+    try:
+        images = StoredImages(rows.cast_column(image_column, Image(decode=False)).data.column(image_column))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise InputError(f"Column {image_column!r} of {name} holds no images ({first_line(error)}); mend "
+                         "--image_column.") from error  # fmt: skip
     return ImageSource(images, labels, label_names, name)
 
 
@@ -255,6 +281,9 @@ def _labels(rows, asked: str | None, name: str) -> tuple[np.ndarray | None, list
             f"{name} has {missing} rows without a {column!r}; remove them or name another --label_column."
         )
     values = np.asarray(values)
+    if isinstance(feature, ClassLabel) and asked is None and (values == -1).all():
+        # how data sets of the Hub say that the labels of a split are not published
+        return None, None
     if values.ndim != 1:
         raise InputError(f"Column {column!r} of {name} holds lists, not one label each; name another --label_column.")
     if isinstance(feature, ClassLabel):

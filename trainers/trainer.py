@@ -69,7 +69,7 @@ class CJepaTrainer(Trainer):
             self.add_callback(ImagesPerSecondBar)
         self._micro_step = 0
         self._reset_window()
-        batch_size = args.train_batch_size
+        batch_size = args.train_batch_size * args.world_size
         self._embeddings: deque[torch.Tensor] = deque(maxlen=max(args.num_monitored_images // batch_size, 1))
 
     def _reset_window(self):
@@ -150,7 +150,7 @@ class CJepaTrainer(Trainer):
         self._num_images += outputs.embeddings.shape[0] * self.args.world_size
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        """Adds what the window since the last log has seen: one reduction over the processes, one wait."""
+        """Adds what the window since the last log has seen, over all processes."""
         if "loss" in logs and self._num_micro_batches:
             logs |= self._summary()
             self._reset_window()
@@ -162,12 +162,11 @@ class CJepaTrainer(Trainer):
         super().log(logs, start_time)
 
     def _summary(self) -> dict[str, float]:
-        embeddings = torch.cat(list(self._embeddings))
         values = {f"loss_{name}": total / self._num_micro_batches for name, total in self._term_sums.items()}
-        values |= {"target_std": feature_std(embeddings), "target_rankme": rankme(embeddings)}
-        values = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in values.items()}
-        stacked = torch.stack([value.to(self.args.device) for value in values.values()])
+        stacked = torch.stack([value.float() for value in values.values()])
         summary = dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+        embeddings = self.accelerator.gather(torch.cat(list(self._embeddings)))
+        summary |= {"target_std": feature_std(embeddings), "target_rankme": rankme(embeddings)}
         seconds = time.perf_counter() - self._window_started
         step, num_steps = max(self.state.global_step - 1, 0), self.state.max_steps
         return summary | {

@@ -71,11 +71,17 @@ class CJepaTrainingArguments(TrainingArguments):
             raise ValueError(f"schedule_scale={self.schedule_scale} is below 1; the schedules must outlast the run.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
-        for name in ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        positive = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "adam_epsilon",
+                    "num_monitored_images")  # fmt: skip
+        for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} is negative; give 0 or more.")
+        for name in ("seed", "dataloader_num_workers", "start_learning_rate", "final_learning_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} is negative; give 0 or more.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1).")
         if self.fp16:
             raise ValueError("fp16 is not supported: the target encoder's moving average needs float32 or bf16.")
         if self.lr_scheduler_type not in ("linear", SchedulerType.LINEAR):
