@@ -230,6 +230,7 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         target_ids: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         return_loss: bool = True,
+        regularizer_weight: float | None = None,
         return_dict: bool | None = None,
     ) -> CJepaForPreTrainingOutput:
         """
@@ -242,6 +243,7 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
                 Both masks are drawn on the images' device when neither is given.
             generator (`torch.Generator`, *optional*): Source of the masks' randomness; torch's default otherwise.
             return_loss (`bool`): Whether to compute the loss.
+            regularizer_weight (`float`, *optional*): Of this step, for a schedule; the configuration's when not given.
 
         Returns:
             [`CJepaForPreTrainingOutput`].
@@ -264,7 +266,10 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             targets = take(normalize_targets(tokens.last_hidden_state), target_ids)
         context = self.context_encoder(pixel_values, patch_ids=context_ids, return_dict=True)
         predictions = self.predictor(context.last_hidden_state, context_ids, target_ids, grid_size)
-        loss, terms = self._loss(predictions, targets, context.last_hidden_state) if return_loss else (None, None)
+        loss = terms = None
+        if return_loss:
+            weight = self.config.regularizer_weight if regularizer_weight is None else regularizer_weight
+            loss, terms = self._loss(predictions, targets, context.last_hidden_state, weight)
         return CJepaForPreTrainingOutput(
             loss=loss,
             loss_terms=terms,
@@ -275,19 +280,19 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             target_ids=target_ids,
         )
 
-    def _loss(self, predictions, targets, context):
+    def _loss(self, predictions, targets, context, regularizer_weight):
         """C-JEPA's loss and its detached, unweighted terms (Eq. 21 and 22)."""
         config = self.config
         with torch.autocast(predictions.device.type, enabled=False):
             prediction = prediction_loss(predictions, targets, config.prediction_loss)
-            if config.regularizer_weight == 0:
+            if regularizer_weight == 0:
                 with torch.no_grad():
                     terms = self._regularizer_terms(prediction, predictions, context, only_watched=True)
                 loss = prediction
             else:
                 terms = self._regularizer_terms(prediction, predictions, context)
                 weighted = [getattr(config, f"{name}_weight") * term for name, term in terms.items()]
-                loss = prediction + config.regularizer_weight * sum(weighted)
+                loss = prediction + regularizer_weight * sum(weighted)
         terms = {"prediction": prediction, **terms}
         return loss, {name: term.detach() for name, term in terms.items()}
 

@@ -97,8 +97,8 @@ def test_log_holds_what_is_promised(trained):
     assert len(entries) == 5
     names = {
         "loss", "loss_prediction", "loss_invariance", "loss_variance", "loss_covariance", "learning_rate",
-        "weight_decay", "ema_momentum", "grad_norm", "target_std", "target_rankme", "images_per_second",
-        "data_wait_share",
+        "weight_decay", "regularizer_weight", "ema_momentum", "grad_norm", "target_std", "target_rankme",
+        "images_per_second", "data_wait_share",
     }  # fmt: skip
     config = trainer.model.config
     for step, entry in enumerate(entries):
@@ -119,6 +119,21 @@ def test_monitored_statistics_are_those_of_the_target_features(trained):
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     assert last["target_rankme"] == pytest.approx(rankme(embeddings), rel=1e-4)
     assert last["target_std"] == pytest.approx(feature_std(embeddings), rel=1e-4)
+
+
+def test_regularizer_weight_follows_its_schedule(tmp_path):
+    training = {"max_steps": 4, "per_device_train_batch_size": 8, "final_regularizer_weight": 0.1}
+    trainer = build_trainer(str(tmp_path), training, {"regularizer_weight": 0.9})
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for step, entry in enumerate(entries):
+        weight = 0.1 + 0.8 * (1 + math.cos(math.pi * step / (4 * 1.25))) / 2
+        assert entry["regularizer_weight"] == pytest.approx(weight)
+        regularizer = 25 * (entry["loss_invariance"] + entry["loss_variance"]) + entry["loss_covariance"]
+        assert entry["loss"] == pytest.approx(entry["loss_prediction"] + weight * regularizer, rel=1e-4)
+    assert len(entries) == 4 and trainer.model.config.regularizer_weight == 0.9
+    with pytest.raises(ValueError, match="cannot follow"):
+        build_trainer(str(tmp_path), training, {"regularizer_weight": 0.0})
 
 
 def test_masks_are_those_of_seed_step_and_micro_step(tmp_path):

@@ -1,13 +1,13 @@
 """The coats of the scene generator: the pattern on the surface of an object, one for each of the twelve kinds.
 
 A coat is one of six patterns, fine or coarse, with a random direction, phase and period: it lies nowhere in two scenes
-alike.
+alike. Each covers half of a surface, so that no brightness tells the kind.
 """
 
 import numpy as np
 from PIL import Image
 
-_PERIODS = (0.14, 0.28)
+_PERIODS = (0.2, 0.36)
 """Of a fine and a coarse coat, in units of the image's side."""
 _PERIOD_RANGE = (0.85, 1.15)
 
@@ -21,11 +21,11 @@ def checks(u, v, rng) -> np.ndarray:
 
 
 def dots(u, v, rng) -> np.ndarray:
-    return np.hypot(u % 1 - 0.5, v % 1 - 0.5) < 0.32
+    return np.hypot(u % 1 - 0.5, v % 1 - 0.5) < 0.4
 
 
 def mesh(u, v, rng) -> np.ndarray:
-    return (u % 1 < 0.3) | (v % 1 < 0.3)
+    return (u % 1 < 0.29) | (v % 1 < 0.29)
 
 
 def rings(u, v, rng) -> np.ndarray:

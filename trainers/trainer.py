@@ -25,7 +25,7 @@ from trainers.callbacks import (
 from trainers.datasets import sample_seed
 from trainers.diagnostics import feature_std, rankme
 from trainers.errors import InputError
-from trainers.schedules import warmup_cosine
+from trainers.schedules import cosine, warmup_cosine
 from trainers.training_args import CJepaTrainingArguments
 from trainers.transforms import normalize
 
@@ -34,8 +34,9 @@ class CJepaTrainer(Trainer):
     """
     Pre-trains a [`CJepaForPreTraining`].
 
-    Logged beside transformers' own values: every loss term, weight decay, EMA momentum, standard deviation and RankMe
-    of the target features, images per second, and the share of time spent waiting for data.
+    Logged beside transformers' own values: every loss term, weight decay, the regulariser's weight, EMA momentum,
+    standard deviation and RankMe of the latest target features (over all processes, anew after a resume), images per
+    second, and the share of time spent waiting for data.
 
     Args:
         model ([`CJepaForPreTraining`]): What to train.
@@ -56,6 +57,11 @@ class CJepaTrainer(Trainer):
         image_std=(0.229, 0.224, 0.225),
         **kwargs,
     ):
+        if model.config.regularizer_weight == 0 and args.final_regularizer_weight:
+            raise ValueError(
+                f"final_regularizer_weight={args.final_regularizer_weight} cannot follow a model's "
+                "regularizer_weight=0; set both or neither."
+            )
         super().__init__(model, args, **kwargs)
         # on the device once, so that no step waits for a copy
         self.image_mean, self.image_std = (
@@ -118,7 +124,8 @@ class CJepaTrainer(Trainer):
         """The C-JEPA loss of a batch under masks seeded by (seed, step, micro-step)."""
         pixel_values = normalize(inputs["pixel_values"], self.image_mean, self.image_std)
         context_ids, target_ids = self._masks(pixel_values)
-        outputs = model(pixel_values, context_ids, target_ids)
+        weight = self._regularizer_weight(self.state.global_step) if model.training else None
+        outputs = model(pixel_values, context_ids, target_ids, regularizer_weight=weight)
         if model.training:
             self._monitor(outputs)
             self._micro_step += 1
@@ -140,6 +147,13 @@ class CJepaTrainer(Trainer):
         rows = slice(args.process_index * num_images, (args.process_index + 1) * num_images)
         masks = model.sample_masks(num_images * args.world_size, grid_size, generator)
         return tuple(ids[rows].to(pixel_values.device, non_blocking=True) for ids in masks)
+
+    def _regularizer_weight(self, step: int) -> float:
+        """The regulariser's weight in the step that follows `step` finished ones."""
+        args, start = self.args, self.accelerator.unwrap_model(self.model).config.regularizer_weight
+        if args.final_regularizer_weight is None:
+            return start
+        return cosine(step, self.state.max_steps * args.schedule_scale, start, args.final_regularizer_weight)
 
     def _monitor(self, outputs):
         """Adds a batch to the window of the next log, without waiting for the device."""
@@ -171,6 +185,7 @@ class CJepaTrainer(Trainer):
         step, num_steps = max(self.state.global_step - 1, 0), self.state.max_steps
         return summary | {
             "weight_decay": weight_decay(self.args, step, num_steps),
+            "regularizer_weight": self._regularizer_weight(step),
             "ema_momentum": self.target_update.momentum_at(step, num_steps),
             "images_per_second": self._num_images / seconds,
             "data_wait_share": self._waited / seconds,

@@ -22,6 +22,8 @@ class CJepaTrainingArguments(TrainingArguments):
         start_learning_rate (`float`): Learning rate of the first step.
         final_learning_rate (`float`): Learning rate at the schedules' end.
         final_weight_decay (`float`): Weight decay at the schedules' end.
+        final_regularizer_weight (`float`, *optional*): The regulariser's weight at the schedules' end, by a cosine
+            from the model's `regularizer_weight`; constant when not given.
         ema_momentum (`float`): Share of the old target encoder kept in the first step, in [0, 1].
         final_ema_momentum (`float`): The same at the schedules' end.
         schedule_scale (`float`): Length of the schedules in units of the run; 1 or more.
@@ -41,6 +43,9 @@ class CJepaTrainingArguments(TrainingArguments):
     )
     weight_decay: float = field(default=0.04, metadata={"help": "weight decay of the first step"})
     final_weight_decay: float = field(default=0.4, metadata={"help": "weight decay at the schedules' end"})
+    final_regularizer_weight: float | None = field(
+        default=None, metadata={"help": "regularizer_weight at the schedules' end; constant when not given"}
+    )
     ema_momentum: float = field(
         default=0.996, metadata={"help": "share of the old target encoder kept in a step, at the start"}
     )
@@ -76,8 +81,9 @@ class CJepaTrainingArguments(TrainingArguments):
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
-        for name in ("seed", "dataloader_num_workers", "start_learning_rate", "final_learning_rate"):
-            if getattr(self, name) < 0:
+        for name in ("seed", "dataloader_num_workers", "start_learning_rate", "final_learning_rate",
+                     "final_regularizer_weight"):  # fmt: skip
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative; give 0 or more.")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
