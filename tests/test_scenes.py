@@ -147,8 +147,8 @@ def test_distance_is_what_the_object_is_drawn_at(scenes):
             spans.append(max(np.ptp(rows), np.ptp(columns)) / 32 * distance)
     assert len(spans) > 50
     assert 0.9 < np.median(spans) < 1.1
-    assert 1 / 0.9 <= scenes["distance"].min() < 1.13
-    assert 1.6 < scenes["distance"].max() <= 1 / 0.6
+    assert 1 / 0.75 <= scenes["distance"].min() < 1.36
+    assert 1.95 < scenes["distance"].max() <= 2
 
 
 def test_another_image_size_shows_the_same_scene():

@@ -7,7 +7,7 @@ alike. Each covers half of a surface, so that no brightness tells the kind.
 import numpy as np
 from PIL import Image
 
-_PERIODS = (0.2, 0.36)
+_PERIODS = (0.14, 0.28)
 """Of a fine and a coarse coat, in units of the image's side."""
 _PERIOD_RANGE = (0.85, 1.15)
 

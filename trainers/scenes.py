@@ -37,16 +37,17 @@ MIN_IMAGE_SIZE = 16
 _DRAWINGS = tuple(drawing for drawings in FAMILY_DRAWINGS.values() for drawing in drawings)
 _FAMILY_OF_KIND = tuple(family for family, kinds in enumerate(FAMILIES.values()) for _ in kinds)
 _SUPERSAMPLING = 4
+_MAX_ROTATION = np.deg2rad(25)
 # Of what two random colours differ by: a texture of full contrast drowns the objects at 32 pixels.
 _TEXTURE_CONTRAST = 0.6
 # Of the nearest object, in units of the image's side; the others are this many times as far away.
-_NEAREST_SIZES = (0.6, 0.9)
+_NEAREST_SIZES = (0.5, 0.75)
 _FARTHER_THAN_NEAREST = (1.25, 2.0)
 # Of an object's parts: how far their colours are from the object's own.
 _SHADES = 50
 # Grains a side, whatever the image size, and the range of their standard deviation, of 255.
 _GRAINS = 32
-_GRAIN_STRENGTHS = (25, 50)
+_GRAIN_STRENGTHS = (20, 45)
 # Of the background, and of an object before its parts are shaded: how light a colour channel is, of 255.
 _DARK = (0, 128)
 _LIT = (140, 256)
@@ -72,7 +73,7 @@ class Scene:
             How many objects there are, 1 to 4, all of the same kind.
         distance (`float`):
             Of the nearest object to the camera, in units of the distance from which an object's longer side (upright)
-            fills the image: an object at distance d is drawn 1 / d of the image's side long. From 1.11 to 1.67.
+            fills the image: an object at distance d is drawn 1 / d of the image's side long. From 1.33 to 2.
     """
 
     image: np.ndarray
@@ -204,7 +205,7 @@ def _pose(parts: list[Part], size: float, centre: np.ndarray, rng: np.random.Gen
     points = (points - (low + high) / 2) * (size / (high - low).max())
     if rng.random() < 0.5:
         points[:, 0] *= -1
-    points = rotate(points, rng.uniform(0, 2 * np.pi)) + centre
+    points = rotate(points, rng.uniform(-_MAX_ROTATION, _MAX_ROTATION)) + centre
     ends = np.cumsum([len(corners) for _, corners in parts])
     return [(paint, corners) for (paint, _), corners in zip(parts, np.split(points, ends[:-1]), strict=True)]
 

@@ -17,7 +17,7 @@ from trainers.scenes import FAMILY_NAMES, KIND_NAMES, render_scenes
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 EVAL_SPLITS = ("test", "validation", "val", "valid")
 # rendered scenes: as many as these where the recipe does not say; evaluation scenes have a seed of their own
-NUM_SCENES = {"train": 10_000, "test": 2_000}
+NUM_SCENES = {"train": 10_000, "test": 5_000}
 SCENES_SEED = {"train": 0, "test": 1}
 # of the images that are used or held out where not all are
 _CHOICE_SEED = 0
