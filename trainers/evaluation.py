@@ -132,8 +132,12 @@ def evaluate_encoder(
     """
     device = _device_of(encoder) if device is None else torch.device(device)
     progress = not arguments.disable_tqdm
-    settings = {"batch_size": arguments.eval_batch_size, "num_workers": arguments.dataloader_num_workers}
-    settings |= {"device": device, "progress": progress}
+    settings = {
+        "batch_size": arguments.eval_batch_size,
+        "num_workers": arguments.dataloader_num_workers,
+        "device": device,
+        "progress": progress,
+    }
     train_x, train_y, test_x, test_y = (
         tensor.to(device if device.type == "cuda" else "cpu")
         for dataset, images in ((train, "train"), (test, "test"))

@@ -112,15 +112,29 @@ def linear_predict(
     return LinearProbe(classes[logits.argmax(dim=1)], best_C, converged)
 
 
+def spare_positions(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Which of some images can be held out so that one of each class stays.
+
+    Args:
+        labels (`np.ndarray` of shape `(n,)`): Class indices.
+        seed (`int`): Of the order, and of the choice within a class.
+
+    Returns:
+        The positions that can be held out, in random order, and those of the one image of each class that stays.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    _, first_of_class = np.unique(labels[order], return_index=True)
+    return np.delete(order, first_of_class), order[first_of_class]
+
+
 def _hold_out(targets: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions to fit on and a random tenth to choose C on; of each class at least one image is fitted."""
-    order = np.random.default_rng(seed).permutation(len(targets))
-    _, first_of_class = np.unique(targets.cpu().numpy()[order], return_index=True)
-    spare = np.delete(order, first_of_class)
+    spare, needed = spare_positions(targets.cpu().numpy(), seed)
     if len(spare) == 0:
         raise InputError("There is one train image of each class, and the linear probe needs more; give more images.")
     held_out = spare[: max(len(targets) // 10, 1)]
-    kept = np.setdiff1d(order, held_out)
+    kept = np.sort(np.concatenate([spare[len(held_out) :], needed]))
     return torch.from_numpy(kept).to(targets.device), torch.from_numpy(held_out).to(targets.device)
 
 

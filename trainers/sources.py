@@ -12,6 +12,7 @@ from datasets.exceptions import DatasetsError
 
 from trainers.datasets import ImageSource, StoredImages
 from trainers.errors import InputError, first_line
+from trainers.probes import spare_positions
 from trainers.scenes import FAMILY_NAMES, KIND_NAMES, render_scenes
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -128,11 +129,11 @@ def hold_out(source: ImageSource) -> tuple[ImageSource, ImageSource]:
     """
     if len(source) < 2:
         raise InputError(f"{source.name} has {len(source)} image; give at least 2, one to train on, one to evaluate.")
-    order = np.random.default_rng(_CHOICE_SEED).permutation(len(source))
-    if source.labels is not None:
-        _, first_of_class = np.unique(source.labels[order], return_index=True)
-        # last: they are held out when there is nothing else
-        order = np.append(np.delete(order, first_of_class), order[first_of_class])
+    if source.labels is None:
+        order = np.random.default_rng(_CHOICE_SEED).permutation(len(source))
+    else:
+        # one of each class comes last: it is held out when there is nothing else
+        order = np.concatenate(spare_positions(source.labels, _CHOICE_SEED))
     num_held_out = max(len(source) // 10, 1)
     return source.take(np.sort(order[num_held_out:])), source.take(np.sort(order[:num_held_out]))
 
