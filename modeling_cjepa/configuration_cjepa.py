@@ -62,7 +62,10 @@ class CJepaConfig(PreTrainedConfig):
     """
 
     model_type = "cjepa"
-    keys_to_ignore_at_inference = ["loss_terms", "predictions", "targets", "embeddings", "context_ids", "target_ids"]
+    keys_to_ignore_at_inference = [
+        "loss_terms", "predictions", "targets", "embeddings", "context_ids", "target_ids", "hidden_states",
+        "attentions",
+    ]  # fmt: skip
 
     hidden_size: int = 768
     num_hidden_layers: int = 12

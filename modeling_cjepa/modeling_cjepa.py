@@ -120,6 +120,8 @@ class CJepaForPreTrainingOutput(ModelOutput):
         embeddings (`torch.Tensor` of shape `(B, D)`): The target encoder's mean token of each image.
         context_ids (`torch.Tensor` of shape `(B, Nc)`): Positions of the context used.
         target_ids (`torch.Tensor` of shape `(B, M, K)`): Positions of the targets used.
+        hidden_states (`tuple` of `torch.Tensor` of shape `(B, N, D)`, *optional*): The target encoder's.
+        attentions (`tuple` of `torch.Tensor` of shape `(B, heads, N, N)`, *optional*): The target encoder's.
     """
 
     loss: torch.Tensor | None = None
@@ -129,6 +131,8 @@ class CJepaForPreTrainingOutput(ModelOutput):
     embeddings: torch.Tensor | None = None
     context_ids: torch.Tensor | None = None
     target_ids: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class CJepaForPreTraining(CJepaPreTrainedModel):
@@ -231,6 +235,8 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         generator: torch.Generator | None = None,
         return_loss: bool = True,
         regularizer_weight: float | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> CJepaForPreTrainingOutput:
         """
@@ -244,6 +250,7 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             generator (`torch.Generator`, *optional*): Source of the masks' randomness; torch's default otherwise.
             return_loss (`bool`): Whether to compute the loss.
             regularizer_weight (`float`, *optional*): Of this step, for a schedule; the configuration's when not given.
+            output_hidden_states, output_attentions (`bool`, *optional*): Whether to return the target encoder's.
 
         Returns:
             [`CJepaForPreTrainingOutput`].
@@ -261,8 +268,10 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             context_ids, target_ids = self.sample_masks(
                 pixel_values.shape[0], grid_size, generator, device=pixel_values.device
             )
+        recorded = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        recorded = {name: value for name, value in recorded.items() if value is not None}  # else the configuration's
         with torch.no_grad():
-            tokens = self.cjepa(pixel_values, return_dict=True)
+            tokens = self.cjepa(pixel_values, return_dict=True, **recorded)
             targets = take(normalize_targets(tokens.last_hidden_state), target_ids)
         context = self.context_encoder(pixel_values, patch_ids=context_ids, return_dict=True)
         predictions = self.predictor(context.last_hidden_state, context_ids, target_ids, grid_size)
@@ -278,6 +287,8 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             embeddings=tokens.pooler_output,
             context_ids=context_ids,
             target_ids=target_ids,
+            hidden_states=tokens.hidden_states,
+            attentions=tokens.attentions,
         )
 
     def _loss(self, predictions, targets, context, regularizer_weight):

@@ -235,6 +235,17 @@ def test_tuple_in_the_order_of_the_fields():
             assert torch.equal(output[name], field)
 
 
+def test_hidden_states_and_attentions_are_the_target_encoders():
+    model = tiny_model(attn_implementation="eager")
+    output = model(images(), generator=seeded(), output_hidden_states=True, output_attentions=True)
+    encoder = model.cjepa(images(), output_hidden_states=True, output_attentions=True)
+    for ours, theirs in ((output.hidden_states, encoder.hidden_states), (output.attentions, encoder.attentions)):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert "hidden_states" not in model(images(), generator=seeded())
+    model.config.output_hidden_states = True
+    assert len(model(images(), generator=seeded()).hidden_states) == model.config.num_hidden_layers + 1
+
+
 @pytest.mark.parametrize("head", [CJepaForPreTraining, CJepaForImageClassification])
 def test_configuration_may_ask_for_tuples(head):
     model = head(tiny_config(return_dict=False)).eval()

@@ -71,6 +71,8 @@ def test_card_tells_what_was_recorded(run):
     row = facts["evaluation"]["rows"][0]
     assert f"{row['knn']:.1f}" in card and "regularizer `context`" in card and "3 steps of 16 images" in card
     assert card.startswith("---\n") and "{{" not in card and "None" not in card.split("## Settings")[0]
+    fades = facts["settings"].get("final_regularizer_weight")
+    assert (f", falling to {fades} (" in card) == (fades is not None)
     settings = card.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(settings) == facts["settings"] and facts["settings"]["final_learning_rate"] == 1e-5
 
