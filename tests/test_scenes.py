@@ -8,7 +8,7 @@ import pytest
 
 from trainers.errors import InputError
 from trainers.scene_coats import draw_coat
-from trainers.scenes import FAMILIES, FAMILY_NAMES, KIND_NAMES, Scene, render_scene, render_scenes
+from trainers.scenes import FAMILIES, FAMILY_NAMES, KIND_NAMES, Scene, _light, render_scene, render_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_SCENES = 2500
@@ -147,8 +147,8 @@ def test_distance_is_what_the_object_is_drawn_at(scenes):
             spans.append(max(np.ptp(rows), np.ptp(columns)) / 32 * distance)
     assert len(spans) > 50
     assert 0.9 < np.median(spans) < 1.1
-    assert 1 / 0.75 <= scenes["distance"].min() < 1.36
-    assert 1.95 < scenes["distance"].max() <= 2
+    assert 1 <= scenes["distance"].min() < 1.03
+    assert 1.40 < scenes["distance"].max() <= 1 / 0.7
 
 
 def test_another_image_size_shows_the_same_scene():
@@ -204,6 +204,30 @@ def test_coats_lie_anywhere_and_cover_half():
     for kind in range(12):
         covered = np.mean([draw_coat(kind, points, np.random.default_rng(seed)) for seed in range(400)], axis=0)
         assert covered.std() < 0.05 and covered.mean() == pytest.approx(0.5, abs=0.03), kind
+
+
+def test_objects_lie_in_every_direction(scenes):
+    resultants = []
+    for kind in range(12):
+        turns = []
+        for mask in scenes["mask"][(scenes["kind"] == kind) & (scenes["count"] == 1)]:
+            covariance = np.cov(np.array(np.nonzero(mask)))
+            turns.append(np.exp(1j * np.arctan2(2 * covariance[0, 1], covariance[0, 0] - covariance[1, 1])))
+        resultants.append(abs(np.mean(turns)))
+    # 1 if all lie alike, about 0.12 for 50 at random
+    assert len(turns) > 30 and max(resultants) < 0.4
+
+
+def test_light_has_a_side_and_a_colour():
+    corners, colours = [], []
+    for seed in range(200):
+        lit = _light(np.full((32, 32, 3), 100.0), np.random.default_rng(seed))
+        corners.append(lit[[0, 0, -1, -1], [0, -1, 0, -1], 0].argmax())
+        colours.append(lit.mean(axis=(0, 1)) / 85)
+    assert set(corners) == {0, 1, 2, 3}
+    colours = np.array(colours)
+    assert colours.min() == pytest.approx(0.3, abs=0.05) and colours.max() == pytest.approx(1, abs=0.05)
+    assert np.abs(np.corrcoef(colours.T) - np.eye(3)).max() < 0.2
 
 
 def test_grain_is_of_the_scene_not_of_the_pixels():

@@ -2,10 +2,10 @@
 
 A scene shows one to four objects of one kind, lit, before a darker, textured background. The labels are real (a kind
 has its shape, the parts and how they are put together, and its coat, a dark pattern on its surface), and all else is a
-nuisance: colours, backgrounds, distance, rotation, mirroring, position, occlusion by other objects and by clutter,
-light, and the grain of a picture taken at night. None of the nuisances depends on the label. A part of a picture tells
-what the object's other parts look like and nothing about the grain: what predicts the one and leaves out the other has
-learned.
+nuisance: colours, backgrounds, distance, rotation, mirroring, position, occlusion by other objects and by clutter, the
+light's side, strength and colour, and the grain of a picture taken at night. None of the nuisances depends on the
+label. A part of a picture tells what the object's other parts look like and nothing about the grain: what predicts the
+one and leaves out the other has learned.
 
 Every scene is a function of (seed, index) alone, whatever the number of scenes, their order or the process; another
 image size shows the same scene in another resolution. The drawing is Pillow's and NumPy's: another version of theirs
@@ -37,17 +37,18 @@ MIN_IMAGE_SIZE = 16
 _DRAWINGS = tuple(drawing for drawings in FAMILY_DRAWINGS.values() for drawing in drawings)
 _FAMILY_OF_KIND = tuple(family for family, kinds in enumerate(FAMILIES.values()) for _ in kinds)
 _SUPERSAMPLING = 4
-_MAX_ROTATION = np.deg2rad(25)
 # Of what two random colours differ by: a texture of full contrast drowns the objects at 32 pixels.
 _TEXTURE_CONTRAST = 0.6
 # Of the nearest object, in units of the image's side; the others are this many times as far away.
-_NEAREST_SIZES = (0.5, 0.75)
+_NEAREST_SIZES = (0.7, 1.0)
 _FARTHER_THAN_NEAREST = (1.25, 2.0)
 # Of an object's parts: how far their colours are from the object's own.
 _SHADES = 50
 # Grains a side, whatever the image size, and the range of their standard deviation, of 255.
 _GRAINS = 32
 _GRAIN_STRENGTHS = (20, 45)
+# Of the light's share that a colour channel gets.
+_LIGHT = (0.3, 1.0)
 # Of the background, and of an object before its parts are shaded: how light a colour channel is, of 255.
 _DARK = (0, 128)
 _LIT = (140, 256)
@@ -73,7 +74,7 @@ class Scene:
             How many objects there are, 1 to 4, all of the same kind.
         distance (`float`):
             Of the nearest object to the camera, in units of the distance from which an object's longer side (upright)
-            fills the image: an object at distance d is drawn 1 / d of the image's side long. From 1.33 to 2.
+            fills the image: an object at distance d is drawn 1 / d of the image's side long. From 1 to 1.43.
     """
 
     image: np.ndarray
@@ -205,7 +206,7 @@ def _pose(parts: list[Part], size: float, centre: np.ndarray, rng: np.random.Gen
     points = (points - (low + high) / 2) * (size / (high - low).max())
     if rng.random() < 0.5:
         points[:, 0] *= -1
-    points = rotate(points, rng.uniform(-_MAX_ROTATION, _MAX_ROTATION)) + centre
+    points = rotate(points, rng.uniform(-np.pi / 2, np.pi / 2)) + centre
     ends = np.cumsum([len(corners) for _, corners in parts])
     return [(paint, corners) for (paint, _), corners in zip(parts, np.split(points, ends[:-1]), strict=True)]
 
@@ -252,10 +253,10 @@ def _background(ground: np.ndarray, image_size: int, rng: np.random.Generator) -
 
 
 def _light(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Lights an image (H, W, 3) from a random side."""
+    """Lights an image (H, W, 3) from a random side in a random colour."""
     direction = rng.uniform(-0.5, 0.5, 2)
     shade = 0.85 + (_grid(len(image)) @ direction).reshape(*image.shape[:2], 1)
-    return np.clip(image * shade, 0, 255)
+    return np.clip(image * shade, 0, 255) * rng.uniform(*_LIGHT, 3)
 
 
 def _grain(image_size: int, rng: np.random.Generator) -> np.ndarray:
