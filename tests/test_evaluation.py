@@ -180,20 +180,40 @@ def test_linear_probe_chooses_C_on_train_embeddings_alone():
     x[:, 0] += 2 * y
     chosen = {linear_predict(x, y, test_x).C for test_x in (x, -x, x[torch.randperm(200, generator=generator)])}
     assert len(chosen) == 1
-    kept, held_out = probes._hold_out(y, seed=0)
-    assert len(held_out) == 20 and set(kept.tolist()) | set(held_out.tolist()) == set(range(200))
     scaled = StandardScaler().fit_transform(x)
-    scores = [LogisticRegression(C=C).fit(scaled[kept], y[kept]).score(scaled[held_out], y[held_out])
-              for C in (chosen.pop(), 1e4)]  # fmt: skip
-    assert scores[0] > scores[1]
+    num_correct = {
+        C: sum(
+            round(LogisticRegression(C=C).fit(scaled[kept], y[kept]).score(scaled[held_out], y[held_out]) * 20)
+            for kept, held_out in probes._folds(y, seed=0)
+        )
+        for C in probes.C_GRID
+    }
+    assert num_correct[chosen.pop()] >= max(num_correct.values()) - 1 > num_correct[1e-4]
 
 
-def test_held_out_images_leave_one_of_each_class():
-    targets = torch.tensor([0] * 18 + [1, 2])
-    for seed in range(20):
-        kept, held_out = probes._hold_out(targets, seed)
-        assert set(targets[kept].tolist()) == {0, 1, 2} and len(held_out) == 2
-    assert probes._hold_out(targets, 0)[1].tolist() != probes._hold_out(targets, 1)[1].tolist()
+def test_linear_probe_of_few_labels_does_not_stop_at_chance():
+    """The labels lie in the weakest direction, which only a weak penalty reads; all below it do alike, by chance."""
+    generator = seeded(4)
+    x = torch.randn(300, 1, generator=generator) + 1e-3 * torch.randn(300, 20, generator=generator)
+    y = ((x[:, 0] - x[:, 1]) > 0).long()
+    probe = linear_predict(x[:200], y[:200], x[200:])
+    assert probe.C >= 10 and (probe.predictions == y[200:]).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("num_images, num_folds", [(20, 9), (3000, 7), (30_000, 1)])
+def test_folds_leave_one_of_each_class(num_images, num_folds):
+    targets = torch.tensor([0] * (num_images - 2) + [1, 2])
+    folds = probes._folds(targets, seed=0)
+    assert len(folds) == num_folds
+    for kept, held_out in folds:
+        assert set(targets[kept].tolist()) == {0, 1, 2}
+        assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(num_images))
+    together = torch.cat([held_out for _, held_out in folds])
+    assert len(together.unique()) == len(together) <= max(num_images // 10 * num_folds, 17)
+    assert folds[0][1].tolist() != probes._folds(targets, seed=1)[0][1].tolist()
+
+
+def test_one_image_of_each_class_is_too_few():
     with pytest.raises(InputError, match="one train image of each class"):
         linear_predict(torch.randn(3, 4), torch.arange(3), torch.randn(2, 4))
 

@@ -22,7 +22,7 @@ from trainers.diagnostics import feature_std, rankme
 from trainers.errors import InputError
 from trainers.loading import load_image_statistics, load_model
 from trainers.probes import accuracy_interval, knn_predict, linear_predict
-from trainers.sources import with_common_classes
+from trainers.sources import choose_images, with_common_classes
 from trainers.transforms import eval_transform, normalize
 
 _MAX_RAW_PIXELS = 32
@@ -37,6 +37,9 @@ class EvaluationArguments:
     eval_batch_size: int = field(default=256, metadata={"help": "images of a batch in evaluation"})
     dataloader_num_workers: int = field(default=0, metadata={"help": "processes that load images; 0: the main one"})
     seed: int = field(default=0, metadata={"help": "seed of random encoders and of what the linear probe holds out"})
+    num_probe_images: int | None = field(
+        default=None, metadata={"help": "fit the probes on only so many train images, a fixed choice"}
+    )
     num_random_encoders: int = field(
         default=1, metadata={"help": "randomly initialised encoders of the same size to compare with"}
     )
@@ -47,9 +50,9 @@ class EvaluationArguments:
 
     def __post_init__(self):
         for name, least in (("num_neighbors", 1), ("eval_batch_size", 1), ("num_random_encoders", 0),
-                            ("seed", 0), ("dataloader_num_workers", 0)):  # fmt: skip
-            if getattr(self, name) < least:
-                raise InputError(f"{name}={getattr(self, name)} is too small; set it to {least} or more.")
+                            ("num_probe_images", 2), ("seed", 0), ("dataloader_num_workers", 0)):  # fmt: skip
+            if (value := getattr(self, name)) is not None and value < least:
+                raise InputError(f"{name}={value} is too small; set it to {least} or more.")
         if not self.temperature > 0:
             raise InputError(f"temperature={self.temperature} divides similarities; set it above 0, such as 0.07.")
 
@@ -230,7 +233,9 @@ def evaluate_model(
         InputError: There is no whole C-JEPA model, images have no labels, or a test class is not in the train images.
     """
     arguments = arguments or EvaluationArguments()
-    train_source, test_source = with_common_classes(train_source, test_source)
+    train_source, test_source = with_common_classes(
+        choose_images(train_source, arguments.num_probe_images), test_source
+    )
     if isinstance(model, str | Path):
         image_mean, image_std = load_image_statistics(model) or (image_mean, image_std)
         model = load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")

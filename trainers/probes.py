@@ -20,6 +20,8 @@ from trainers.errors import InputError
 
 # Up to 10,000: embeddings with few strong directions, such as a random encoder's, need weak penalties.
 C_GRID = tuple(10.0**power for power in range(-4, 5))
+# Fewer images to choose C on choose it at random.
+_NUM_HELD_OUT = 2000
 _SIMILARITIES_AT_ONCE = 2**25
 
 
@@ -74,15 +76,16 @@ def linear_predict(
     train_x: torch.Tensor, train_y: torch.Tensor, test_x: torch.Tensor, seed: int = 0, progress: bool = False
 ) -> LinearProbe:
     """
-    Classes by logistic regression on standardised embeddings, with C chosen on a tenth of the train embeddings.
+    Classes by logistic regression on standardised embeddings, with C chosen on held-out train embeddings.
 
-    C goes up `C_GRID` until three in a row do worse than the best; the fit with the best C is then made on all train
-    embeddings. The objective is that of scikit-learn's `LogisticRegression`.
+    A tenth of the train embeddings is held out; if that is fewer than 2,000, a second tenth in turn, and so on up to
+    all ten. C goes up `C_GRID` until three in a row do worse than the best by more than a standard error; the fit with
+    the best C is then made on all train embeddings. The objective is that of scikit-learn's `LogisticRegression`.
 
     Args:
         train_x (`torch.Tensor` of shape `(n, D)`), train_y (`(n,)`, int64): Embeddings to fit, and their classes.
         test_x (`torch.Tensor` of shape `(m, D)`): The embeddings to classify.
-        seed (`int`): Chooses the tenth that is held out.
+        seed (`int`): Chooses the tenths that are held out.
         progress (`bool`): Whether to show a bar.
 
     Returns:
@@ -92,7 +95,8 @@ def linear_predict(
         InputError: No class has a second train image to hold out.
     """
     classes, targets = train_y.unique(return_inverse=True)
-    kept, held_out = _hold_out(targets, seed)
+    folds = _folds(targets, seed)
+    num_held_out = sum(len(held_out) for _, held_out in folds)
     std, mean = torch.std_mean(train_x.float(), dim=0, correction=0)
     std = std.where(std > 0, 1)
     x = (train_x.float() - mean) / std
@@ -100,9 +104,13 @@ def linear_predict(
     x = x @ axes
     best_score, best_C, num_worse = -1.0, C_GRID[0], 0
     for C in tqdm(C_GRID, desc="linear probe", unit="fit", disable=not progress):
-        weight, bias, _ = _fit(x[kept], targets[kept], len(classes), C, variances)
-        score = ((x[held_out] @ weight + bias).argmax(dim=1) == targets[held_out]).float().mean().item()
-        num_worse = num_worse + 1 if score < best_score else 0
+        num_correct = 0
+        for kept, held_out in folds:
+            weight, bias, _ = _fit(x[kept], targets[kept], len(classes), C, variances)
+            num_correct += int(((x[held_out] @ weight + bias).argmax(dim=1) == targets[held_out]).sum())
+        score = num_correct / num_held_out
+        standard_error = math.sqrt(score * (1 - score) / num_held_out)
+        num_worse = num_worse + 1 if score < best_score - standard_error else 0
         if score > best_score:
             best_score, best_C = score, C
         if num_worse == 3:
@@ -128,14 +136,18 @@ def spare_positions(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarr
     return np.delete(order, first_of_class), order[first_of_class]
 
 
-def _hold_out(targets: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions to fit on and a random tenth to choose C on; of each class at least one image is fitted."""
+def _folds(targets: torch.Tensor, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Random tenths to choose C on and, of each, the rest to fit; of each class at least one image is fitted."""
     spare, needed = spare_positions(targets.cpu().numpy(), seed)
     if len(spare) == 0:
         raise InputError("There is one train image of each class, and the linear probe needs more; give more images.")
-    held_out = spare[: max(len(targets) // 10, 1)]
-    kept = np.sort(np.concatenate([spare[len(held_out) :], needed]))
-    return torch.from_numpy(kept).to(targets.device), torch.from_numpy(held_out).to(targets.device)
+    size = max(len(targets) // 10, 1)
+    num_folds = min(math.ceil(_NUM_HELD_OUT / size), 10, math.ceil(len(spare) / size))
+    folds = []
+    for start in range(0, num_folds * size, size):
+        kept = np.sort(np.concatenate([spare[:start], spare[start + size :], needed]))
+        folds.append(tuple(torch.from_numpy(ids).to(targets.device) for ids in (kept, spare[start : start + size])))
+    return folds
 
 
 def _principal_axes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -111,7 +111,7 @@ def load_sources(
         raise InputError(f"{arguments.dataset} has no split {name!r}, only {', '.join(splits)}; mend --eval_split.")
     else:
         evaluation = _source(splits[name], arguments, name)
-    return _choose(train, arguments.num_train_images), _choose(evaluation, arguments.num_eval_images)
+    return choose_images(train, arguments.num_train_images), choose_images(evaluation, arguments.num_eval_images)
 
 
 def hold_out(source: ImageSource) -> tuple[ImageSource, ImageSource]:
@@ -189,7 +189,7 @@ def _scenes(arguments: DataArguments, split: str, image_size: int, progress: boo
     return ImageSource(scenes["image"], scenes[label], list(names), f"scenes ({split})")
 
 
-def _choose(source: ImageSource, number: int | None) -> ImageSource:
+def choose_images(source: ImageSource, number: int | None) -> ImageSource:
     """A fixed random choice of so many images, in their own order; all of them if there are not more."""
     if number is None or number >= len(source):
         return source
