@@ -8,13 +8,8 @@ from transformers import (
 )
 
 from .configuration_cjepa import CJepaConfig
-from .modeling_cjepa import (
-    CJepaForImageClassification,
-    CJepaForPreTraining,
-    CJepaForPreTrainingOutput,
-    CJepaModel,
-    CJepaPreTrainedModel,
-)
+from .modeling_cjepa import CJepaForImageClassification, CJepaModel, CJepaPreTrainedModel
+from .pretraining_cjepa import CJepaForPreTraining, CJepaForPreTrainingOutput
 
 AutoConfig.register("cjepa", CJepaConfig, exist_ok=True)
 AutoModel.register(CJepaConfig, CJepaModel, exist_ok=True)

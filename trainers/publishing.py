@@ -20,7 +20,7 @@ from trainers.resources import template_path
 AUTO_MAP = {
     "AutoConfig": "configuration_cjepa.CJepaConfig",
     "AutoModel": "modeling_cjepa.CJepaModel",
-    "AutoModelForPreTraining": "modeling_cjepa.CJepaForPreTraining",
+    "AutoModelForPreTraining": "pretraining_cjepa.CJepaForPreTraining",
     "AutoModelForImageClassification": "modeling_cjepa.CJepaForImageClassification",
 }
 
