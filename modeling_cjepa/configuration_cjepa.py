@@ -114,8 +114,11 @@ class CJepaConfig(PreTrainedConfig):
     def _check_fields(self):
         for name in _COUNTS:
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or min(pair(value)) < 1):
-                raise ValueError(f"{name}={value} must be 1 or more.")
+            may_be_two = name in ("image_size", "patch_size")
+            numbers = value if may_be_two and isinstance(value, list | tuple) and len(value) == 2 else [value]
+            if value is not None and not all(type(number) is int and number >= 1 for number in numbers):
+                two = ", or two of them, height and width" if may_be_two else ""
+                raise ValueError(f"{name}={value!r} must be a whole number of 1 or more{two}.")
         for prefix in ("", "predictor_"):
             size, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
             if size % 4 or size % heads:
@@ -136,8 +139,8 @@ class CJepaConfig(PreTrainedConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(choices)}.")
         for name in ("regularizer_weight", "invariance_weight", "variance_weight", "covariance_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is negative; a loss weight must be 0 or more.")
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not a loss weight, which must be 0 or more.")
         for name in ("initializer_range", "layer_norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")

@@ -184,6 +184,8 @@ def test_finished_and_begun_runs_are_not_overwritten(run, tmp_path, capsys):
     fails_in_one_sentence(capsys, status, "no whole checkpoint to resume from")
     status = pretrain(begun, "--resume_from_checkpoint", str(tmp_path))
     fails_in_one_sentence(capsys, status, "no whole checkpoint", "trainer_state.json")
+    (begun / "recipe.yaml").write_text("a: [1")
+    fails_in_one_sentence(capsys, pretrain(begun, "--resume_from_checkpoint", "last"), "recipe.yaml", "mend or remove")
 
 
 def test_checkpoint_of_another_grid_is_refused(run, tmp_path, capsys):
@@ -375,6 +377,20 @@ def test_full_disk_is_said_and_leaves_no_half_folder(run, tmp_path, capsys, monk
     fails_in_one_sentence(capsys, pretrain(tmp_path / "run"), "disk is full", str(tmp_path / "run"), "resume")
     left = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert left == ["checkpoint-3", "recipe.yaml"]
+
+
+def test_whole_folder_may_be_read_by_others_and_clears_what_a_killed_run_left(tmp_path):
+    (tmp_path / ".final-killed").mkdir()
+    (tmp_path / ".final-killed" / "weights").touch()
+    before = os.umask(0o027)
+    try:
+        with whole_folder(tmp_path / "final") as unfinished:
+            (unfinished / "weights").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "final", tmp_path / "final" / "weights")]
+    assert modes == [0o750, 0o640]
 
 
 def test_whole_folder_appears_at_the_end_only(tmp_path):

@@ -86,7 +86,11 @@ def test_mistakes_in_a_recipe_are_named(tmp_path, text, message):
         ({"patch_size": 16}, "2x2 grid has 4 patches"),
         ({"regularizer": "vicreg"}, "regularizer='vicreg' is not known"),
         ({"ema_momentum": 2}, "ema_momentum=2 is not in"),
-        ({"covariance_weight": -1}, "covariance_weight=-1 is negative"),
+        ({"covariance_weight": -1}, "covariance_weight=-1 is not a loss weight"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be above 0"),
+        ({"weight_decay": -1}, "weight_decay=-1 is not a number from 0 up"),
+        ({"num_train_epochs": 0}, "num_train_epochs=0 must be above 0"),
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 0}, "needs workers"),
         ({"accelerator_config": {"foo": 1}}, "foo"),
     ],
 )
@@ -129,6 +133,14 @@ def test_every_model_field_is_documented_and_listed(capsys):
 )  # fmt: skip
 def test_types(value, hint, expected):
     assert fits(value, hint) is expected
+
+
+def test_no_is_a_word_where_it_is_a_choice(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("save_strategy: no\nhorizontal_flip: no\n")
+    recipe = read_recipe(str(file))
+    assert recipe.values == {"save_strategy": "no", "horizontal_flip": False}
+    assert parse("--save_strategy", "no") == {"save_strategy": "no"}
 
 
 @pytest.mark.parametrize("word", ["1e-3", "1E5", "2.5e-4", "12", "-3e2"])

@@ -110,7 +110,10 @@ def changed_settings(recipe: Recipe, checkpoint: str) -> str:
     path = Path(checkpoint).parent / "recipe.yaml"
     if not path.is_file():
         return ""
-    before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        before = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}, the recipe of the run to resume, cannot be read; mend or remove it.") from error
     changed = [
         f"{name} was {before.get(name, 'not set')} and is {recipe.values.get(name, 'not set')}"
         for name in sorted((before.keys() | recipe.values.keys()) - _PLACES)

@@ -122,7 +122,7 @@ def add_flags(parser: argparse.ArgumentParser, title: str, defaults, hints: dict
         shown = f"{text} (default {getattr(defaults, name, None)})".replace("%", "%%")
         group.add_argument(
             f"--{name}",
-            type=word if takes_words(hints[name]) else flag_value,
+            type=word if takes_words(hints[name]) or enum_values(hints[name]) else flag_value,
             metavar="X",
             nargs="*",
             default=argparse.SUPPRESS,

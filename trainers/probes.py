@@ -7,6 +7,7 @@ Shapes: n images to vote or fit, m test images, D width of an embedding, K class
 """
 
 import math
+from contextlib import contextmanager
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -23,6 +24,8 @@ C_GRID = tuple(10.0**power for power in range(-4, 5))
 # Fewer images to choose C on choose it at random.
 _NUM_HELD_OUT = 2000
 _SIMILARITIES_AT_ONCE = 2**25
+# Of a fit, below which one thread is used: more wait for each other, on busy cores many times as long as they work.
+_NUMBERS_FOR_THREADS = 10_000_000
 
 
 class LinearProbe(NamedTuple):
@@ -96,12 +99,29 @@ def linear_predict(
     """
     classes, targets = train_y.unique(return_inverse=True)
     folds = _folds(targets, seed)
-    num_held_out = sum(len(held_out) for _, held_out in folds)
+    with _threads_for(min(train_x.shape) * len(train_x) * len(classes)):
+        return _fit_and_predict(train_x, targets, classes, test_x, folds, progress)
+
+
+@contextmanager
+def _threads_for(num_numbers: int):
+    """One thread for fits that are small, torch's for all others."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1 if num_numbers < _NUMBERS_FOR_THREADS else num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _fit_and_predict(train_x, targets, classes, test_x, folds, progress) -> LinearProbe:
+    """[`linear_predict`] with the choice of held-out embeddings made."""
     std, mean = torch.std_mean(train_x.float(), dim=0, correction=0)
     std = std.where(std > 0, 1)
     x = (train_x.float() - mean) / std
     variances, axes = _principal_axes(x)
     x = x @ axes
+    num_held_out = sum(len(held_out) for _, held_out in folds)
     best_score, best_C, num_worse = -1.0, C_GRID[0], 0
     for C in tqdm(C_GRID, desc="linear probe", unit="fit", disable=not progress):
         num_correct = 0

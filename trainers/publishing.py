@@ -39,13 +39,23 @@ def whole_folder(folder: Path):
     if folder.exists():
         raise InputError(f"{folder} exists already; choose another folder or remove it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f".{folder.name}-*"):
+        shutil.rmtree(leftover)  # of a run that was killed here
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield unfinished
-        unfinished.chmod(0o755)
+        _allow_as_usual(unfinished)
         os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _allow_as_usual(folder: Path):
+    """Gives a folder and its files the rights of new ones: temporary folders and weights are their owner's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def save_model(model: CJepaForPreTraining, processor, folder: Path):

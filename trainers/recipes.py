@@ -15,7 +15,7 @@ from modeling_cjepa import CJepaConfig
 from trainers.errors import InputError
 from trainers.evaluation import EvaluationArguments
 from trainers.files import write_text_atomically
-from trainers.flags import add_flags, check_value, closest, given_flags, type_hints
+from trainers.flags import add_flags, check_value, closest, enum_values, given_flags, type_hints
 from trainers.resources import recipe_path
 from trainers.sources import DataArguments
 from trainers.training_args import CJepaTrainingArguments
@@ -102,6 +102,11 @@ def read_recipe(path_or_name: str, overrides: dict | None = None) -> Recipe:
     if not isinstance(values, dict):
         raise InputError(f"{path} is not a mapping of keys to values; write lines such as `hidden_size: 192`.")
     sections = section_fields()
+    hints = {name: hint for fields in sections.values() for name, hint in fields.items()}
+    # YAML reads the word `no` as false
+    values = {
+        key: "no" if value is False and "no" in enum_values(hints.get(key)) else value for key, value in values.items()
+    }
     for where, part in ((str(path), values), ("the command line", overrides or {})):
         check_values(part, sections, where)
     values = values | (overrides or {})

@@ -60,7 +60,7 @@ class CJepaTrainer(Trainer):
         if model.config.regularizer_weight == 0 and args.final_regularizer_weight:
             raise ValueError(
                 f"final_regularizer_weight={args.final_regularizer_weight} cannot follow a model's "
-                "regularizer_weight=0; set both or neither."
+                "regularizer_weight=0; set --final_regularizer_weight 0, too."
             )
         super().__init__(model, args, **kwargs)
         # on the device once, so that no step waits for a copy

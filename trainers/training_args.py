@@ -1,5 +1,6 @@
 """Arguments of a pre-training run: transformers' `TrainingArguments` with I-JEPA's schedules and defaults."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -79,12 +80,16 @@ class CJepaTrainingArguments(TrainingArguments):
         positive = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "adam_epsilon",
                     "num_monitored_images")  # fmt: skip
         for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0, and finite.")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ValueError(f"num_train_epochs={self.num_train_epochs} must be above 0, or max_steps be set.")
+        if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
+            raise ValueError("dataloader_persistent_workers needs workers; set dataloader_num_workers to 1 or more.")
         for name in ("seed", "dataloader_num_workers", "start_learning_rate", "final_learning_rate",
-                     "final_regularizer_weight"):  # fmt: skip
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is negative; give 0 or more.")
+                     "final_regularizer_weight", "weight_decay", "final_weight_decay"):  # fmt: skip
+            if not (getattr(self, name) or 0) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not a number from 0 up; give 0 or more.")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1).")
