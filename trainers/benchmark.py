@@ -8,6 +8,7 @@ import torch
 
 from modeling_cjepa.masking_cjepa import sample_block_masks
 from trainers.errors import InputError
+from trainers.threads import threads
 
 GRIDS = (8, 14, 16)
 
@@ -29,12 +30,8 @@ def benchmark_masks(batch_size: int = 256, num_rounds: int = 20) -> list[dict]:
     """
     if batch_size < 1 or num_rounds < 2:
         raise InputError(f"--batch_size {batch_size} must be 1 or more and --rounds {num_rounds} 2 or more.")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads(1):
         return [_time_masks(grid, batch_size, num_rounds) for grid in GRIDS]
-    finally:
-        torch.set_num_threads(threads)
 
 
 def loop_masks(batch_size: int, grid: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,6 @@ Shapes: n images to vote or fit, m test images, D width of an embedding, K class
 """
 
 import math
-from contextlib import contextmanager
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from scipy.optimize import minimize
 from tqdm import tqdm
 
 from trainers.errors import InputError
+from trainers.threads import threads
 
 # Up to 10,000: embeddings with few strong directions, such as a random encoder's, need weak penalties.
 C_GRID = tuple(10.0**power for power in range(-4, 5))
@@ -99,34 +99,27 @@ def linear_predict(
     """
     classes, targets = train_y.unique(return_inverse=True)
     folds = _folds(targets, seed)
-    with _threads_for(min(train_x.shape) * len(train_x) * len(classes)):
-        return _fit_and_predict(train_x, targets, classes, test_x, folds, progress)
+    is_small = min(train_x.shape) * len(train_x) * len(classes) < _NUMBERS_FOR_THREADS
+    with threads(1 if is_small else torch.get_num_threads()):
+        std, mean = torch.std_mean(train_x.float(), dim=0, correction=0)
+        std = std.where(std > 0, 1)
+        x = (train_x.float() - mean) / std
+        variances, axes = _principal_axes(x)
+        x = x @ axes
+        C = _choose_C(x, targets, len(classes), variances, folds, progress)
+        weight, bias, converged = _fit(x, targets, len(classes), C, variances)
+        logits = ((test_x.float() - mean) / std) @ axes @ weight + bias
+    return LinearProbe(classes[logits.argmax(dim=1)], C, converged)
 
 
-@contextmanager
-def _threads_for(num_numbers: int):
-    """One thread for fits that are small, torch's for all others."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1 if num_numbers < _NUMBERS_FOR_THREADS else num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-def _fit_and_predict(train_x, targets, classes, test_x, folds, progress) -> LinearProbe:
-    """[`linear_predict`] with the choice of held-out embeddings made."""
-    std, mean = torch.std_mean(train_x.float(), dim=0, correction=0)
-    std = std.where(std > 0, 1)
-    x = (train_x.float() - mean) / std
-    variances, axes = _principal_axes(x)
-    x = x @ axes
+def _choose_C(x: torch.Tensor, targets: torch.Tensor, num_classes: int, variances, folds, progress: bool) -> float:
+    """The C of `C_GRID` that predicts the held-out rows of x (n, R) best."""
     num_held_out = sum(len(held_out) for _, held_out in folds)
     best_score, best_C, num_worse = -1.0, C_GRID[0], 0
     for C in tqdm(C_GRID, desc="linear probe", unit="fit", disable=not progress):
         num_correct = 0
         for kept, held_out in folds:
-            weight, bias, _ = _fit(x[kept], targets[kept], len(classes), C, variances)
+            weight, bias, _ = _fit(x[kept], targets[kept], num_classes, C, variances)
             num_correct += int(((x[held_out] @ weight + bias).argmax(dim=1) == targets[held_out]).sum())
         score = num_correct / num_held_out
         standard_error = math.sqrt(score * (1 - score) / num_held_out)
@@ -135,9 +128,7 @@ def _fit_and_predict(train_x, targets, classes, test_x, folds, progress) -> Line
             best_score, best_C = score, C
         if num_worse == 3:
             break
-    weight, bias, converged = _fit(x, targets, len(classes), best_C, variances)
-    logits = ((test_x.float() - mean) / std) @ axes @ weight + bias
-    return LinearProbe(classes[logits.argmax(dim=1)], best_C, converged)
+    return best_C
 
 
 def spare_positions(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -80,6 +80,11 @@ def section_fields() -> dict[str, dict[str, object]]:
     }
 
 
+def field_hints() -> dict[str, object]:
+    """Types of all fields of a recipe."""
+    return {name: hint for fields in section_fields().values() for name, hint in fields.items()}
+
+
 def read_recipe(path_or_name: str, overrides: dict | None = None) -> Recipe:
     """
     Reads a recipe and lays overrides on it.
@@ -101,14 +106,13 @@ def read_recipe(path_or_name: str, overrides: dict | None = None) -> Recipe:
         raise InputError(f"{path} is not YAML ({' '.join(str(error).split())}); mend it.") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} is not a mapping of keys to values; write lines such as `hidden_size: 192`.")
-    sections = section_fields()
-    hints = {name: hint for fields in sections.values() for name, hint in fields.items()}
+    sections, hints = section_fields(), field_hints()
     # YAML reads the word `no` as false
     values = {
         key: "no" if value is False and "no" in enum_values(hints.get(key)) else value for key, value in values.items()
     }
     for where, part in ((str(path), values), ("the command line", overrides or {})):
-        check_values(part, sections, where)
+        check_values(part, hints, where)
     values = values | (overrides or {})
     chosen = {
         section: {key: value for key, value in values.items() if key in fields} for section, fields in sections.items()
@@ -124,9 +128,8 @@ def read_recipe(path_or_name: str, overrides: dict | None = None) -> Recipe:
     )
 
 
-def check_values(values: dict, sections: dict[str, dict[str, object]], where: str):
+def check_values(values: dict, hints: dict[str, object], where: str):
     """Raises `InputError` for the first key that is unknown or whose value has the wrong type."""
-    hints = {name: hint for fields in sections.values() for name, hint in fields.items()}
     for key, value in values.items():
         if key not in hints:
             close = closest(str(key), hints)
@@ -154,8 +157,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser):
 
 def overrides_of(namespace: argparse.Namespace) -> dict:
     """The recipe flags that were given."""
-    hints = {name: hint for fields in section_fields().values() for name, hint in fields.items()}
-    return given_flags(namespace, hints)
+    return given_flags(namespace, field_hints())
 
 
 def write_recipe(values: dict, path: Path):
