@@ -380,8 +380,8 @@ def test_full_disk_is_said_and_leaves_no_half_folder(run, tmp_path, capsys, monk
 
 
 def test_whole_folder_may_be_read_by_others_and_clears_what_a_killed_run_left(tmp_path):
-    (tmp_path / ".final-killed").mkdir()
-    (tmp_path / ".final-killed" / "weights").touch()
+    (tmp_path / ".final-unfinished-killed").mkdir()
+    (tmp_path / ".final-unfinished-killed" / "weights").touch()
     before = os.umask(0o027)
     try:
         with whole_folder(tmp_path / "final") as unfinished:
@@ -391,6 +391,13 @@ def test_whole_folder_may_be_read_by_others_and_clears_what_a_killed_run_left(tm
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "final", tmp_path / "final" / "weights")]
     assert modes == [0o750, 0o640]
+
+
+def test_whole_folder_leaves_what_is_not_of_a_run(tmp_path):
+    (tmp_path / ".final-notes").mkdir()
+    with whole_folder(tmp_path / "final"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".final-notes", "final"]
 
 
 def test_whole_folder_appears_at_the_end_only(tmp_path):

@@ -39,9 +39,11 @@ def whole_folder(folder: Path):
     if folder.exists():
         raise InputError(f"{folder} exists already; choose another folder or remove it.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f".{folder.name}-*"):
-        shutil.rmtree(leftover)  # of a run that was killed here
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    prefix = f".{folder.name}-unfinished-"
+    for leftover in folder.parent.iterdir():
+        if leftover.name.startswith(prefix):
+            shutil.rmtree(leftover)  # of a run that was killed here
+    unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         yield unfinished
         _allow_as_usual(unfinished)
