@@ -1,4 +1,4 @@
-"""C-JEPA models for transformers; importing this package registers them with the Auto classes."""
+"""C-JEPA and S-JEA models for transformers; importing this package registers them with the Auto classes."""
 
 from transformers import (
     AutoConfig,
@@ -8,13 +8,20 @@ from transformers import (
 )
 
 from .configuration_cjepa import CJepaConfig
+from .configuration_sjea import SJeaConfig
 from .modeling_cjepa import CJepaForImageClassification, CJepaModel, CJepaPreTrainedModel
+from .modeling_sjea import SJeaForImageClassification, SJeaModel, SJeaPreTrainedModel
 from .pretraining_cjepa import CJepaForPreTraining, CJepaForPreTrainingOutput
+from .pretraining_sjea import SJeaForPreTraining, SJeaForPreTrainingOutput
 
-AutoConfig.register("cjepa", CJepaConfig, exist_ok=True)
-AutoModel.register(CJepaConfig, CJepaModel, exist_ok=True)
-AutoModelForPreTraining.register(CJepaConfig, CJepaForPreTraining, exist_ok=True)
-AutoModelForImageClassification.register(CJepaConfig, CJepaForImageClassification, exist_ok=True)
+for config, model, pretraining, classification in (
+    (CJepaConfig, CJepaModel, CJepaForPreTraining, CJepaForImageClassification),
+    (SJeaConfig, SJeaModel, SJeaForPreTraining, SJeaForImageClassification),
+):
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForPreTraining.register(config, pretraining, exist_ok=True)
+    AutoModelForImageClassification.register(config, classification, exist_ok=True)
 
 __all__ = [
     "CJepaConfig",
@@ -23,4 +30,10 @@ __all__ = [
     "CJepaForPreTrainingOutput",
     "CJepaModel",
     "CJepaPreTrainedModel",
+    "SJeaConfig",
+    "SJeaForImageClassification",
+    "SJeaForPreTraining",
+    "SJeaForPreTrainingOutput",
+    "SJeaModel",
+    "SJeaPreTrainedModel",
 ]

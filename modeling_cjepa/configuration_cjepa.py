@@ -10,6 +10,15 @@ _COUNTS = (
     "num_channels", "predictor_hidden_size", "predictor_num_hidden_layers", "predictor_num_attention_heads",
     "predictor_intermediate_size", "expander_hidden_size", "num_target_blocks", "min_context_patches",
 )  # fmt: skip
+# what a level of a stack has of its own, and what all have in common
+_LEVEL_FIELDS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps", "qkv_bias",
+    "predictor_hidden_size", "predictor_num_hidden_layers", "predictor_num_attention_heads",
+    "predictor_intermediate_size", "prediction_loss", "regularizer", "regularizer_weight", "invariance_weight",
+    "variance_weight", "covariance_weight", "expander_hidden_size",
+)  # fmt: skip
+_MASK_FIELDS = ("num_target_blocks", "target_scale", "target_aspect_ratio", "context_scale", "min_context_patches")
 
 
 class CJepaConfig(PreTrainedConfig):
@@ -56,6 +65,16 @@ class CJepaConfig(PreTrainedConfig):
             units of the image's own.
         context_scale (`[float, float]`, defaults to `[0.85, 1.0]`): Share of the image the context block covers.
         min_context_patches (`int`, defaults to 10): Fewest patches a context may have.
+        upper_levels (`list[dict]`, *optional*): Levels on top of this one, none when not given: level 1 reads this
+            encoder's tokens, 2x2 of them merged, level 2 those of level 1, and so on, each with encoders, predictor
+            and regulariser of its own. An entry holds the fields of this class that differ from level 0's (sizes of
+            encoder, predictor and expander, loss and regulariser; `patch_size` is the tokens merged a side, 2 when not
+            given).
+        level (`int`, *optional*): The level whose features [`CJepaModel`] gives, from 0, or counted from the top as
+            -1, -2; the top one when not given.
+        level_weight (`float`, defaults to 1.0): Weight of the level's loss in the sum over levels.
+        stop_gradient (`bool`, defaults to `False`): In an entry of `upper_levels`: whether the level's loss leaves the
+            levels below alone.
 
     Raises:
         ValueError: A field has a value the model cannot be built with; the message names the field.
@@ -63,7 +82,7 @@ class CJepaConfig(PreTrainedConfig):
 
     model_type = "cjepa"
     keys_to_ignore_at_inference = [
-        "loss_terms", "predictions", "targets", "embeddings", "context_ids", "target_ids", "hidden_states",
+        "loss_terms", "predictions", "targets", "level_embeddings", "context_ids", "target_ids", "hidden_states",
         "attentions",
     ]  # fmt: skip
 
@@ -96,6 +115,10 @@ class CJepaConfig(PreTrainedConfig):
     target_aspect_ratio: list[float] | tuple[float, float] = (0.75, 1.5)
     context_scale: list[float] | tuple[float, float] = (0.85, 1.0)
     min_context_patches: int = 10
+    upper_levels: list[dict] | None = None
+    level: int | None = None
+    level_weight: float = 1.0
+    stop_gradient: bool = False
 
     def __post_init__(self, **kwargs):
         if self.predictor_num_attention_heads is None:
@@ -103,6 +126,10 @@ class CJepaConfig(PreTrainedConfig):
         if self.predictor_intermediate_size is None:
             self.predictor_intermediate_size = 4 * self.predictor_hidden_size
         self._check_fields()
+        self.upper_levels = list(self.upper_levels or [])
+        for number in range(1, self.num_levels):
+            self.level_config(number)
+        choose_level(self.level, self.num_levels)
         super().__post_init__(**kwargs)
 
     @property
@@ -110,6 +137,55 @@ class CJepaConfig(PreTrainedConfig):
         """Rows and columns of the patch grid of an image of `image_size`."""
         (height, width), (patch_height, patch_width) = pair(self.image_size), pair(self.patch_size)
         return height // patch_height, width // patch_width
+
+    @property
+    def num_levels(self) -> int:
+        """Levels of the stack; 1 is plain C-JEPA."""
+        return 1 + len(self.upper_levels)
+
+    def level_config(self, level: int) -> "CJepaConfig":
+        """
+        The configuration of one level alone, which reads the tokens of the level below as a map of many channels.
+
+        Args:
+            level (`int`): From 0; level 0 is this configuration without the levels above.
+
+        Returns:
+            [`CJepaConfig`].
+
+        Raises:
+            ValueError: An entry of `upper_levels` has a field that is not one of a level's, or a wrong value.
+        """
+        shared = {name: getattr(self, name) for name in _LEVEL_FIELDS}
+        shared |= {name: getattr(self, name) for name in _MASK_FIELDS + ("num_channels", "image_size", "patch_size")}
+        config = CJepaConfig(**shared, level_weight=self.level_weight)
+        for number, entry in enumerate(self.upper_levels[:level], start=1):
+            config = self._upper_config(number, entry, config, shared)
+        config._attn_implementation_internal = self._attn_implementation_internal
+        return config
+
+    def _upper_config(self, number: int, entry: dict, below: "CJepaConfig", shared: dict) -> "CJepaConfig":
+        where = f"upper_levels[{number - 1}]"
+        known = (*_LEVEL_FIELDS, "patch_size", "level_weight", "stop_gradient")
+        if not isinstance(entry, dict):
+            raise ValueError(f"{where}={entry!r} must be a mapping of fields, such as hidden_size, that differ.")
+        unknown = [name for name in entry if name not in known]
+        if unknown:
+            raise ValueError(f"{where}: {unknown[0]!r} is no field of an upper level; it has {', '.join(known)}.")
+        merged = pair(entry.get("patch_size", 2))
+        if any(size % tokens for size, tokens in zip(below.grid_size, merged, strict=True)):
+            rows, columns = below.grid_size
+            raise ValueError(
+                f"{where}: the {rows}x{columns} tokens below cannot be merged by {merged[0]}x{merged[1]}; choose an "
+                "image_size and patch_size whose grid they divide, or fewer levels."
+            )
+        # a merged token is as large as several: fewer of them are as much context
+        fewest = -(-below.min_context_patches // (merged[0] * merged[1]))
+        reads = {"num_channels": below.hidden_size, "image_size": list(below.grid_size), "patch_size": list(merged)}
+        try:
+            return CJepaConfig(**{**shared, **entry, **reads, "min_context_patches": fewest})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}") from error
 
     def _check_fields(self):
         for name in _COUNTS:
@@ -138,7 +214,8 @@ class CJepaConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(choices)}.")
-        for name in ("regularizer_weight", "invariance_weight", "variance_weight", "covariance_weight"):
+        for name in ("regularizer_weight", "invariance_weight", "variance_weight", "covariance_weight",
+                     "level_weight"):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not a loss weight, which must be 0 or more.")
         for name in ("initializer_range", "layer_norm_eps"):
@@ -157,3 +234,25 @@ class CJepaConfig(PreTrainedConfig):
 def pair(size) -> tuple[int, int]:
     """`(height, width)` of a size given as one integer or as two."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def choose_level(level: int | None, num_levels: int) -> int:
+    """
+    The index of a level, counted from the image up.
+
+    Args:
+        level (`int`, *optional*): From 0, or from the top as -1, -2; the top one when not given.
+        num_levels (`int`): How many there are.
+
+    Returns:
+        `int`: From 0 to `num_levels - 1`.
+
+    Raises:
+        ValueError: There is no such level.
+    """
+    if level is None:
+        return num_levels - 1
+    if type(level) is not int or not -num_levels <= level < num_levels:
+        only = "one level, 0" if num_levels == 1 else f"{num_levels} levels, 0 to {num_levels - 1}"
+        raise ValueError(f"level={level!r} is not in this model, which has {only}; choose one of its own.")
+    return level % num_levels

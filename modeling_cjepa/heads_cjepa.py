@@ -60,19 +60,21 @@ class CJepaPredictor(nn.Module):
 
 
 class CJepaExpander(nn.Sequential):
-    """VICReg's expander: three linear layers, batch norm and ReLU after the first two, the last without bias."""
+    """
+    VICReg's expander: linear layers with batch norm and ReLU after all but the last, which has no bias.
 
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__(
-            nn.Linear(in_features, out_features),
-            nn.BatchNorm1d(out_features),
-            nn.ReLU(),
-            nn.Linear(out_features, out_features),
-            nn.BatchNorm1d(out_features),
-            nn.ReLU(),
-            nn.Linear(out_features, out_features, bias=False),
-        )
+    Args:
+        in_features (`int`): Width D of an embedding.
+        sizes (`list[int]`): Widths of the linear layers' outputs; VICReg has three alike.
+    """
+
+    def __init__(self, in_features: int, sizes: list[int]):
+        layers = []
+        for size in sizes[:-1]:
+            layers += [nn.Linear(in_features, size), nn.BatchNorm1d(size), nn.ReLU()]
+            in_features = size
+        super().__init__(*layers, nn.Linear(in_features, sizes[-1], bias=False))
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Expands embeddings (B, D) to (B, out_features) in the weights' precision; returns float32."""
+        """Expands embeddings (B, D) to (B, E) in the weights' precision; returns float32."""
         return super().forward(embeddings.to(self[0].weight.dtype)).float()

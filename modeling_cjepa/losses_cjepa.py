@@ -132,3 +132,8 @@ def take(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Tokens (B, N, D) at positions `ids` (B, ...): (B, ..., D)."""
     index = ids.flatten(1).unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
     return tokens.gather(1, index).view(*ids.shape, tokens.shape[-1])
+
+
+def level_term(name: str, level: int) -> str:
+    """The name of a level's loss term: plain at level 0, `level1_invariance` and so on above it."""
+    return name if level == 0 else f"level{level}_{name}"

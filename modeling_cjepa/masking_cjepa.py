@@ -177,3 +177,48 @@ def _check_geometry(rows, columns, num_target_blocks, target_scale, target_aspec
             f"context_scale={context_scale} allows a context block of {height}x{width} patches of a {rows}x{columns} "
             f"grid, too few for min_context_patches={min_context}; raise context_scale or lower min_context_patches."
         )
+
+
+def ids_by_level(
+    ids: torch.Tensor | None, grid_size: tuple[int, int], merges: list[tuple[int, int]]
+) -> list[torch.Tensor | None]:
+    """
+    Positions on the top grid of a stack as positions on the grid of each level: those of the patches below them.
+
+    Args:
+        ids (`torch.Tensor` of shape `(..., n)`, *optional*): Positions on the top grid; all of them when not given.
+        grid_size (`(rows, columns)`): The lowest grid.
+        merges (`list` of `(int, int)`): Rows and columns of tokens that each level above the lowest merges.
+
+    Returns:
+        `list`: From the lowest level up, positions (..., n * merged tokens), those below one position side by side;
+        None where `ids` is.
+
+    Raises:
+        ValueError: A grid cannot be merged.
+    """
+    grids = [grid_size]
+    for rows, columns in merges:
+        if grids[-1][0] % rows or grids[-1][1] % columns:
+            raise ValueError(
+                f"A {grids[-1][0]}x{grids[-1][1]} grid of tokens cannot be merged by {rows}x{columns}; give images "
+                "whose grid they divide."
+            )
+        grids.append((grids[-1][0] // rows, grids[-1][1] // columns))
+    found = [ids]
+    for (rows, columns), (_, num_columns) in zip(reversed(merges), reversed(grids[1:]), strict=True):
+        if ids is not None:
+            down, right = (torch.arange(size, device=ids.device) for size in (rows, columns))
+            below = (down.unsqueeze(1) * num_columns * columns + right).flatten()
+            corner = ids // num_columns * rows * num_columns * columns + ids % num_columns * columns
+            ids = (corner.unsqueeze(-1) + below).flatten(-2)
+        found.append(ids)
+    return found[::-1]
+
+
+def tokens_on_grid(tokens: torch.Tensor, ids: torch.Tensor | None, grid_size: tuple[int, int]) -> torch.Tensor:
+    """Tokens (B, n, D) at positions `ids` (B, n), or all in order, as a map (B, D, rows, columns); zero elsewhere."""
+    if ids is not None:
+        index = ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+        tokens = tokens.new_zeros(len(tokens), grid_size[0] * grid_size[1], tokens.shape[-1]).scatter(1, index, tokens)
+    return tokens.transpose(1, 2).unflatten(2, grid_size)

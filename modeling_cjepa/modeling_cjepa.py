@@ -3,6 +3,8 @@
 Shapes: B images, C channels, N patches, Nc encoded patches, D width.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,8 +12,29 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_cjepa import CJepaConfig
+from .configuration_cjepa import CJepaConfig, choose_level
 from .encoders_cjepa import CJepaAttention, CJepaEmbeddings, CJepaLayer, init_weights
+from .masking_cjepa import ids_by_level, tokens_on_grid
+
+# the parts of a pre-training checkpoint that are not the target encoder's
+_ONLY_PRE_TRAINED = [r"^context_encoder\.", r"^(upper_)?predictors?\.", r"^(upper_)?expanders?\."]
+
+
+@dataclass
+class CJepaModelOutput(BaseModelOutputWithPooling):
+    """
+    Output of [`CJepaModel`].
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(B, N or Nc, D)`): The chosen level's tokens after its final norm.
+        pooler_output (`torch.Tensor` of shape `(B, D)`): Their mean.
+        hidden_states (`tuple` of `torch.Tensor`, *optional*): The input of the first layer and the output of each; in
+            a stack the last tokens of each level up to the chosen one.
+        attentions (`tuple` of `torch.Tensor` of shape `(B, heads, N, N)`, *optional*): Those of the chosen level.
+        level_embeddings (`tuple` of `torch.Tensor` of shape `(B, D)`): The mean token of each level up to the chosen.
+    """
+
+    level_embeddings: tuple[torch.Tensor, ...] | None = None
 
 
 class CJepaPreTrainedModel(PreTrainedModel):
@@ -41,12 +64,14 @@ class CJepaModel(CJepaPreTrainedModel):
     """
     The encoder: a vision transformer without class token. `AutoModel` loads the target encoder of a pre-trained model.
 
+    A stack has `upper_levels` on top: encoders like this one, whose patches are tokens of the level below.
+
     Args:
-        config ([`CJepaConfig`]): Its configuration.
+        config ([`CJepaConfig`]): Its configuration; `level` says whose features it gives.
     """
 
     # what a pre-training checkpoint holds beside the target encoder
-    _keys_to_ignore_on_load_unexpected = [r"^context_encoder\.", r"^predictor\.", r"^expander\.", r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected = [*_ONLY_PRE_TRAINED, r"^classifier\."]
 
     def __init__(self, config: CJepaConfig):
         super().__init__(config)
@@ -56,35 +81,98 @@ class CJepaModel(CJepaPreTrainedModel):
             for _ in range(config.num_hidden_layers)
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.upper_levels = nn.ModuleList(
+            CJepaModel(config.level_config(number)) for number in range(1, config.num_levels)
+        )
+        choose_level(config.level, config.num_levels)
         self.post_init()
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self, pixel_values: torch.Tensor, patch_ids: torch.Tensor | None = None, **kwargs
-    ) -> BaseModelOutputWithPooling:
-        """
-        Encodes images, or only some of their patches.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalised images of any size of a patch or more.
-            patch_ids (`torch.Tensor` of shape `(B, Nc)`, *optional*): Positions of the patches to encode; the others
-                are not seen. All patches when not given.
-            output_hidden_states, output_attentions (`bool`, *optional*): As in transformers (attentions with
-                `attn_implementation="eager"`).
-
-        Returns:
-            `BaseModelOutputWithPooling`: `last_hidden_state` (B, N or Nc, D) after the final norm, `pooler_output`
-            (B, D), the mean of the patch tokens.
-
-        Raises:
-            ValueError: Images smaller than a patch, or with another number of channels.
-        """
+    def _encode_patches(self, pixel_values, patch_ids=None, **kwargs) -> BaseModelOutputWithPooling:
+        """The output of the lowest level."""
         hidden_states = self.embeddings(pixel_values, patch_ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states.mean(dim=1))
+
+    def encode(
+        self, pixel_values: torch.Tensor, patch_ids: torch.Tensor | None = None, level: int | None = None, **kwargs
+    ) -> list[BaseModelOutputWithPooling]:
+        """
+        Encodes images level by level.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalised images.
+            patch_ids (`torch.Tensor` of shape `(B, Nc)`, *optional*): Positions, on the grid of the last level that is
+                run, of the patches to encode; the lower levels see the patches below these.
+            level (`int`, *optional*): The last level to run; all of them when not given.
+            kwargs: `output_hidden_states`, `output_attentions`, as in transformers.
+
+        Returns:
+            `list` of `BaseModelOutputWithPooling`, from the image up.
+        """
+        upper_levels = self.upper_levels[: choose_level(level, self.config.num_levels)]
+        grid_size = self.embeddings.patch_embeddings.grid_size(pixel_values)
+        merges = [upper.embeddings.patch_embeddings.patch_size for upper in upper_levels]
+        ids = ids_by_level(patch_ids, grid_size, merges)
+        outputs = [self._encode_patches(pixel_values, ids[0], return_dict=True, **kwargs)]
+        for upper, ids_below, ids_here in zip(upper_levels, ids, ids[1:], strict=False):
+            tokens = tokens_on_grid(outputs[-1].last_hidden_state, ids_below, grid_size)
+            if upper.config.stop_gradient:
+                tokens = tokens.detach()
+            outputs.append(upper._encode_patches(tokens, ids_here, return_dict=True, **kwargs))
+            grid_size = upper.embeddings.patch_embeddings.grid_size(tokens)
+        return outputs
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, patch_ids: torch.Tensor | None = None, level: int | None = None, **kwargs
+    ) -> CJepaModelOutput:
+        """
+        Encodes images, or only some of their patches.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalised images of any size of a patch or more.
+            patch_ids (`torch.Tensor` of shape `(B, Nc)`, *optional*): Positions of the patches to encode, on the grid
+                of the level that is given; the others are not seen. All patches when not given.
+            level (`int`, *optional*): The level whose features are given; the configuration's when not given.
+            output_hidden_states, output_attentions (`bool`, *optional*): As in transformers (attentions with
+                `attn_implementation="eager"`).
+
+        Returns:
+            [`CJepaModelOutput`].
+
+        Raises:
+            ValueError: Images smaller than a patch, or with another number of channels, or there is no such level.
+        """
+        outputs = self.encode(pixel_values, patch_ids, self.config.level if level is None else level, **kwargs)
+        return combine(outputs, self.config.num_levels)
+
+
+def combine(outputs: list[BaseModelOutputWithPooling], num_levels: int) -> CJepaModelOutput:
+    """
+    The outputs of several levels as that of the last one.
+
+    Args:
+        outputs (`list` of `BaseModelOutputWithPooling`): From the image up, as [`CJepaModel.encode`] gives them.
+        num_levels (`int`): Levels of the whole stack, whose `hidden_states` are by level if there are several.
+
+    Returns:
+        [`CJepaModelOutput`].
+    """
+    last = outputs[-1]
+    hidden_states = last.hidden_states
+    if hidden_states is not None and num_levels > 1:
+        hidden_states = tuple(output.last_hidden_state for output in outputs)
+    return CJepaModelOutput(
+        last_hidden_state=last.last_hidden_state,
+        pooler_output=last.pooler_output,
+        hidden_states=hidden_states,
+        attentions=last.attentions,
+        level_embeddings=tuple(output.pooler_output for output in outputs),
+    )
 
 
 class CJepaForImageClassification(CJepaPreTrainedModel):
@@ -95,13 +183,14 @@ class CJepaForImageClassification(CJepaPreTrainedModel):
         config ([`CJepaConfig`]): Its configuration; `num_labels` is the number of classes.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^context_encoder\.", r"^predictor\.", r"^expander\."]
+    _keys_to_ignore_on_load_unexpected = _ONLY_PRE_TRAINED
 
     def __init__(self, config: CJepaConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.cjepa = CJepaModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        width = config.level_config(choose_level(config.level, config.num_levels)).hidden_size
+        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
     @can_return_tuple

@@ -1,9 +1,12 @@
 """Pre-training by C-JEPA: I-JEPA (arXiv 2301.08243) with VICReg's terms (arXiv 2410.19560).
 
+A stack predicts at every level, under masks that lie over each other: they are drawn on the coarsest grid.
+
 Shapes: B images, C channels, N patches, Nc context patches, M target blocks, K patches a block, D width.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,14 +21,15 @@ from .losses_cjepa import (
     block_vicreg_terms,
     covariance_term,
     gather,
+    level_term,
     normalize_targets,
     prediction_loss,
     take,
     variance_term,
     vicreg_terms,
 )
-from .masking_cjepa import sample_block_masks
-from .modeling_cjepa import CJepaModel, CJepaPreTrainedModel
+from .masking_cjepa import ids_by_level, sample_block_masks
+from .modeling_cjepa import CJepaModel, CJepaPreTrainedModel, combine
 
 
 @dataclass
@@ -34,14 +38,16 @@ class CJepaForPreTrainingOutput(ModelOutput):
     Output of [`CJepaForPreTraining`].
 
     Args:
-        loss (`torch.Tensor`, scalar): prediction + regularizer_weight * weighted VICReg terms.
+        loss (`torch.Tensor`, scalar): prediction + regularizer_weight * weighted VICReg terms, summed over levels by
+            their weights.
         loss_terms (`dict[str, torch.Tensor]`): Detached, unweighted `prediction`, `invariance`, `variance`,
-            `covariance`.
-        predictions (`torch.Tensor` of shape `(B, M, K, D)`): The predictor's output.
-        targets (`torch.Tensor` of shape `(B, M, K, D)`): The target encoder's normalised tokens.
-        embeddings (`torch.Tensor` of shape `(B, D)`): The target encoder's mean token of each image.
-        context_ids (`torch.Tensor` of shape `(B, Nc)`): Positions of the context used.
-        target_ids (`torch.Tensor` of shape `(B, M, K)`): Positions of the targets used.
+            `covariance` of level 0, `level1_prediction` and so on of those above.
+        predictions (`torch.Tensor` of shape `(B, M, K, D)`): The predictor's output at level 0.
+        targets (`torch.Tensor` of shape `(B, M, K, D)`): The target encoder's normalised tokens at level 0.
+        level_embeddings (`tuple` of `torch.Tensor` of shape `(B, D)`): The target encoder's mean token of each image,
+            level by level.
+        context_ids (`torch.Tensor` of shape `(B, Nc)`): Positions of the context used, on the top level's grid.
+        target_ids (`torch.Tensor` of shape `(B, M, K)`): Positions of the targets used, on the top level's grid.
         hidden_states (`tuple` of `torch.Tensor` of shape `(B, N, D)`, *optional*): The target encoder's.
         attentions (`tuple` of `torch.Tensor` of shape `(B, heads, N, N)`, *optional*): The target encoder's.
     """
@@ -50,7 +56,7 @@ class CJepaForPreTrainingOutput(ModelOutput):
     loss_terms: dict[str, torch.Tensor] | None = None
     predictions: torch.Tensor | None = None
     targets: torch.Tensor | None = None
-    embeddings: torch.Tensor | None = None
+    level_embeddings: tuple[torch.Tensor, ...] | None = None
     context_ids: torch.Tensor | None = None
     target_ids: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -75,10 +81,11 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         super().__init__(config)
         self.cjepa = CJepaModel(config)
         self.context_encoder = CJepaModel(config)
-        self.predictor = CJepaPredictor(config)
-        width = config.expander_hidden_size
-        has_expander = width is not None and config.regularizer_weight > 0
-        self.expander = CJepaExpander(config.hidden_size, width) if has_expander else nn.Identity()
+        self.predictor, self.expander = CJepaPredictor(config), _expander(config)
+        # the very configurations of the encoders, so that a change of the attention reaches the predictors, too
+        upper_configs = [upper.config for upper in self.context_encoder.upper_levels]
+        self.upper_predictors = nn.ModuleList(CJepaPredictor(upper) for upper in upper_configs)
+        self.upper_expanders = nn.ModuleList(_expander(upper) for upper in upper_configs)
         self.post_init()
         self._copy_target_to_context()
 
@@ -86,8 +93,8 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, CJepaPredictor):
-            init.trunc_normal_(module.mask_token, mean=0.0, std=self.config.initializer_range)
-            table = sincos_positions(self.config.grid_size, self.config.predictor_hidden_size)
+            init.trunc_normal_(module.mask_token, mean=0.0, std=module.config.initializer_range)
+            table = sincos_positions(module.config.grid_size, module.config.predictor_hidden_size)
             init.copy_(module.position_embeddings, table.unsqueeze(0))
 
     @classmethod
@@ -136,14 +143,14 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
 
         Args:
             batch_size (`int`): Number of images B.
-            grid_size (`(rows, columns)`, *optional*): The configured image's grid when not given.
+            grid_size (`(rows, columns)`, *optional*): The top level's grid; the configured image's when not given.
             generator (`torch.Generator`, *optional*): The source of randomness.
             device (`torch.device`, *optional*): Where the masks go.
 
         Returns:
             `context_ids` (B, Nc) and `target_ids` (B, M, K).
         """
-        config = self.config
+        config = self.config.level_config(self.config.num_levels - 1)
         return sample_block_masks(
             batch_size,
             config.grid_size if grid_size is None else grid_size,
@@ -174,12 +181,15 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalised images.
-            context_ids (`torch.Tensor` of shape `(B, Nc)`, *optional*): Integer positions of the context patches.
-            target_ids (`torch.Tensor` of shape `(B, M, K)`, *optional*): Integer positions of the target blocks.
-                Both masks are drawn on the images' device when neither is given.
+            context_ids (`torch.Tensor` of shape `(B, Nc)`, *optional*): Integer positions of the context patches, on
+                the top level's grid.
+            target_ids (`torch.Tensor` of shape `(B, M, K)`, *optional*): Integer positions of the target blocks, on
+                the top level's grid; the levels below mask the patches below these. Both masks are drawn on the
+                images' device when neither is given.
             generator (`torch.Generator`, *optional*): Source of the masks' randomness; torch's default otherwise.
             return_loss (`bool`): Whether to compute the loss.
             regularizer_weight (`float`, *optional*): Of this step, for a schedule; the configuration's when not given.
+                Those of upper levels change in proportion.
             output_hidden_states, output_attentions (`bool`, *optional*): Whether to return the target encoder's.
 
         Returns:
@@ -193,68 +203,118 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         for name, ids in (("context_ids", context_ids), ("target_ids", target_ids)):
             if ids is not None and ids.shape[0] != pixel_values.shape[0]:
                 raise ValueError(f"{name} has masks of {ids.shape[0]} images, pixel_values {pixel_values.shape[0]}.")
-        grid_size = self.cjepa.embeddings.patch_embeddings.grid_size(pixel_values)
         if context_ids is None:
             context_ids, target_ids = self.sample_masks(
-                pixel_values.shape[0], grid_size, generator, device=pixel_values.device
+                pixel_values.shape[0], self.grid_sizes(pixel_values)[-1], generator, device=pixel_values.device
             )
         recorded = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         recorded = {name: value for name, value in recorded.items() if value is not None}  # else the configuration's
         with torch.no_grad():
-            tokens = self.cjepa(pixel_values, return_dict=True, **recorded)
-            targets = take(normalize_targets(tokens.last_hidden_state), target_ids)
-        context = self.context_encoder(pixel_values, patch_ids=context_ids, return_dict=True)
-        predictions = self.predictor(context.last_hidden_state, context_ids, target_ids, grid_size)
+            tokens = self.cjepa.encode(pixel_values, **recorded)
+        contexts = self.context_encoder.encode(pixel_values, context_ids)
+        levels = self._predict(tokens, contexts, context_ids, target_ids, self.grid_sizes(pixel_values))
         loss = terms = None
         if return_loss:
-            weight = self.config.regularizer_weight if regularizer_weight is None else regularizer_weight
-            loss, terms = self._loss(predictions, targets, context.last_hidden_state, weight)
+            loss, terms = self._loss(levels, regularizer_weight)
+        outputs = combine(tokens, self.config.num_levels)
         return CJepaForPreTrainingOutput(
             loss=loss,
             loss_terms=terms,
-            predictions=predictions,
-            targets=targets,
-            embeddings=tokens.pooler_output,
+            predictions=levels[0].predictions,
+            targets=levels[0].targets,
+            level_embeddings=outputs.level_embeddings,
             context_ids=context_ids,
             target_ids=target_ids,
-            hidden_states=tokens.hidden_states,
-            attentions=tokens.attentions,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
-    def _loss(self, predictions, targets, context, regularizer_weight):
-        """C-JEPA's loss and its detached, unweighted terms (Eq. 21 and 22)."""
-        config = self.config
-        with torch.autocast(predictions.device.type, enabled=False):
-            prediction = prediction_loss(predictions, targets, config.prediction_loss)
-            if regularizer_weight == 0:
-                with torch.no_grad():
-                    terms = self._regularizer_terms(prediction, predictions, context, only_watched=True)
-                loss = prediction
-            else:
-                terms = self._regularizer_terms(prediction, predictions, context)
-                weighted = [getattr(config, f"{name}_weight") * term for name, term in terms.items()]
-                loss = prediction + regularizer_weight * sum(weighted)
-        terms = {"prediction": prediction, **terms}
-        return loss, {name: term.detach() for name, term in terms.items()}
+    def grid_sizes(self, pixel_values: torch.Tensor) -> list[tuple[int, int]]:
+        """The grid (rows, columns) of each level for images (B, C, H, W), from the image up."""
+        grids = [self.cjepa.embeddings.patch_embeddings.grid_size(pixel_values)]
+        for rows, columns in self._merges:
+            grids.append((grids[-1][0] // rows, grids[-1][1] // columns))
+        return grids
 
-    def _regularizer_terms(self, prediction, predictions, context, only_watched=False) -> dict[str, torch.Tensor]:
+    @property
+    def _merges(self) -> list[tuple[int, int]]:
+        return [upper.embeddings.patch_embeddings.patch_size for upper in self.cjepa.upper_levels]
+
+    def _predict(self, tokens, contexts, context_ids, target_ids, grid_sizes) -> list["_Level"]:
+        """Each level's predictions of its target encoder's tokens, from the image up."""
+        ids = (ids_by_level(each, grid_sizes[0], self._merges) for each in (context_ids, target_ids))
+        levels = []
+        for encoded, context, context_here, target_here, predictor, expander, grid_size in zip(
+            tokens, contexts, *ids, [self.predictor, *self.upper_predictors],
+            [self.expander, *self.upper_expanders], grid_sizes, strict=True,
+        ):  # fmt: skip
+            targets = take(normalize_targets(encoded.last_hidden_state), target_here)
+            predictions = predictor(context.last_hidden_state, context_here, target_here, grid_size)
+            levels.append(_Level(predictor.config, predictions, targets, context.last_hidden_state, expander))
+        return levels
+
+    def _loss(self, levels: list["_Level"], regularizer_weight: float | None):
+        """C-JEPA's loss (Eq. 21 and 22) summed over levels, and its detached, unweighted terms."""
+        configured = self.config.regularizer_weight
+        scale = 1.0 if regularizer_weight is None or configured == 0 else regularizer_weight / configured
+        losses, terms = [], {}
+        with torch.autocast(levels[0].predictions.device.type, enabled=False):
+            for number, level in enumerate(levels):
+                weight = level.config.regularizer_weight * scale
+                if number == 0 and regularizer_weight is not None:
+                    weight = regularizer_weight  # itself, not what a division leaves of it
+                loss, of_level = level.loss(weight)
+                losses.append(level.config.level_weight * loss)
+                terms |= {level_term(name, number): term.detach() for name, term in of_level.items()}
+        return sum(losses), terms
+
+
+class _Level(NamedTuple):
+    """What the loss of one level is computed from."""
+
+    config: CJepaConfig
+    predictions: torch.Tensor  # (B, M, K, D)
+    targets: torch.Tensor  # (B, M, K, D)
+    context: torch.Tensor  # (B, Nc, D)
+    expander: nn.Module
+
+    def loss(self, regularizer_weight: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The level's loss and its unweighted terms."""
+        prediction = prediction_loss(self.predictions, self.targets, self.config.prediction_loss)
+        if regularizer_weight == 0:
+            with torch.no_grad():
+                terms = self._regularizer_terms(prediction, only_watched=True)
+            return prediction, {"prediction": prediction, **terms}
+        terms = self._regularizer_terms(prediction)
+        weighted = [getattr(self.config, f"{name}_weight") * term for name, term in terms.items()]
+        return prediction + regularizer_weight * sum(weighted), {"prediction": prediction, **terms}
+
+    def _regularizer_terms(self, prediction, only_watched=False) -> dict[str, torch.Tensor]:
         """
         VICReg's terms of the global batch in the configured reading: (A) `blocks`, (B) `context`, (C) `pair`.
 
         The expander reads the gathered batch, so that its batch norm, too, sees all of it. Terms that are only watched
         are left out where one image or one block does not define them.
         """
-        blocks = gather(predictions.float().mean(dim=2))  # (B, M, D)
-        pooled = gather(context.float().mean(dim=1))
-        if only_watched and min(blocks.shape[:2] if self.config.regularizer == "blocks" else pooled.shape[:1]) < 2:
+        reading = self.config.regularizer
+        blocks = gather(self.predictions.float().mean(dim=2))  # (B, M, D)
+        pooled = gather(self.context.float().mean(dim=1))
+        if only_watched and min(blocks.shape[:2] if reading == "blocks" else pooled.shape[:1]) < 2:
             return {}
-        if self.config.regularizer == "blocks":
+        if reading == "blocks":
             return block_vicreg_terms(self.expander(blocks.flatten(0, 1)).unflatten(0, blocks.shape[:2]))
         expanded = self.expander(pooled)
-        if self.config.regularizer == "pair":
+        if reading == "pair":
             return vicreg_terms(expanded, self.expander(blocks.mean(dim=1)))
         return {
             "invariance": prediction,
             "variance": variance_term(expanded),
             "covariance": covariance_term(expanded),
         }
+
+
+def _expander(config: CJepaConfig) -> nn.Module:
+    width = config.expander_hidden_size
+    if width is None or config.regularizer_weight == 0:
+        return nn.Identity()
+    return CJepaExpander(config.hidden_size, [width] * 3)

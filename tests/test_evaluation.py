@@ -279,11 +279,11 @@ def test_an_encoder_alone_and_a_model_in_memory(folder, tmp_path, train, test):
 
 
 def test_baselines_are_a_function_of_the_seed(train, test):
+    model = CJepaModel(tiny_config(image_size=SIZE))
+
     def baselines(**changes):
         arguments = dataclasses.replace(ARGUMENTS, **changes)
-        return evaluate_baselines(
-            tiny_config(image_size=SIZE), as_dataset(train), as_dataset(test), MEAN, STD, arguments
-        )
+        return evaluate_baselines(model, as_dataset(train), as_dataset(test), MEAN, STD, arguments)
 
     torch.manual_seed(1)
     first = baselines(num_random_encoders=2)
@@ -308,7 +308,7 @@ def test_raw_pixels_of_large_images_are_reduced(test):
     torch.testing.assert_close(reduced, expected)
     large = ImageDataset(test, eval_transform((40, 40)))
     arguments = dataclasses.replace(ARGUMENTS, num_random_encoders=0)
-    (row,) = evaluate_baselines(tiny_config(image_size=40), large, large, MEAN, STD, arguments)
+    (row,) = evaluate_baselines(CJepaModel(tiny_config(image_size=40)), large, large, MEAN, STD, arguments)
     assert row["encoder"] == "raw pixels, reduced to 32x32" and row["dim"] == 3 * 32 * 32
 
 
@@ -375,7 +375,7 @@ def test_broken_models_are_refused(folder, tmp_path, train, test):
 
 def test_no_model_is_refused(folder, tmp_path):
     for path in (tmp_path, tmp_path / "not" / "there"):
-        with pytest.raises(InputError, match="neither a folder with a C-JEPA model"):
+        with pytest.raises(InputError, match="neither a folder with a C-JEPA or S-JEA model"):
             load_encoder_config(path)
     ViTConfig().save_pretrained(tmp_path / "vit")
     with pytest.raises(InputError, match="is a model of type 'vit', not 'cjepa'"):

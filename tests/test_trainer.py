@@ -24,7 +24,7 @@ WORKER = Path(__file__).parent / "training_worker.py"
 # values of the clock, and those of a window of latest images, which a resumed run fills anew
 VARYING = {
     "images_per_second", "data_wait_share", "train_runtime", "train_samples_per_second", "train_steps_per_second",
-    "target_std", "target_rankme",
+    "feature_std", "rankme",
 }  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def test_log_holds_what_is_promised(trained):
     assert len(entries) == 5
     names = {
         "loss", "loss_prediction", "loss_invariance", "loss_variance", "loss_covariance", "learning_rate",
-        "weight_decay", "regularizer_weight", "ema_momentum", "grad_norm", "target_std", "target_rankme",
+        "weight_decay", "regularizer_weight", "ema_momentum", "grad_norm", "feature_std", "rankme",
         "images_per_second", "data_wait_share",
     }  # fmt: skip
     config = trainer.model.config
@@ -112,13 +112,13 @@ def test_log_holds_what_is_promised(trained):
         assert 0 <= entry["data_wait_share"] <= 1
 
 
-def test_monitored_statistics_are_those_of_the_target_features(trained):
+def test_monitored_statistics_are_those_of_the_target_encoder(trained):
     trainer, _, _ = trained
-    embeddings = torch.cat(list(trainer._embeddings))
+    embeddings = torch.cat([embeddings for (embeddings,) in trainer._embeddings])
     assert embeddings.shape == (80, 32)
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
-    assert last["target_rankme"] == pytest.approx(rankme(embeddings), rel=1e-4)
-    assert last["target_std"] == pytest.approx(feature_std(embeddings), rel=1e-4)
+    assert last["rankme"] == pytest.approx(rankme(embeddings), rel=1e-4)
+    assert last["feature_std"] == pytest.approx(feature_std(embeddings), rel=1e-4)
 
 
 def test_regularizer_weight_follows_its_schedule(tmp_path):
@@ -213,8 +213,8 @@ def test_two_processes_train_like_one(tmp_path):
             assert torch.equal(two[0][key], two[1][key]), f"{name}: {key} differs between the ranks"
             torch.testing.assert_close(two[0][key], tensor, atol=1e-6, rtol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
         for entry, expected in zip(two_log[:3], one_log[:3], strict=True):
-            for term in ("loss", "loss_prediction", "loss_variance", "loss_covariance", "grad_norm", "target_std",
-                         "target_rankme"):  # fmt: skip
+            for term in ("loss", "loss_prediction", "loss_variance", "loss_covariance", "grad_norm", "feature_std",
+                         "rankme"):  # fmt: skip
                 assert entry[term] == pytest.approx(expected[term], rel=1e-4), (name, term)
 
 

@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed  # noqa: E4
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining  # noqa: E402
 from trainers.datasets import ImageDataset  # noqa: E402
 from trainers.sources import DataArguments, load_sources  # noqa: E402
-from trainers.trainer import CJepaTrainer  # noqa: E402
+from trainers.trainer_cjepa import CJepaTrainer  # noqa: E402
 from trainers.training_args import CJepaTrainingArguments  # noqa: E402
 from trainers.transforms import train_transform  # noqa: E402
 

@@ -65,7 +65,7 @@ class ImagesPerSecondBar(ProgressCallback):
             self.training_bar.set_postfix({"images/s": f"{speed:.0f}", **self.shown}, refresh=False)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        names = {"loss": "loss", "target_rankme": "RankMe"}
+        names = {"loss": "loss", "rankme": "RankMe"}
         self.shown |= {title: f"{logs[name]:.4g}" for name, title in names.items() if name in logs}
 
 

@@ -7,24 +7,23 @@ from pathlib import Path
 
 import yaml
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerState
+from transformers import PreTrainedConfig, TrainerState
 
-from modeling_cjepa import CJepaConfig
 from trainers.errors import InputError
 from trainers.recipes import Recipe, model_fields
-from trainers.training_args import CJepaTrainingArguments
+from trainers.training_args import JepaTrainingArguments
 
 LAST = "last"
 # keys that may differ between a run and its continuation without a word
 _PLACES = {"output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs"}
 
 
-def find_checkpoint(args: CJepaTrainingArguments) -> str | None:
+def find_checkpoint(args: JepaTrainingArguments) -> str | None:
     """
     The checkpoint to resume from, if any; a folder that already holds a run is never started anew silently.
 
     Args:
-        args ([`CJepaTrainingArguments`]): `resume_from_checkpoint` is a folder, `last`, or nothing.
+        args ([`JepaTrainingArguments`]): `resume_from_checkpoint` is a folder, `last`, or nothing.
 
     Returns:
         `str`: Its folder, or None for a new run.
@@ -93,11 +92,16 @@ def _is_whole_zip(file: Path) -> bool:
         return False
 
 
-def check_same_model(checkpoint: str, config: CJepaConfig):
+def check_same_model(checkpoint: str, config: PreTrainedConfig):
     """Refuses a checkpoint of another architecture, grid or loss, naming the first field that differs."""
     saved = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))
     ours = json.loads(config.to_json_string(use_diff=False))
-    for name in model_fields():
+    if saved.get("model_type") != config.model_type:
+        raise InputError(
+            f"{checkpoint} holds a model of type {saved.get('model_type')!r}, the recipe one of "
+            f"{config.model_type!r}; resume with the recipe it was trained with (recipe.yaml beside it)."
+        )
+    for name in model_fields(type(config)):
         if name in saved and saved[name] != ours[name]:
             raise InputError(
                 f"{checkpoint} was trained with {name}={saved[name]}, the recipe says {ours[name]}; resume with the "
@@ -122,7 +126,7 @@ def changed_settings(recipe: Recipe, checkpoint: str) -> str:
     return f" with other settings, so not as an uninterrupted run: {'; '.join(changed)}" if changed else ""
 
 
-def is_finished(checkpoint: str, args: CJepaTrainingArguments) -> bool:
+def is_finished(checkpoint: str, args: JepaTrainingArguments) -> bool:
     """Whether a checkpoint is the last of the run asked for."""
     state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
     if args.max_steps > 0:

@@ -1,6 +1,6 @@
 """How good a frozen encoder is: kNN and a linear probe on its embeddings, beside a random encoder and raw pixels.
 
-Shapes: B images, n images in all, D width of an embedding.
+Shapes: n images to fit on, m to test on, D width of an embedding.
 """
 
 from dataclasses import dataclass, field
@@ -10,22 +10,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from modeling_cjepa import CJepaConfig, CJepaForPreTraining, CJepaModel
-from modeling_cjepa.configuration_cjepa import pair
+from modeling_cjepa import CJepaForPreTraining
+from modeling_cjepa.configuration_cjepa import choose_level, pair
 from trainers.datasets import ImageDataset, ImageSource, sample_seed, seeded
 from trainers.diagnostics import feature_std, rankme
+from trainers.embedding import MAX_RAW_PIXELS, EveryLevel, OneLevel, RawPixels, device_of, extract_embeddings
 from trainers.errors import InputError
 from trainers.loading import load_image_statistics, load_model
 from trainers.probes import accuracy_interval, knn_predict, linear_predict
 from trainers.sources import choose_images, with_common_classes
-from trainers.transforms import eval_transform, normalize
-
-_MAX_RAW_PIXELS = 32
+from trainers.transforms import eval_transform
 
 
 @dataclass
@@ -57,54 +54,71 @@ class EvaluationArguments:
             raise InputError(f"temperature={self.temperature} divides similarities; set it above 0, such as 0.07.")
 
 
-def extract_embeddings(
-    encoder: nn.Module,
-    dataset: torch.utils.data.Dataset,
-    mean,
-    std,
-    batch_size: int = 256,
-    device: torch.device | str | None = None,
-    progress: bool = True,
-    num_workers: int = 0,
-    description: str = "embedding images",
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def embed(encoder: nn.Module, train: ImageDataset, test: ImageDataset, mean, std, arguments, label: str, device=None):
     """
-    The embeddings of all images, in their order; in bfloat16 arithmetic on a GPU.
+    The embeddings and labels of the images to fit on and of those to test on.
 
     Args:
-        encoder (`nn.Module`): Gives a `pooler_output` (B, D), such as [`CJepaModel`].
-        dataset (`Dataset`): Gives `pixel_values` (C, H, W) uint8 and, if there are any, `labels`.
-        mean, std (`list[float]`): Of the channels, for pixels in [0, 1].
-        batch_size (`int`): Images at once.
-        device (`torch.device`, *optional*): Where to; the encoder is moved there. Where it is when not given.
-        progress (`bool`): Whether to show a bar.
-        num_workers (`int`): Processes that load images.
-        description (`str`): What the bar says.
+        encoder, mean, std, device: As in [`~embedding.extract_embeddings`].
+        train, test ([`ImageDataset`]): Labelled images.
+        arguments ([`EvaluationArguments`]): Batch size, workers, progress.
+        label (`str`): What the bar calls the encoder.
 
     Returns:
-        The embeddings, float32 (n, D), and the labels, int64 (n,) or None; both on the CPU.
+        `(train_x, train_y, test_x, test_y)`: Embeddings (n, D) and labels (n,), on the GPU if the encoder is there.
+
+    Raises:
+        InputError: The embeddings are not finite.
     """
-    device = _device_of(encoder) if device is None else torch.device(device)
-    on_gpu = device.type == "cuda"
-    # a generator of its own: the loader draws a seed for its workers, and shall not draw it from the caller's
-    generator = torch.Generator()
-    loader = DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=on_gpu, generator=generator)
-    was_training = encoder.training
-    encoder.to(device).eval()
-    embeddings, labels = [], []
-    try:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            for batch in tqdm(loader, desc=description, unit="batch", disable=not progress):
-                pixel_values = normalize(batch["pixel_values"].to(device, non_blocking=True), mean, std)
-                embeddings.append(encoder(pixel_values).pooler_output.float().cpu())
-                labels.append(batch.get("labels"))
-    finally:
-        encoder.train(was_training)
-    return torch.cat(embeddings), None if labels[0] is None else torch.cat(labels)
+    device = device_of(encoder) if device is None else torch.device(device)
+    settings = {
+        "batch_size": arguments.eval_batch_size,
+        "num_workers": arguments.dataloader_num_workers,
+        "device": device,
+        "progress": not arguments.disable_tqdm,
+    }
+    embedded = tuple(
+        tensor.to(device if device.type == "cuda" else "cpu")
+        for dataset, images in ((train, "train"), (test, "test"))
+        for tensor in extract_embeddings(
+            encoder, dataset, mean, std, description=f"{label}: {images} images", **settings
+        )
+    )
+    if not (embedded[0].isfinite().all() and embedded[2].isfinite().all()):
+        raise InputError(f"The embeddings of the {label} are not finite; its training diverged, take an earlier one.")
+    return embedded
 
 
-def _device_of(encoder: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
+def probe(train_x, train_y, test_x, test_y, arguments: EvaluationArguments, label: str) -> dict:
+    """
+    kNN, linear probe and diagnostics of embeddings.
+
+    Args:
+        train_x, test_x (`torch.Tensor` of shapes `(n, D)` and `(m, D)`): Embeddings.
+        train_y, test_y (`torch.Tensor` of shapes `(n,)` and `(m,)`): Class indices; the classes of `test_y` are among
+            those of `train_y`.
+        arguments ([`EvaluationArguments`]): How.
+        label (`str`): What the row is called.
+
+    Returns:
+        `dict`: `encoder` (the label); `knn` and `linear`, percent correct; `knn_interval`, `linear_interval`, 95 %;
+        `linear_C`, `linear_converged`; `rankme` and `feature_std` of the test embeddings; `dim`, their width.
+    """
+    num_classes = int(train_y.max()) + 1
+    knn = knn_predict(train_x, train_y, test_x, num_classes, arguments.num_neighbors, arguments.temperature)
+    probed = linear_predict(train_x, train_y, test_x, arguments.seed, not arguments.disable_tqdm)
+    row = {"encoder": label}
+    for name, predictions in (("knn", knn), ("linear", probed.predictions)):
+        num_correct = int((predictions == test_y).sum())
+        row[name] = 100 * num_correct / len(test_y)
+        row[f"{name}_interval"] = list(accuracy_interval(num_correct, len(test_y)))
+    return row | {
+        "linear_C": probed.C,
+        "linear_converged": probed.converged,
+        "rankme": rankme(test_x),
+        "feature_std": feature_std(test_x),
+        "dim": test_x.shape[1],
+    }
 
 
 def evaluate_encoder(
@@ -117,103 +131,90 @@ def evaluate_encoder(
     label: str = "target encoder",
     device: torch.device | str | None = None,
 ) -> dict:
-    """
-    kNN, linear probe and diagnostics of one frozen encoder.
-
-    Args:
-        encoder (`nn.Module`), mean, std, device: As in [`extract_embeddings`].
-        train, test ([`ImageDataset`]): Labelled images; the classes of `test` are among those of `train`.
-        arguments ([`EvaluationArguments`]): How.
-        label (`str`): What the row is called.
-
-    Returns:
-        `dict`: `encoder` (the label); `knn` and `linear`, percent correct; `knn_interval`, `linear_interval`, 95 %;
-        `linear_C`, `linear_converged`; `rankme` and `feature_std` of the test embeddings; `dim`, their width.
-
-    Raises:
-        InputError: The embeddings are not finite.
-    """
-    device = _device_of(encoder) if device is None else torch.device(device)
-    progress = not arguments.disable_tqdm
-    settings = {
-        "batch_size": arguments.eval_batch_size,
-        "num_workers": arguments.dataloader_num_workers,
-        "device": device,
-        "progress": progress,
-    }
-    train_x, train_y, test_x, test_y = (
-        tensor.to(device if device.type == "cuda" else "cpu")
-        for dataset, images in ((train, "train"), (test, "test"))
-        for tensor in extract_embeddings(
-            encoder, dataset, mean, std, description=f"{label}: {images} images", **settings
-        )
-    )
-    if not (train_x.isfinite().all() and test_x.isfinite().all()):
-        raise InputError(f"The embeddings of the {label} are not finite; its training diverged, take an earlier one.")
-    num_classes = int(train_y.max()) + 1
-    knn = knn_predict(train_x, train_y, test_x, num_classes, arguments.num_neighbors, arguments.temperature)
-    probe = linear_predict(train_x, train_y, test_x, arguments.seed, progress)
-    row = {"encoder": label}
-    for name, predictions in (("knn", knn), ("linear", probe.predictions)):
-        num_correct = int((predictions == test_y).sum())
-        row[name] = 100 * num_correct / len(test_y)
-        row[f"{name}_interval"] = list(accuracy_interval(num_correct, len(test_y)))
-    return row | {
-        "linear_C": probe.C,
-        "linear_converged": probe.converged,
-        "rankme": rankme(test_x),
-        "feature_std": feature_std(test_x),
-        "dim": test_x.shape[1],
-    }
+    """The row of [`probe`] of an encoder; the arguments are those of [`embed`]."""
+    return probe(*embed(encoder, train, test, mean, std, arguments, label, device), arguments, label)
 
 
-class RawPixels(nn.Module):
-    """An "encoder" whose embedding is the image itself, area-reduced to 32 pixels a side if it is larger."""
-
-    def forward(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
-        """Images (B, C, H, W) as embeddings (B, C * H * W)."""
-        size = [min(side, _MAX_RAW_PIXELS) for side in pixel_values.shape[-2:]]
-        return BaseModelOutputWithPooling(pooler_output=F.interpolate(pixel_values, size, mode="area").flatten(1))
-
-
-def evaluate_baselines(
-    config: CJepaConfig,
+def evaluate_levels(
+    model: PreTrainedModel,
     train: ImageDataset,
     test: ImageDataset,
     mean,
     std,
     arguments: EvaluationArguments,
+    level: int | str | None = None,
+    label: str = "encoder",
     device: torch.device | str | None = None,
 ) -> list[dict]:
     """
-    The rows an encoder has to beat: randomly initialised ones of its size, and raw pixels in [0, 1].
+    The rows of [`probe`] of one level of a model, or of each and of all together.
 
     Args:
-        config ([`CJepaConfig`]): The encoder's.
-        train, test, mean, std, arguments, device: As in [`evaluate_encoder`].
+        model (`PreTrainedModel`): Gives `level_embeddings`, such as [`SJeaModel`].
+        level (`int` or `"all"`, *optional*): Which; that of the model's configuration when not given. `"all"` gives a
+            row a level, and one of their embeddings side by side, each normalised.
+        train, test, mean, std, arguments, label, device: As in [`embed`].
 
     Returns:
-        `list[dict]`: A row for each of `num_random_encoders`, then one for the pixels.
+        `list[dict]`: The rows.
+    """
+    settings = (train, test, mean, std, arguments)
+    if level != "all" or model.config.num_levels == 1:
+        if level in (None, "all"):
+            return [evaluate_encoder(model, *settings, label, device)]
+        return [evaluate_encoder(OneLevel(model, level), *settings, f"{label}, level {level}", device)]
+    levels = EveryLevel(model)
+    train_x, train_y, test_x, test_y = embed(levels, *settings, label, device)
+    parts = list(zip(levels.split(train_x), levels.split(test_x), strict=True))
+    rows = [
+        probe(train_part, train_y, test_part, test_y, arguments, f"{label}, level {number}")
+        for number, (train_part, test_part) in enumerate(parts)
+    ]
+    together = (torch.cat([F.normalize(part, dim=1) for part in column], dim=1) for column in zip(*parts, strict=True))
+    return [*rows, probe(next(together), train_y, next(together), test_y, arguments, f"{label}, all levels")]
+
+
+def evaluate_baselines(
+    model: PreTrainedModel,
+    train: ImageDataset,
+    test: ImageDataset,
+    mean,
+    std,
+    arguments: EvaluationArguments,
+    level: int | str | None = None,
+) -> list[dict]:
+    """
+    The rows an encoder has to beat: randomly initialised ones of its kind and size, and raw pixels in [0, 1].
+
+    Args:
+        model (`PreTrainedModel`): The encoder, of which the configuration and the place are used.
+        train, test, mean, std, arguments, level: As in [`evaluate_levels`].
+
+    Returns:
+        `list[dict]`: Rows for each of `num_random_encoders`, then one for the pixels.
     """
     rows = []
     for index in range(arguments.num_random_encoders):
         with seeded(sample_seed(arguments.seed, index)):
-            encoder = CJepaModel(config)
+            encoder = type(model)(model.config)
         label = "random encoder" if arguments.num_random_encoders == 1 else f"random encoder {index + 1}"
-        rows.append(evaluate_encoder(encoder, train, test, mean, std, arguments, label, device))
-    sizes = pair(config.image_size)
-    reduced = "x".join(str(min(side, _MAX_RAW_PIXELS)) for side in sizes)
-    label = "raw pixels" if max(sizes) <= _MAX_RAW_PIXELS else f"raw pixels, reduced to {reduced}"
-    return [*rows, evaluate_encoder(RawPixels(), train, test, [0.0] * 3, [1.0] * 3, arguments, label, device)]
+        rows += evaluate_levels(encoder, train, test, mean, std, arguments, level, label, model.device)
+    sizes = pair(model.config.image_size)
+    reduced = "x".join(str(min(side, MAX_RAW_PIXELS)) for side in sizes)
+    label = "raw pixels" if max(sizes) <= MAX_RAW_PIXELS else f"raw pixels, reduced to {reduced}"
+    pixels = evaluate_encoder(RawPixels(), train, test, [0.0] * 3, [1.0] * 3, arguments, label, model.device)
+    return [*rows, pixels]
 
 
 def evaluate_model(
-    model: "str | Path | CJepaForPreTraining | CJepaModel",
+    model: "str | Path | PreTrainedModel",
     train_source: ImageSource,
     test_source: ImageSource,
     arguments: EvaluationArguments | None = None,
     image_mean=IMAGENET_DEFAULT_MEAN,
     image_std=IMAGENET_DEFAULT_STD,
+    level: int | str | None = None,
+    beside: "dict[str, str | Path | PreTrainedModel] | None" = None,
 ) -> dict:
     """
     Evaluates a model beside a random encoder and raw pixels, on images of its own size.
@@ -223,31 +224,38 @@ def evaluate_model(
         train_source, test_source ([`ImageSource`]): Labelled images.
         arguments ([`EvaluationArguments`], *optional*): How; the defaults when not given.
         image_mean, image_std (`list[float]`): Of the channels, where the folder has no image processor to say.
+        level (`int` or `"all"`, *optional*): Which level of a stack, or all of them; that of its configuration when
+            not given.
+        beside (`dict`, *optional*): Other models by the names of their rows, such as a single-level one.
 
     Returns:
-        `dict`: `rows` of [`evaluate_encoder`] (the target encoder, the context encoder if asked for, the
-        baselines), the data sets' names and sizes, `chance` (percent: always saying the most frequent test class),
-        and the settings.
+        `dict`: `rows` of [`probe`] (the target encoder or the stack, the context encoder if asked for, the models
+        beside, the baselines), the data sets' names and sizes, `chance` (percent: always saying the most frequent test
+        class), and the settings.
 
     Raises:
-        InputError: There is no whole C-JEPA model, images have no labels, or a test class is not in the train images.
+        InputError: There is no whole model, or no such level of it, images have no labels, or a test class is not in
+            the train images.
     """
     arguments = arguments or EvaluationArguments()
     train_source, test_source = with_common_classes(
         choose_images(train_source, arguments.num_probe_images), test_source
     )
-    if isinstance(model, str | Path):
-        image_mean, image_std = load_image_statistics(model) or (image_mean, image_std)
-        model = load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
-    pretraining = isinstance(model, CJepaForPreTraining)
-    encoders = {"target encoder" if pretraining else "encoder": model.base_model}
-    if pretraining and arguments.context_encoder:
-        encoders["context encoder"] = model.context_encoder
+    model, *statistics = _with_statistics(model, image_mean, image_std)
+    _check_level(level, model)
     transform = eval_transform(pair(model.config.image_size))
     images = ImageDataset(train_source, transform), ImageDataset(test_source, transform)
-    settings = (*images, image_mean, image_std, arguments)
-    rows = [evaluate_encoder(encoder, *settings, label) for label, encoder in encoders.items()]
-    rows += evaluate_baselines(model.config, *settings, device=model.device)
+    is_cjepa = isinstance(model, CJepaForPreTraining)
+    label = "target encoder" if is_cjepa else "encoder"
+    rows = evaluate_levels(model.base_model, *images, *statistics, arguments, level, label)
+    if is_cjepa and arguments.context_encoder:
+        rows += evaluate_levels(model.context_encoder, *images, *statistics, arguments, level, "context encoder")
+    for name, other in (beside or {}).items():
+        other, *theirs = _with_statistics(other, image_mean, image_std)
+        transform = eval_transform(pair(other.config.image_size))
+        seen = ImageDataset(train_source, transform), ImageDataset(test_source, transform)
+        rows += evaluate_levels(other.base_model, *seen, *theirs, arguments, "all" if level == "all" else None, name)
+    rows += evaluate_baselines(model.base_model, *images, *statistics, arguments, level)
     return {
         "train_dataset": train_source.name,
         "test_dataset": test_source.name,
@@ -259,7 +267,24 @@ def evaluate_model(
         "temperature": arguments.temperature,
         "seed": arguments.seed,
         "image_size": list(pair(model.config.image_size)),
-        "image_mean": list(image_mean),
-        "image_std": list(image_std),
+        "image_mean": list(statistics[0]),
+        "image_std": list(statistics[1]),
         "rows": rows,
     }
+
+
+def _with_statistics(model, image_mean, image_std) -> tuple:
+    """A model, loaded if it is the name of one, with the mean and std of the images it reads."""
+    if isinstance(model, str | Path):
+        image_mean, image_std = load_image_statistics(model) or (image_mean, image_std)
+        model = load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, image_mean, image_std
+
+
+def _check_level(level: int | str | None, model: PreTrainedModel):
+    if level == "all":
+        return
+    try:
+        choose_level(level, model.config.num_levels)
+    except ValueError as error:
+        raise InputError(f"{error} Or say all.") from error

@@ -7,11 +7,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.utils import has_file
 
-from modeling_cjepa import CJepaConfig, CJepaForPreTraining, CJepaModel
+from modeling_cjepa import CJepaConfig, CJepaForPreTraining, CJepaModel, SJeaConfig, SJeaForPreTraining, SJeaModel
 from trainers.errors import InputError, first_line
 
+_CLASSES = {CJepaConfig: (CJepaForPreTraining, CJepaModel), SJeaConfig: (SJeaForPreTraining, SJeaModel)}
 
-def load_encoder_config(path: str | Path) -> CJepaConfig:
+
+def load_encoder_config(path: str | Path) -> CJepaConfig | SJeaConfig:
     """
     The configuration of a saved model.
 
@@ -19,27 +21,30 @@ def load_encoder_config(path: str | Path) -> CJepaConfig:
         path (`str` or `Path`): Its folder, or its id on the Hub.
 
     Returns:
-        [`CJepaConfig`].
+        [`CJepaConfig`] or [`SJeaConfig`].
 
     Raises:
-        InputError: There is no C-JEPA model.
+        InputError: There is no model of this package.
     """
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path} is neither a folder with a C-JEPA model nor the id of one on the Hub ({first_line(error)}); "
-            "give a folder such as runs/mine/final."
+            f"{path} is neither a folder with a C-JEPA or S-JEA model nor the id of one on the Hub "
+            f"({first_line(error)}); give a folder such as runs/mine/final."
         ) from error
-    if not isinstance(config, CJepaConfig):
-        raise InputError(f"{path} is a model of type {config.model_type!r}, not 'cjepa'; give a C-JEPA model.")
+    if type(config) not in _CLASSES:
+        raise InputError(
+            f"{path} is a model of type {config.model_type!r}, not 'cjepa' or 'sjea'; give a C-JEPA or S-JEA model."
+        )
     return config
 
 
-def load_model(path: str | Path) -> CJepaForPreTraining | CJepaModel:
+def load_model(path: str | Path) -> CJepaForPreTraining | CJepaModel | SJeaForPreTraining | SJeaModel:
     """A saved model with all of its weights, in float32; only its encoder, unless it is one of pre-training."""
-    architectures = load_encoder_config(path).architectures or []
-    cls = CJepaForPreTraining if "CJepaForPreTraining" in architectures else CJepaModel
+    config = load_encoder_config(path)
+    pretraining, encoder = _CLASSES[type(config)]
+    cls = pretraining if pretraining.__name__ in (config.architectures or []) else encoder
     try:
         model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except (OSError, RuntimeError, SafetensorError) as error:

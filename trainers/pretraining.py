@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerState
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import set_seed
 
-from modeling_cjepa import CJepaConfig, CJepaForPreTraining
 from modeling_cjepa.configuration_cjepa import pair
 from trainers.checkpoints import changed_settings, check_same_model, find_checkpoint, is_finished
-from trainers.datasets import ImageDataset, ImageSource
+from trainers.datasets import ImageSource
 from trainers.errors import InputError
 from trainers.evaluation import evaluate_model
 from trainers.files import full_disk_named, write_json
@@ -24,9 +23,8 @@ from trainers.publishing import render_card, save_model, whole_folder
 from trainers.recipes import Recipe, model_fields, recipe_text, write_recipe
 from trainers.reports import draw_curves, format_table, machine_facts, software_facts
 from trainers.sources import load_sources, with_common_classes
-from trainers.trainer import CJepaTrainer
-from trainers.training_args import CJepaTrainingArguments
-from trainers.transforms import image_processor, train_transform
+from trainers.trainer import JepaTrainer
+from trainers.training_args import JepaTrainingArguments
 
 
 def pretrain(recipe: Recipe) -> Path:
@@ -85,7 +83,7 @@ def with_labels(train: ImageSource, test: ImageSource, said: bool) -> tuple[Imag
         return None
 
 
-def training_arguments(recipe: Recipe) -> CJepaTrainingArguments:
+def training_arguments(recipe: Recipe) -> JepaTrainingArguments:
     """The run's arguments; without an output folder a new one under `runs/` is named after recipe and time."""
     values = dict(recipe.training)
     values.setdefault("report_to", "none")
@@ -101,7 +99,7 @@ def training_arguments(recipe: Recipe) -> CJepaTrainingArguments:
             broadcast_object_list(name)
         values["output_dir"] = name[0]
     try:
-        args = CJepaTrainingArguments(**values)
+        args = recipe.objective.training_class(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(" ".join(str(error).split())) from error
     if args.world_size != num_processes:
@@ -112,8 +110,8 @@ def training_arguments(recipe: Recipe) -> CJepaTrainingArguments:
     return args
 
 
-def build_model(recipe: Recipe, args: CJepaTrainingArguments) -> CJepaForPreTraining:
-    """The model of a recipe, initialised from its seed, with masks that can be drawn on its grid."""
+def build_model(recipe: Recipe, args: JepaTrainingArguments) -> PreTrainedModel:
+    """The model of a recipe, initialised from its seed."""
     attention = recipe.run.attn_implementation
     if attention == "auto":
         attention = "eager" if args.bf16 and args.device.type == "cpu" else "sdpa"
@@ -121,17 +119,13 @@ def build_model(recipe: Recipe, args: CJepaTrainingArguments) -> CJepaForPreTrai
         raise InputError("attn_implementation='flex_attention' trains on a GPU only; choose sdpa or eager.")
     set_seed(args.seed)
     try:
-        config = CJepaConfig(**recipe.model)
-        model = CJepaForPreTraining._from_config(config, attn_implementation=attention)
-        model.sample_masks(2)
+        return recipe.objective.build_model(recipe.objective.config_class(**recipe.model), attention)
     except (ValueError, ImportError) as error:
         raise InputError(" ".join(str(error).split())) from error
-    return model
 
 
-def build_trainer(recipe: Recipe, model, args, train_source: ImageSource) -> CJepaTrainer:
+def build_trainer(recipe: Recipe, model, args, train_source: ImageSource) -> JepaTrainer:
     """The trainer of a recipe on its train images."""
-    data = recipe.data
     batch_size = args.train_batch_size * args.world_size
     if len(train_source) < batch_size:
         raise InputError(
@@ -139,44 +133,30 @@ def build_trainer(recipe: Recipe, model, args, train_source: ImageSource) -> CJe
             "processes; lower --per_device_train_batch_size or give more images."
         )
     last = batch_size if args.dataloader_drop_last else len(train_source) % batch_size or batch_size
-    if min(batch_size, last) < 2 and model.config.regularizer_weight > 0:
+    if min(batch_size, last) < 2 and recipe.objective.batch_of_one_is_error(model.config):
         raise InputError(
             "A batch of 1 image has no variance; raise --per_device_train_batch_size to 2 or more and leave the last, "
             "smaller batch out (--dataloader_drop_last)."
         )
-    if model.config.num_channels != 3:
-        raise InputError(f"num_channels={model.config.num_channels}, but images are read as RGB; set it to 3.")
-    image_size = pair(model.config.image_size)
-    transform = train_transform(image_size, data.crop_scale, data.horizontal_flip)
-    dataset = ImageDataset(train_source, transform, args.seed)
-    processor = image_processor(image_size, data.image_mean, data.image_std)
-    statistics = {"image_mean": data.image_mean, "image_std": data.image_std}
     try:
-        return CJepaTrainer(model, args, train_dataset=dataset, processing_class=processor, **statistics)
+        return recipe.objective.build_trainer(model, args, recipe.data, train_source)
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise InputError(f"The run cannot start: {' '.join(str(error).split())}") from error
 
 
-def num_parameters(model: CJepaForPreTraining) -> dict[str, int]:
-    """Parameters of the encoder that is published, and of the predictor."""
-    return {"encoder": model.cjepa.num_parameters(), "predictor": sum(p.numel() for p in model.predictor.parameters())}
-
-
 def describe(recipe: Recipe, model, args) -> str:
     """Two lines that say what is about to run."""
-    config = model.config
-    rows, columns = config.grid_size
-    sizes = ", ".join(f"{name} {number / 1e6:.1f} M" for name, number in num_parameters(model).items())
+    objective = recipe.objective
+    sizes = ", ".join(f"{name} {number / 1e6:.1f} M" for name, number in objective.parameters(model).items())
     precision = "bf16" if args.bf16 else "float32"
     return (
-        f"C-JEPA (I-JEPA + VICReg), recipe {recipe.name}: {sizes} parameters, grid {rows}x{columns}, regularizer "
-        f"{config.regularizer!r} x {config.regularizer_weight:g}\n"
+        f"{objective.title}, recipe {recipe.name}: {sizes} parameters, {objective.describe(model)}\n"
         f"on {recipe.data.dataset}, {args.world_size} process{'es' if args.world_size > 1 else ''} on "
         f"{args.device.type} in {precision}, into {args.output_dir}"
     )
 
 
-def finish(recipe: Recipe, trainer: CJepaTrainer, labelled: tuple | None, seconds: float, folder: Path):
+def finish(recipe: Recipe, trainer: JepaTrainer, labelled: tuple | None, seconds: float, folder: Path):
     """Saves the trained model, evaluates it where there are labels, writes results and card, says how to load it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     # the other processes are done: their threads are free
@@ -187,15 +167,16 @@ def finish(recipe: Recipe, trainer: CJepaTrainer, labelled: tuple | None, second
         facts = run_facts(recipe, trainer, model, seconds)
         if labelled is not None:
             try:
-                facts["evaluation"] = evaluate_model(str(unfinished), *labelled, recipe.evaluation)
+                facts["evaluation"] = evaluate_model(str(unfinished), *labelled, recipe.evaluation, level="all")
             except InputError as error:
                 print(f"The model is saved, but cannot be evaluated: {error}", flush=True)
         draw_curves(trainer.state.log_history, unfinished / "curves.png")
         write_json(unfinished / "results.json", facts | {"history": trainer.state.log_history})
-        (unfinished / "README.md").write_text(render_card(card_facts(facts, folder)), encoding="utf-8")
+        card = render_card(recipe.objective.card, card_facts(facts, folder))
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
     if "evaluation" in facts:
         print("\n" + format_table(facts["evaluation"]))
-    print(CLOSING.format(folder=folder), flush=True)
+    print(CLOSING.format(folder=folder, downstream=recipe.objective.downstream), flush=True)
 
 
 def card_facts(facts: dict, folder: Path) -> dict:
@@ -210,7 +191,7 @@ Saved in {folder} (weights, config, image processor, curves.png, results.json, R
     from transformers import AutoImageProcessor, AutoModel
 
     processor = AutoImageProcessor.from_pretrained("{folder}")
-    encoder = AutoModel.from_pretrained("{folder}", trust_remote_code=True)  # the target encoder
+    encoder = AutoModel.from_pretrained("{folder}", trust_remote_code=True)  # {downstream}
     embeddings = encoder(**processor(images, return_tensors="pt")).pooler_output"""
 
 
@@ -223,11 +204,12 @@ def trained_seconds(logged: list[dict], batch_size: int) -> float:
     )
 
 
-def run_facts(recipe: Recipe, trainer: CJepaTrainer, model, seconds: float) -> dict:
+def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float) -> dict:
     """What is known about a finished run, for `results.json` and the card."""
     state, args = trainer.state, trainer.args
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    logged = [entry for entry in state.log_history if "target_rankme" in entry]
+    logged = [entry for entry in state.log_history if "rankme" in entry]
+    objective = recipe.objective
     speeds = sorted(entry["images_per_second"] for entry in logged)
     training = {
         "steps": state.global_step,
@@ -241,8 +223,8 @@ def run_facts(recipe: Recipe, trainer: CJepaTrainer, model, seconds: float) -> d
         training |= {
             "images_per_second": round(speeds[len(speeds) // 2], 1),
             "data_wait_share": round(math.fsum(entry["data_wait_share"] for entry in logged) / len(logged), 4),
-            "rankme_first": logged[0]["target_rankme"],
-            "rankme_last": logged[-1]["target_rankme"],
+            "rankme_first": logged[0]["rankme"],
+            "rankme_last": logged[-1]["rankme"],
             "loss_last": logged[-1]["loss"],
         }
     return {
@@ -252,8 +234,8 @@ def run_facts(recipe: Recipe, trainer: CJepaTrainer, model, seconds: float) -> d
         "seed": args.seed,
         "settings": recipe.values,
         "model": {
-            **{f"{part}_parameters": number for part, number in num_parameters(model).items()},
-            **{name: getattr(model.config, name) for name in model_fields()},
+            "parameters": objective.parameters(model),
+            **{name: getattr(model.config, name) for name in model_fields(objective.config_class)},
         },
         "data": {"dataset": recipe.data.dataset, "num_train_images": len(trainer.train_dataset)},
         "training": training,

@@ -13,15 +13,23 @@ from pathlib import Path
 import jinja2
 
 import modeling_cjepa
-from modeling_cjepa import CJepaForPreTraining
+from modeling_cjepa import CJepaForPreTraining, SJeaForPreTraining
 from trainers.errors import InputError
 from trainers.resources import template_path
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_cjepa.CJepaConfig",
-    "AutoModel": "modeling_cjepa.CJepaModel",
-    "AutoModelForPreTraining": "pretraining_cjepa.CJepaForPreTraining",
-    "AutoModelForImageClassification": "modeling_cjepa.CJepaForImageClassification",
+AUTO_MAPS = {
+    "cjepa": {
+        "AutoConfig": "configuration_cjepa.CJepaConfig",
+        "AutoModel": "modeling_cjepa.CJepaModel",
+        "AutoModelForPreTraining": "pretraining_cjepa.CJepaForPreTraining",
+        "AutoModelForImageClassification": "modeling_cjepa.CJepaForImageClassification",
+    },
+    "sjea": {
+        "AutoConfig": "configuration_sjea.SJeaConfig",
+        "AutoModel": "modeling_sjea.SJeaModel",
+        "AutoModelForPreTraining": "pretraining_sjea.SJeaForPreTraining",
+        "AutoModelForImageClassification": "modeling_sjea.SJeaForImageClassification",
+    },
 }
 
 
@@ -60,25 +68,27 @@ def _allow_as_usual(folder: Path):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def save_model(model: CJepaForPreTraining, processor, folder: Path):
+def save_model(model: CJepaForPreTraining | SJeaForPreTraining, processor, folder: Path):
     """
     Writes weights, configuration, code and image processor into an existing folder.
 
     Args:
-        model ([`CJepaForPreTraining`]): All three parts are saved; `AutoModel` loads the target encoder of them.
+        model ([`CJepaForPreTraining`] or [`SJeaForPreTraining`]): All parts are saved; `AutoModel` loads the target
+            encoder, or the stack, of them.
         processor: The image processor of evaluation.
         folder (`Path`): Where to.
     """
-    model.config.auto_map = dict(AUTO_MAP)
+    model.config.auto_map = dict(AUTO_MAPS[model.config.model_type])
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    for source in Path(modeling_cjepa.__file__).parent.glob("*_cjepa.py"):
-        shutil.copyfile(source, folder / source.name)
+    for source in Path(modeling_cjepa.__file__).parent.glob("*_*.py"):
+        if not source.name.startswith("__"):
+            shutil.copyfile(source, folder / source.name)
 
 
-def render_card(facts: dict) -> str:
+def render_card(template_name: str, facts: dict) -> str:
     """The model card of a run; facts that are not known are left out."""
-    template = template_path("cjepa.md.j2")
+    template = template_path(template_name)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
         undefined=jinja2.StrictUndefined,

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import yaml
 
-from modeling_cjepa import CJepaConfig
 from trainers.errors import InputError
 from trainers.evaluation import EvaluationArguments
 from trainers.files import write_text_atomically
 from trainers.flags import add_flags, check_value, closest, enum_values, given_flags, type_hints
+from trainers.objectives import OBJECTIVES, Objective
 from trainers.resources import recipe_path
 from trainers.sources import DataArguments
-from trainers.training_args import CJepaTrainingArguments
+from trainers.training_args import JepaTrainingArguments
 
 # fields of transformers' TrainingArguments worth a line of `--help`; all others are accepted, too
 COMMON_TRAINING_FIELDS = {
@@ -31,6 +31,9 @@ COMMON_TRAINING_FIELDS = {
 class RunArguments:
     """What belongs to the run as a whole."""
 
+    model_type: str = field(
+        default="cjepa", metadata={"help": "what is pre-trained: `cjepa` (masked prediction) or `sjea` (two views)"}
+    )
     attn_implementation: str = field(
         default="auto",
         metadata={
@@ -48,8 +51,8 @@ class Recipe:
     Args:
         name (`str`): The recipe file's stem.
         values (`dict`): Every key that was set, by file or flag.
-        model (`dict`): Those of them that are fields of [`CJepaConfig`].
-        training (`dict`): Those that are fields of [`CJepaTrainingArguments`].
+        model (`dict`): Those of them that are fields of the model's configuration.
+        training (`dict`): Those that are fields of the training's arguments.
         command (`list[str]`): The command line it came from, for the record.
         data ([`DataArguments`]), evaluation ([`EvaluationArguments`]), run ([`RunArguments`]): The others.
     """
@@ -63,26 +66,31 @@ class Recipe:
     run: RunArguments
     command: list[str] = field(default_factory=list)
 
+    @property
+    def objective(self) -> Objective:
+        """The way of pre-training."""
+        return OBJECTIVES[self.run.model_type]
 
-def model_fields() -> dict[str, object]:
-    """Types of the configuration's own fields, without those every transformers model has."""
-    return inspect.get_annotations(CJepaConfig)
+
+def model_fields(config_class: type) -> dict[str, object]:
+    """Types of a configuration's own fields, without those every transformers model has."""
+    return inspect.get_annotations(config_class)
 
 
-def section_fields() -> dict[str, dict[str, object]]:
+def section_fields(objective: Objective) -> dict[str, dict[str, object]]:
     """Types of all fields of a recipe, by section; a name that two sections have means the same in both."""
     return {
-        "model": model_fields(),
-        "data": type_hints(DataArguments),
-        "training": type_hints(CJepaTrainingArguments),
-        "evaluation": type_hints(EvaluationArguments),
         "run": type_hints(RunArguments),
+        "model": model_fields(objective.config_class),
+        "data": type_hints(objective.data_class),
+        "training": type_hints(objective.training_class),
+        "evaluation": type_hints(EvaluationArguments),
     }
 
 
-def field_hints() -> dict[str, object]:
+def field_hints(objective: Objective) -> dict[str, object]:
     """Types of all fields of a recipe."""
-    return {name: hint for fields in section_fields().values() for name, hint in fields.items()}
+    return {name: hint for fields in section_fields(objective).values() for name, hint in fields.items()}
 
 
 def read_recipe(path_or_name: str, overrides: dict | None = None) -> Recipe:
@@ -106,7 +114,8 @@ def read_recipe(path_or_name: str, overrides: dict | None = None) -> Recipe:
         raise InputError(f"{path} is not YAML ({' '.join(str(error).split())}); mend it.") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} is not a mapping of keys to values; write lines such as `hidden_size: 192`.")
-    sections, hints = section_fields(), field_hints()
+    objective = _objective(values | (overrides or {}), path)
+    sections, hints = section_fields(objective), field_hints(objective)
     # YAML reads the word `no` as false
     values = {
         key: "no" if value is False and "no" in enum_values(hints.get(key)) else value for key, value in values.items()
@@ -122,16 +131,28 @@ def read_recipe(path_or_name: str, overrides: dict | None = None) -> Recipe:
         values=values,
         model=chosen["model"],
         training=chosen["training"],
-        data=DataArguments(**chosen["data"]),
+        data=objective.data_class(**chosen["data"]),
         evaluation=EvaluationArguments(**chosen["evaluation"]),
         run=RunArguments(**chosen["run"]),
     )
+
+
+def _objective(values: dict, path: Path) -> Objective:
+    asked = values.get("model_type", RunArguments.model_type)
+    if asked not in OBJECTIVES:
+        raise InputError(f"{path}: model_type={asked!r} is not known; choose one of {', '.join(OBJECTIVES)}.")
+    return OBJECTIVES[asked]
 
 
 def check_values(values: dict, hints: dict[str, object], where: str):
     """Raises `InputError` for the first key that is unknown or whose value has the wrong type."""
     for key, value in values.items():
         if key not in hints:
+            others = [name for name, objective in OBJECTIVES.items() if key in field_hints(objective)]
+            if others:
+                raise InputError(
+                    f"{where}: {key!r} is a key of model_type {others[0]}, not of this one; leave it out."
+                )
             close = closest(str(key), hints)
             guess = f" (did you mean {close!r}?)" if close else ""
             raise InputError(f"{where}: unknown key {key!r}{guess}; `cjepa pretrain --help` lists the keys.")
@@ -140,24 +161,30 @@ def check_values(values: dict, hints: dict[str, object], where: str):
 
 def add_recipe_flags(parser: argparse.ArgumentParser):
     """Adds a flag for every field of a recipe; `--help` leaves out the rarer ones of `TrainingArguments`."""
-    defaults = {
-        "model": CJepaConfig(),
-        "data": DataArguments(),
-        "training": CJepaTrainingArguments,
-        "evaluation": EvaluationArguments(),
-        "run": RunArguments(),
-    }
-    listed = set(CJepaTrainingArguments.__annotations__) | COMMON_TRAINING_FIELDS
+    listed = {name for objective in OBJECTIVES.values() for cls in objective.training_class.__mro__
+              if issubclass(cls, JepaTrainingArguments) for name in inspect.get_annotations(cls)}  # fmt: skip
     taken: set[str] = set()
-    for section, fields in section_fields().items():
-        fields = {name: hint for name, hint in fields.items() if name not in taken}
-        taken |= fields.keys()
-        add_flags(parser, section, defaults[section], fields, listed if section == "training" else None)
+    for model_type, objective in OBJECTIVES.items():
+        defaults = {
+            "run": RunArguments(),
+            "model": objective.config_class(),
+            "data": objective.data_class(),
+            "training": objective.training_class,
+            "evaluation": EvaluationArguments(),
+        }
+        for section, fields in section_fields(objective).items():
+            fields = {name: hint for name, hint in fields.items() if name not in taken}
+            taken |= fields.keys()
+            is_shared = section != "model" and model_type == RunArguments.model_type
+            title = section if is_shared else f"{section} of {model_type}"
+            shown = listed | COMMON_TRAINING_FIELDS if section == "training" else None
+            add_flags(parser, title, defaults[section], fields, shown)
 
 
 def overrides_of(namespace: argparse.Namespace) -> dict:
     """The recipe flags that were given."""
-    return given_flags(namespace, field_hints())
+    hints = {name: hint for objective in OBJECTIVES.values() for name, hint in field_hints(objective).items()}
+    return given_flags(namespace, hints)
 
 
 def write_recipe(values: dict, path: Path):

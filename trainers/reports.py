@@ -14,8 +14,8 @@ _PACKAGES = ("cjepa", "torch", "torchvision", "transformers", "accelerate", "dat
 _PANELS = (
     ("loss", ("loss", "loss_prediction"), True),
     ("VICReg terms, unweighted", ("loss_invariance", "loss_variance", "loss_covariance"), True),
-    ("effective rank (RankMe) of target features", ("target_rankme",), False),
-    ("standard deviation of target features", ("target_std",), False),
+    ("effective rank (RankMe) of embeddings", ("rankme",), False),
+    ("standard deviation of embeddings", ("feature_std",), False),
     ("learning rate and weight decay", ("learning_rate", "weight_decay"), True),
     ("images per second", ("images_per_second",), False),
 )

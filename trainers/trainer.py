@@ -1,7 +1,6 @@
-"""The pre-training loop: transformers' `Trainer` with seeded masks, I-JEPA's schedules and its own log.
+"""The pre-training loop: transformers' `Trainer` with I-JEPA's schedules and a log that tells of collapse.
 
-The masks of a step are a function of (seed, step, micro-step): every process draws those of the global batch and keeps
-its rows, so that several processes compute the gradients of one, and a resumed run those of an uninterrupted one.
+A step's randomness is a function of (seed, step, micro-step), so that a resumed run repeats an uninterrupted one.
 """
 
 import math
@@ -14,33 +13,26 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback, Trainer
 
-from modeling_cjepa import CJepaForPreTraining
-from trainers.callbacks import (
-    CropEpochCallback,
-    ImagesPerSecondBar,
-    TargetUpdateCallback,
-    WeightDecayCallback,
-    weight_decay,
-)
-from trainers.datasets import sample_seed
+from modeling_cjepa.losses_cjepa import level_term
+from trainers.callbacks import CropEpochCallback, ImagesPerSecondBar, WeightDecayCallback, weight_decay
 from trainers.diagnostics import feature_std, rankme
 from trainers.errors import InputError
-from trainers.schedules import cosine, warmup_cosine
-from trainers.training_args import CJepaTrainingArguments
-from trainers.transforms import normalize
+from trainers.schedules import warmup_cosine
+from trainers.training_args import JepaTrainingArguments
 
 
-class CJepaTrainer(Trainer):
+class JepaTrainer(Trainer):
     """
-    Pre-trains a [`CJepaForPreTraining`].
+    Pre-trains a model that returns its loss, named `loss_terms` and `level_embeddings`; see `CJepaTrainer` and
+    `SJeaTrainer`.
 
-    Logged beside transformers' own values: every loss term, weight decay, the regulariser's weight, EMA momentum,
-    standard deviation and RankMe of the latest target features (over all processes, anew after a resume), images per
-    second, and the share of time spent waiting for data.
+    Logged beside transformers' own values: every loss term, weight decay, standard deviation and RankMe of each
+    level's latest embeddings (over all processes, anew after a resume; of a level above the lowest as `level1_rankme`
+    and so on), images per second, and the share of time spent waiting for data.
 
     Args:
-        model ([`CJepaForPreTraining`]): What to train.
-        args ([`CJepaTrainingArguments`]): How.
+        model (`PreTrainedModel`): What to train.
+        args ([`JepaTrainingArguments`]): How.
         image_mean, image_std (`list[float]`): With which uint8 images are normalised on the device; float images are
             taken as they are.
         kwargs: Further arguments of `transformers.Trainer`, such as `train_dataset`.
@@ -50,33 +42,37 @@ class CJepaTrainer(Trainer):
 
     def __init__(
         self,
-        model: CJepaForPreTraining,
-        args: CJepaTrainingArguments,
+        model,
+        args: JepaTrainingArguments,
         *,
         image_mean=(0.485, 0.456, 0.406),
         image_std=(0.229, 0.224, 0.225),
         **kwargs,
     ):
-        if model.config.regularizer_weight == 0 and args.final_regularizer_weight:
-            raise ValueError(
-                f"final_regularizer_weight={args.final_regularizer_weight} cannot follow a model's "
-                "regularizer_weight=0; set --final_regularizer_weight 0, too."
-            )
         super().__init__(model, args, **kwargs)
         # on the device once, so that no step waits for a copy
         self.image_mean, self.image_std = (
             torch.tensor(list(values), device=args.device) for values in (image_mean, image_std)
         )
         self.add_callback(CropEpochCallback)
-        self.target_update = TargetUpdateCallback(args.ema_momentum, args.final_ema_momentum, args.schedule_scale)
-        self.add_callback(self.target_update)
         self.add_callback(WeightDecayCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ImagesPerSecondBar)
         self._micro_step = 0
         self._reset_window()
         batch_size = args.train_batch_size * args.world_size
-        self._embeddings: deque[torch.Tensor] = deque(maxlen=max(args.num_monitored_images // batch_size, 1))
+        # the embeddings of each level of the latest batches
+        self._embeddings: deque[tuple[torch.Tensor, ...]] = deque(
+            maxlen=max(args.num_monitored_images // batch_size, 1)
+        )
+
+    def forward_batch(self, model, inputs):
+        """The model's output for a batch; of each objective its own."""
+        raise NotImplementedError
+
+    def step_facts(self, step: int, num_steps: int) -> dict[str, float]:
+        """What else is logged of the step that follows `step` of `num_steps` finished ones."""
+        return {"weight_decay": weight_decay(self.args, step, num_steps)}
 
     def _reset_window(self):
         """Starts the window of steps that the next log summarises."""
@@ -121,47 +117,31 @@ class CJepaTrainer(Trainer):
         return result
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The C-JEPA loss of a batch under masks seeded by (seed, step, micro-step)."""
-        pixel_values = normalize(inputs["pixel_values"], self.image_mean, self.image_std)
-        context_ids, target_ids = self._masks(pixel_values)
-        weight = self._regularizer_weight(self.state.global_step) if model.training else None
-        outputs = model(pixel_values, context_ids, target_ids, regularizer_weight=weight)
+        """The loss of a batch, which is watched for the next log."""
+        outputs = self.forward_batch(model, inputs)
         if model.training:
             self._monitor(outputs)
             self._micro_step += 1
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss of an evaluation batch, without labels and under the masks of step 0."""
+        """The loss of an evaluation batch, without labels and with the randomness of step 0."""
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
-    def _masks(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows of the global batch's masks that belong to this process."""
-        model, args = self.accelerator.unwrap_model(self.model), self.args
+    def seed_numbers(self) -> tuple[int, int, int]:
+        """What seeds the randomness of a batch that all processes share: (seed, step, micro-step)."""
         step, micro_step = (self.state.global_step, self._micro_step) if self.model.training else (0, 0)
-        generator = torch.Generator().manual_seed(sample_seed(args.seed, step, micro_step))
-        grid_size = model.cjepa.embeddings.patch_embeddings.grid_size(pixel_values)
-        num_images = pixel_values.shape[0]
-        rows = slice(args.process_index * num_images, (args.process_index + 1) * num_images)
-        masks = model.sample_masks(num_images * args.world_size, grid_size, generator)
-        return tuple(ids[rows].to(pixel_values.device, non_blocking=True) for ids in masks)
-
-    def _regularizer_weight(self, step: int) -> float:
-        """The regulariser's weight in the step that follows `step` finished ones."""
-        args, start = self.args, self.accelerator.unwrap_model(self.model).config.regularizer_weight
-        if args.final_regularizer_weight is None:
-            return start
-        return cosine(step, self.state.max_steps * args.schedule_scale, start, args.final_regularizer_weight)
+        return self.args.seed, step, micro_step
 
     def _monitor(self, outputs):
         """Adds a batch to the window of the next log, without waiting for the device."""
         for name, term in outputs.loss_terms.items():
             self._term_sums[name] = self._term_sums.get(name, 0) + term
-        self._embeddings.append(outputs.embeddings.detach().float())
+        self._embeddings.append(tuple(embeddings.detach().float() for embeddings in outputs.level_embeddings))
         self._num_micro_batches += 1
-        self._num_images += outputs.embeddings.shape[0] * self.args.world_size
+        self._num_images += len(outputs.level_embeddings[0]) * self.args.world_size
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         """Adds what the window since the last log has seen, over all processes."""
@@ -179,14 +159,13 @@ class CJepaTrainer(Trainer):
         values = {f"loss_{name}": total / self._num_micro_batches for name, total in self._term_sums.items()}
         stacked = torch.stack([value.float() for value in values.values()])
         summary = dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
-        embeddings = self.accelerator.gather(torch.cat(list(self._embeddings)))
-        summary |= {"target_std": feature_std(embeddings), "target_rankme": rankme(embeddings)}
+        for level, batches in enumerate(zip(*self._embeddings, strict=True)):
+            embeddings = self.accelerator.gather(torch.cat(batches))
+            summary[level_term("feature_std", level)] = feature_std(embeddings)
+            summary[level_term("rankme", level)] = rankme(embeddings)
         seconds = time.perf_counter() - self._window_started
-        step, num_steps = max(self.state.global_step - 1, 0), self.state.max_steps
+        summary |= self.step_facts(max(self.state.global_step - 1, 0), self.state.max_steps)
         return summary | {
-            "weight_decay": weight_decay(self.args, step, num_steps),
-            "regularizer_weight": self._regularizer_weight(step),
-            "ema_momentum": self.target_update.momentum_at(step, num_steps),
             "images_per_second": self._num_images / seconds,
             "data_wait_share": self._waited / seconds,
         }

@@ -1,4 +1,4 @@
-"""Arguments of a pre-training run: transformers' `TrainingArguments` with I-JEPA's schedules and defaults."""
+"""Arguments of a pre-training run: transformers' `TrainingArguments` with schedules and each objective's defaults."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,26 +11,22 @@ PRECISIONS = ("auto", "bf16", "float32")
 
 
 @dataclass
-class CJepaTrainingArguments(TrainingArguments):
+class JepaTrainingArguments(TrainingArguments):
     """
-    `TrainingArguments` with the defaults of pre-training.
+    `TrainingArguments` with what all ways of pre-training share.
 
-    Three schedules run over `schedule_scale` times the run's steps, so that the run ends before they do (I-JEPA's
+    The schedules run over `schedule_scale` times the run's steps, so that the run can end before they do (I-JEPA's
     code: 1.25): the learning rate (linear warm-up of `warmup_steps` from `start_learning_rate`, cosine to
-    `final_learning_rate`), the weight decay (cosine) and the momentum of the target encoder (linear).
+    `final_learning_rate`) and the weight decay (cosine).
 
     Args:
         start_learning_rate (`float`): Learning rate of the first step.
         final_learning_rate (`float`): Learning rate at the schedules' end.
         final_weight_decay (`float`): Weight decay at the schedules' end.
-        final_regularizer_weight (`float`, *optional*): The regulariser's weight at the schedules' end, by a cosine
-            from the model's `regularizer_weight`; constant when not given.
-        ema_momentum (`float`): Share of the old target encoder kept in the first step, in [0, 1].
-        final_ema_momentum (`float`): The same at the schedules' end.
         schedule_scale (`float`): Length of the schedules in units of the run; 1 or more.
         precision (`"auto"`, `"bf16"` or `"float32"`): Autocast; `auto` is bf16 where the device computes in it.
-        num_monitored_images (`int`): Latest images whose target features the logged standard deviation and RankMe
-            are computed on.
+        num_monitored_images (`int`): Latest images whose embeddings the logged standard deviation and RankMe are
+            computed on.
 
     Raises:
         ValueError: A value is out of its range; the message names it.
@@ -44,13 +40,6 @@ class CJepaTrainingArguments(TrainingArguments):
     )
     weight_decay: float = field(default=0.04, metadata={"help": "weight decay of the first step"})
     final_weight_decay: float = field(default=0.4, metadata={"help": "weight decay at the schedules' end"})
-    final_regularizer_weight: float | None = field(
-        default=None, metadata={"help": "regularizer_weight at the schedules' end; constant when not given"}
-    )
-    ema_momentum: float = field(
-        default=0.996, metadata={"help": "share of the old target encoder kept in a step, at the start"}
-    )
-    final_ema_momentum: float = field(default=1.0, metadata={"help": "the same at the schedules' end"})
     schedule_scale: float = field(default=1.25, metadata={"help": "length of the schedules in units of the run"})
     precision: str = field(
         default="auto", metadata={"help": "`auto` (bf16 where the device computes in it), `bf16` or `float32`"}
@@ -70,9 +59,6 @@ class CJepaTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "every parameter is used"})
 
     def __post_init__(self):
-        for name in ("ema_momentum", "final_ema_momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1]; it is the share that is kept.")
         if self.schedule_scale < 1:
             raise ValueError(f"schedule_scale={self.schedule_scale} is below 1; the schedules must outlast the run.")
         if self.precision not in PRECISIONS:
@@ -87,14 +73,14 @@ class CJepaTrainingArguments(TrainingArguments):
         if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
             raise ValueError("dataloader_persistent_workers needs workers; set dataloader_num_workers to 1 or more.")
         for name in ("seed", "dataloader_num_workers", "start_learning_rate", "final_learning_rate",
-                     "final_regularizer_weight", "weight_decay", "final_weight_decay"):  # fmt: skip
+                     "weight_decay", "final_weight_decay"):  # fmt: skip
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not a number from 0 up; give 0 or more.")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1).")
         if self.fp16:
-            raise ValueError("fp16 is not supported: the target encoder's moving average needs float32 or bf16.")
+            raise ValueError("fp16 is not supported: moving averages and batch statistics need float32 or bf16.")
         if self.lr_scheduler_type not in ("linear", SchedulerType.LINEAR):
             raise ValueError(
                 f"lr_scheduler_type={self.lr_scheduler_type!r} has no effect: the schedule is set by warmup_steps, "
@@ -109,6 +95,61 @@ class CJepaTrainingArguments(TrainingArguments):
         self.bf16 = self.precision == "bf16" or (self.precision == "auto" and computes_in_bf16(self.device))
         # the field that Trainer hands to Accelerate, which the parent has set before the device was known
         self.mixed_precision = "bf16" if self.bf16 else "no"
+
+
+@dataclass
+class CJepaTrainingArguments(JepaTrainingArguments):
+    """
+    Arguments of pre-training by C-JEPA, with I-JEPA's defaults; see [`JepaTrainingArguments`] for the others.
+
+    Args:
+        final_regularizer_weight (`float`, *optional*): The regulariser's weight at the schedules' end, by a cosine
+            from the model's `regularizer_weight`; constant when not given.
+        ema_momentum (`float`): Share of the old target encoder kept in the first step, in [0, 1]; linear in between.
+        final_ema_momentum (`float`): The same at the schedules' end.
+
+    Raises:
+        ValueError: A value is out of its range; the message names it.
+    """
+
+    final_regularizer_weight: float | None = field(
+        default=None, metadata={"help": "regularizer_weight at the schedules' end; constant when not given"}
+    )
+    ema_momentum: float = field(
+        default=0.996, metadata={"help": "share of the old target encoder kept in a step, at the start"}
+    )
+    final_ema_momentum: float = field(default=1.0, metadata={"help": "the same at the schedules' end"})
+
+    def __post_init__(self):
+        for name in ("ema_momentum", "final_ema_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1]; it is the share that is kept.")
+        if not (self.final_regularizer_weight or 0) >= 0:
+            raise ValueError(
+                f"final_regularizer_weight={self.final_regularizer_weight} is not a number from 0 up; give 0 or more."
+            )
+        super().__post_init__()
+
+
+@dataclass
+class SJeaTrainingArguments(JepaTrainingArguments):
+    """
+    Arguments of pre-training by S-JEA, with the authors' defaults: Adam without weight decay, learning rate 1e-3 after
+    a short warm-up, batches of 256 images; see [`JepaTrainingArguments`] for the others.
+
+    Raises:
+        ValueError: A value is out of its range; the message names it.
+    """
+
+    final_learning_rate: float = field(default=0.0, metadata={"help": "learning rate at the schedules' end"})
+    warmup_steps: float = field(
+        default=0.02, metadata={"help": "steps of warm-up, or their share of the run if below 1"}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "weight decay of the first step"})
+    final_weight_decay: float = field(default=0.0, metadata={"help": "weight decay at the schedules' end"})
+    schedule_scale: float = field(default=1.0, metadata={"help": "length of the schedules in units of the run"})
+    per_device_train_batch_size: int = field(default=256, metadata={"help": "images of a process in a batch"})
+    num_train_epochs: float = field(default=200.0, metadata={"help": "passes over the train images"})
 
 
 def computes_in_bf16(device: torch.device) -> bool:

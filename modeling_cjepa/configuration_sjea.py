@@ -1,0 +1,157 @@
+"""Configuration of S-JEA models: a stack of levels, each with a backbone, an expander and VICReg's weights."""
+
+from dataclasses import asdict, dataclass, field, fields
+
+from transformers import PreTrainedConfig
+
+from .configuration_cjepa import choose_level
+
+STEMS = ("standard", "small")
+INPUTS = ("vector", "map", "tokens")
+READS = ("embedding", "expanded")
+
+
+@dataclass
+class SJeaLevelConfig:
+    r"""
+    One level of a stack, an entry of [`SJeaConfig`]'s `levels`.
+
+    Args:
+        backbone (`dict`): A configuration of transformers by its fields, `model_type` among them: `resnet`, or any
+            other encoder that gives pooled features; `cjepa` is this package's vision transformer. The number of
+            channels and the image size are set by what the level reads.
+        stem (`"standard"` or `"small"`, defaults to `"standard"`): `"small"` replaces a ResNet's first convolution by
+            a 3x3 one of stride 1 and leaves out the pooling after it, as is usual for images of 32 pixels.
+        input (`"vector"`, `"map"` or `"tokens"`, defaults to `"vector"`): What a level above the lowest reads of the
+            one below: its embedding folded to a map of one channel (the authors' code), its feature map before the
+            pooling, or that map token by token, with a transformer's blocks (`backbone` of type `cjepa`).
+        reads (`"embedding"` or `"expanded"`, defaults to `"embedding"`): Whether `"vector"` is the embedding Y of the
+            level below (Fig. 1 of the paper) or what its expander makes of it, Z (the authors' code).
+        fold_height (`int`, *optional*): Rows of the folded vector; those of the squarest map when not given.
+        expander_sizes (`list[int]`, defaults to `[512, 512, 512]`): Widths of the expander's linear layers, batch norm
+            and ReLU between them; one width is a plain linear layer.
+        level_weight (`float`, defaults to 1.0): Weight of the level's loss in the sum of all.
+        invariance_weight (`float`, defaults to 25.0): VICReg's weight of the squared distance.
+        variance_weight (`float`, defaults to 25.0): VICReg's weight of the variance.
+        covariance_weight (`float`, defaults to 1.0): VICReg's weight of the covariance.
+        stop_gradient (`bool`, defaults to `False`): Whether the level's loss leaves the levels below alone.
+
+    Raises:
+        ValueError: A field has a value a level cannot be built with; the message names the field.
+    """
+
+    backbone: dict = field(default_factory=lambda: {"model_type": "resnet"})
+    stem: str = "standard"
+    input: str = "vector"
+    reads: str = "embedding"
+    fold_height: int | None = None
+    expander_sizes: list[int] = field(default_factory=lambda: [512, 512, 512])
+    level_weight: float = 1.0
+    invariance_weight: float = 25.0
+    variance_weight: float = 25.0
+    covariance_weight: float = 1.0
+    stop_gradient: bool = False
+
+    def __post_init__(self):
+        for name, choices in (("stem", STEMS), ("input", INPUTS), ("reads", READS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(choices)}.")
+        for name in ("level_weight", "invariance_weight", "variance_weight", "covariance_weight"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise ValueError(f"{name}={value!r} is not a loss weight, which must be 0 or more.")
+        if not isinstance(self.backbone, dict) or "model_type" not in self.backbone:
+            raise ValueError(
+                f"backbone={self.backbone!r} must be a mapping of a transformers configuration's fields, with a "
+                "model_type such as resnet."
+            )
+        sizes = self.expander_sizes
+        are_widths = isinstance(sizes, list | tuple) and all(type(size) is int and size > 0 for size in sizes)
+        if not are_widths or not sizes:
+            raise ValueError(f"expander_sizes={sizes!r} must be a list of widths, such as [512, 512, 512].")
+        if self.fold_height is not None and (type(self.fold_height) is not int or self.fold_height < 1):
+            raise ValueError(f"fold_height={self.fold_height!r} must be a whole number of 1 or more.")
+        if not isinstance(self.stop_gradient, bool):
+            raise ValueError(f"stop_gradient={self.stop_gradient!r} must be true or false.")
+        if self.input != "vector" and (self.reads != "embedding" or self.fold_height is not None):
+            raise ValueError(f"reads and fold_height belong to input='vector', not to input={self.input!r}.")
+        if self.input == "tokens" and self.backbone["model_type"] != "cjepa":
+            raise ValueError(
+                f"input='tokens' is read by transformer blocks, not by a {self.backbone['model_type']!r}; use a "
+                "backbone of model_type cjepa, or input='map'."
+            )
+
+
+class SJeaConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`SJeaModel`], [`SJeaForPreTraining`] and [`SJeaForImageClassification`].
+
+    S-JEA (stacked joint embedding architectures, arXiv 2305.11701) trains a stack of encoders on two views of each
+    image: level 0 reads the image, each other one what the level below it makes of the image, and every level has an
+    expander and a VICReg loss of its own. One level is VICReg (arXiv 2105.04906).
+
+    Args:
+        levels (`list[dict]`, *optional*): The levels from the image up, each with the fields of [`SJeaLevelConfig`];
+            two ResNet-18 with a small stem, the second on the folded embedding of the first, when not given.
+        level (`int`, *optional*): The level whose features [`SJeaModel`] gives, from 0, or counted from the top as -1,
+            -2; the top one when not given.
+        image_size (`int`, defaults to 32): Pixels of a training image's side.
+        num_channels (`int`, defaults to 3): Channels of an image.
+
+    Raises:
+        ValueError: A field has a value the model cannot be built with; the message names level and field.
+    """
+
+    model_type = "sjea"
+    keys_to_ignore_at_inference = ["loss_terms", "level_embeddings", "expanded", "hidden_states", "attentions"]
+
+    levels: list[dict] | None = None
+    level: int | None = None
+    image_size: int = 32
+    num_channels: int = 3
+
+    def __post_init__(self, **kwargs):
+        self.levels = [asdict(level) for level in self._read_levels()]
+        for name in ("image_size", "num_channels"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of 1 or more.")
+        choose_level(self.level, len(self.levels))
+        super().__post_init__(**kwargs)
+
+    def _read_levels(self) -> list[SJeaLevelConfig]:
+        levels = _two_resnets() if self.levels is None else self.levels
+        if not isinstance(levels, list | tuple) or not levels:
+            raise ValueError(f"levels={levels!r} must be a list with an entry for each level, at least one.")
+        known, read = [entry.name for entry in fields(SJeaLevelConfig)], []
+        for number, level in enumerate(levels):
+            if not isinstance(level, dict):
+                raise ValueError(f"levels[{number}]={level!r} must be a mapping of {', '.join(known)}.")
+            unknown = [str(name) for name in level if name not in known]
+            if unknown:
+                raise ValueError(f"levels[{number}]: unknown key {unknown[0]!r}; a level has {', '.join(known)}.")
+            try:
+                read.append(SJeaLevelConfig(**level))
+            except ValueError as error:
+                raise ValueError(f"levels[{number}]: {error}") from error
+        return read
+
+    @property
+    def num_levels(self) -> int:
+        """Levels of the stack."""
+        return len(self.levels)
+
+    @property
+    def level_configs(self) -> list[SJeaLevelConfig]:
+        """The levels as objects, from the image up."""
+        return [SJeaLevelConfig(**level) for level in self.levels]
+
+
+def _two_resnets() -> list[dict]:
+    resnet18 = {
+        "model_type": "resnet",
+        "embedding_size": 64,
+        "hidden_sizes": [64, 128, 256, 512],
+        "depths": [2, 2, 2, 2],
+        "layer_type": "basic",
+    }
+    return [{"backbone": resnet18, "stem": "small"}, {"backbone": dict(resnet18), "stem": "small"}]

@@ -1,0 +1,239 @@
+"""The levels of S-JEA: what a level reads of the one below, and the backbone that reads it.
+
+Shapes: B images, C channels, N tokens, h and w rows and columns of a map, D width of an embedding, E expanded width.
+"""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from .configuration_cjepa import CJepaConfig
+from .configuration_sjea import SJeaLevelConfig
+from .heads_cjepa import CJepaExpander
+from .modeling_cjepa import CJepaModel
+
+
+@dataclass
+class LevelOutput:
+    """
+    What a level makes of a batch.
+
+    Args:
+        features (`torch.Tensor` of shape `(B, D, h, w)` or `(B, N, D)`): The backbone's map or tokens before pooling.
+        embedding (`torch.Tensor` of shape `(B, D)`): Its pooled features, Y in the paper.
+        expanded (`torch.Tensor` of shape `(B, E)`, *optional*): What the expander makes of them, Z, where the level
+            above reads it.
+    """
+
+    features: torch.Tensor
+    embedding: torch.Tensor
+    expanded: torch.Tensor | None = None
+
+
+class SJeaLevel(nn.Module):
+    """
+    One level: it reads the level below in the configured form, or the image, and gives features and an embedding.
+
+    Args:
+        config ([`SJeaLevelConfig`]): Its configuration.
+        below (`SJeaLevel`, *optional*): The level below; none for the lowest.
+        image_shape (`(C, h, w)`): Channels and pixels of the image, which the lowest level reads.
+        is_read_expanded (`bool`): Whether the level above reads the expanded embedding.
+        attn_implementation (`str`, *optional*): For backbones that have attention.
+
+    Raises:
+        ValueError: The backbone gives no pooled features, or cannot read what the level below gives.
+    """
+
+    def __init__(
+        self,
+        config: SJeaLevelConfig,
+        below: "SJeaLevel | None",
+        image_shape: tuple[int, int, int],
+        is_read_expanded: bool = False,
+        attn_implementation: str | None = None,
+    ):
+        super().__init__()
+        self.config, self.is_lowest = config, below is None
+        self.input_shape = image_shape if below is None else self._shape_below(below)
+        self.num_tokens_below = None if below is None else below.features_shape[0]
+        fields = {"patch_size": 1, **config.backbone} if config.input == "tokens" else config.backbone
+        self.backbone_config = build_backbone_config(fields, self.input_shape)
+        self.backbone = build_backbone(self.backbone_config, config.stem, attn_implementation)
+        self.features_shape, self.width = self._output_shapes()
+        self.expander = CJepaExpander(self.width, config.expander_sizes) if is_read_expanded else None
+
+    def _shape_below(self, below: "SJeaLevel") -> tuple[int, int, int]:
+        """Channels, rows and columns of what this level reads of the one below."""
+        if self.config.input == "vector":
+            width = below.config.expander_sizes[-1] if self.config.reads == "expanded" else below.width
+            return (1, *fold_size(width, self.config.fold_height))
+        if len(below.features_shape) == 3:
+            return below.features_shape
+        num_tokens, width = below.features_shape
+        return (width, *_token_grid(num_tokens, below))
+
+    def _output_shapes(self) -> tuple[tuple[int, ...], int]:
+        """The shape of an image's features and the width of its embedding, by a run without memory or arithmetic."""
+        with torch.device("meta"), torch.no_grad():
+            backbone = build_backbone(self.backbone_config, self.config.stem).to("meta").eval()
+            outputs = backbone(torch.empty(2, *self.input_shape))
+        if getattr(outputs, "pooler_output", None) is None:
+            raise ValueError(
+                f"backbone {self.backbone_config.model_type!r} gives no pooled features (pooler_output), which a "
+                "level needs; choose one that does, such as resnet, vit, dinov2, convnext or cjepa."
+            )
+        return tuple(outputs.last_hidden_state.shape[1:]), outputs.pooler_output[0].numel()
+
+    def read(self, below: "LevelOutput | torch.Tensor") -> torch.Tensor:
+        """What the backbone reads, (B, C, h, w), of the level below, or the image itself."""
+        if self.is_lowest:
+            return below
+        if self.config.input == "vector":
+            vector = below.expanded if self.config.reads == "expanded" else below.embedding
+            return vector.view(-1, *self.input_shape)
+        features = below.features
+        if features.ndim == 4:
+            return features
+        channels, rows, columns = self.input_shape
+        if features.shape[1] != self.num_tokens_below:
+            raise ValueError(
+                f"The level below gives {features.shape[1]} tokens an image, and this one reads "
+                f"{self.num_tokens_below}; give images of the configured image_size."
+            )
+        # the patch tokens come last; class tokens and registers, if any, before them
+        return features[:, -rows * columns :].transpose(1, 2).reshape(-1, channels, rows, columns)
+
+    def forward(self, below: "LevelOutput | torch.Tensor") -> LevelOutput:
+        """The output of the level for images (B, C, H, W), or for the output of the level below."""
+        inputs = self.read(below)
+        if self.config.stop_gradient:
+            inputs = inputs.detach()
+        outputs = self.backbone(inputs)
+        embedding = outputs.pooler_output.flatten(1)  # a ResNet's is (B, D, 1, 1)
+        expanded = None if self.expander is None else self.expander(embedding)
+        return LevelOutput(outputs.last_hidden_state, embedding, expanded)
+
+
+def build_backbone_config(fields: dict, input_shape: tuple[int, int, int]) -> PreTrainedConfig:
+    """
+    A backbone's configuration for what it reads.
+
+    Args:
+        fields (`dict`): Its fields, `model_type` among them.
+        input_shape (`(C, h, w)`): Channels, rows and columns of its input.
+
+    Returns:
+        `PreTrainedConfig`.
+
+    Raises:
+        ValueError: The type is not known, or a field contradicts the input.
+    """
+    channels, height, width = input_shape
+    given = {name: value for name, value in fields.items() if name != "model_type"}
+    if given.get("num_channels", channels) != channels:
+        raise ValueError(
+            f"backbone: num_channels={given['num_channels']}, but the level reads {channels}; leave it out."
+        )
+    sizes = {"num_channels": channels, "image_size": height if height == width else (height, width)}
+    if fields["model_type"] == "cjepa":
+        return CJepaConfig(**{**sizes, **given})
+    try:
+        defaults = AutoConfig.for_model(fields["model_type"])
+    except ValueError as error:
+        raise ValueError(f"backbone: model_type={fields['model_type']!r} is not transformers'; mend it.") from error
+    unknown = [name for name in given if not hasattr(defaults, name)]
+    if unknown:
+        raise ValueError(f"backbone: a {fields['model_type']!r} has no field {unknown[0]!r}; mend it.")
+    sizes = {name: value for name, value in sizes.items() if hasattr(defaults, name)}
+    return AutoConfig.for_model(fields["model_type"], **{**sizes, **given})
+
+
+def build_backbone(config: PreTrainedConfig, stem: str, attn_implementation: str | None = None) -> PreTrainedModel:
+    """
+    A backbone with its stem, initialised as its own class says.
+
+    Args:
+        config (`PreTrainedConfig`): Its configuration.
+        stem (`str`): `"standard"` or `"small"`.
+        attn_implementation (`str`, *optional*): Where it has attention.
+
+    Returns:
+        `PreTrainedModel`.
+
+    Raises:
+        ValueError: The small stem is asked of something that is no ResNet, or the type is no encoder of images.
+    """
+    if isinstance(config, CJepaConfig):
+        model_class = CJepaModel
+    else:
+        model_class = _encoder_class(config)
+    has_attention = getattr(model_class, "_supports_sdpa", False)
+    backbone = model_class._from_config(config, attn_implementation=attn_implementation if has_attention else None)
+    if stem == "small":
+        embedder = getattr(getattr(backbone, "embedder", None), "embedder", None)
+        if config.model_type != "resnet" or embedder is None:
+            raise ValueError(
+                f"stem='small' is one of a resnet, and the backbone is {config.model_type!r}; leave it out."
+            )
+        before = embedder.convolution
+        embedder.convolution = nn.Conv2d(before.in_channels, before.out_channels, 3, padding=1, bias=False)
+        backbone.embedder.pooler = nn.Identity()
+    return backbone
+
+
+def _encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    model_class = MODEL_MAPPING.get(type(config), None)
+    if isinstance(model_class, tuple | list):
+        model_class = model_class[0]
+    if model_class is None or "pixel_values" not in inspect.signature(model_class.forward).parameters:
+        raise ValueError(
+            f"backbone: model_type={config.model_type!r} is no encoder of images; choose one, such as resnet."
+        )
+    return model_class
+
+
+def fold_size(width: int, height: int | None = None) -> tuple[int, int]:
+    """
+    Rows and columns of a vector folded to a map.
+
+    Args:
+        width (`int`): Features of the vector.
+        height (`int`, *optional*): Rows; those of the squarest map when not given.
+
+    Returns:
+        `(int, int)`: Rows, the fewer, and columns.
+
+    Raises:
+        ValueError: The vector does not fill such rows, or makes a map of one row only.
+    """
+    if height is None:
+        height = max(rows for rows in range(1, int(width**0.5) + 1) if width % rows == 0)
+        if height == 1:
+            raise ValueError(
+                f"An embedding of width {width} cannot be folded to a map: the width has no divisor; choose one below "
+                "that has, such as 512."
+            )
+    elif width % height:
+        raise ValueError(
+            f"An embedding of width {width} cannot be folded to fold_height={height} rows: the width is no multiple "
+            "of it; choose a divisor."
+        )
+    return height, width // height
+
+
+def _token_grid(num_tokens: int, level: SJeaLevel) -> tuple[int, int]:
+    """Rows and columns of a transformer's patch tokens, without its class tokens and registers."""
+    patch = getattr(level.backbone_config, "patch_size", None)
+    _, height, width = level.input_shape
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch or (1, 1)
+    rows, columns = height // patch_height, width // patch_width
+    if not 0 < rows * columns <= num_tokens:
+        raise ValueError(
+            f"The {num_tokens} tokens of backbone {level.backbone_config.model_type!r} lie on no {rows}x{columns} "
+            "grid; let the level above read input='vector'."
+        )
+    return rows, columns

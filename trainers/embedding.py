@@ -1,0 +1,118 @@
+"""Embeddings of many images: by a model, by each of its levels, or by nothing but the pixels.
+
+Shapes: B images, n images in all, D width of an embedding.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from trainers.transforms import normalize
+
+MAX_RAW_PIXELS = 32
+
+
+def extract_embeddings(
+    encoder: nn.Module,
+    dataset: torch.utils.data.Dataset,
+    mean,
+    std,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    num_workers: int = 0,
+    description: str = "embedding images",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    The embeddings of all images, in their order; in bfloat16 arithmetic on a GPU.
+
+    Args:
+        encoder (`nn.Module`): Gives a `pooler_output` (B, D), such as [`CJepaModel`].
+        dataset (`Dataset`): Gives `pixel_values` (C, H, W) uint8 and, if there are any, `labels`.
+        mean, std (`list[float]`): Of the channels, for pixels in [0, 1].
+        batch_size (`int`): Images at once.
+        device (`torch.device`, *optional*): Where to; the encoder is moved there. Where it is when not given.
+        progress (`bool`): Whether to show a bar.
+        num_workers (`int`): Processes that load images.
+        description (`str`): What the bar says.
+
+    Returns:
+        The embeddings, float32 (n, D), and the labels, int64 (n,) or None; both on the CPU.
+    """
+    device = device_of(encoder) if device is None else torch.device(device)
+    on_gpu = device.type == "cuda"
+    # a generator of its own: the loader draws a seed for its workers, and shall not draw it from the caller's
+    generator = torch.Generator()
+    loader = DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=on_gpu, generator=generator)
+    was_training = encoder.training
+    encoder.to(device).eval()
+    embeddings, labels = [], []
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            for batch in tqdm(loader, desc=description, unit="batch", disable=not progress):
+                pixel_values = normalize(batch["pixel_values"].to(device, non_blocking=True), mean, std)
+                embeddings.append(encoder(pixel_values).pooler_output.float().cpu())
+                labels.append(batch.get("labels"))
+    finally:
+        encoder.train(was_training)
+    return torch.cat(embeddings), None if labels[0] is None else torch.cat(labels)
+
+
+def device_of(encoder: nn.Module) -> torch.device:
+    """Where an encoder's parameters are; the CPU if it has none."""
+    return next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
+
+
+class RawPixels(nn.Module):
+    """An "encoder" whose embedding is the image itself, area-reduced to 32 pixels a side if it is larger."""
+
+    def forward(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        """Images (B, C, H, W) as embeddings (B, C * H * W)."""
+        size = [min(side, MAX_RAW_PIXELS) for side in pixel_values.shape[-2:]]
+        return BaseModelOutputWithPooling(pooler_output=F.interpolate(pixel_values, size, mode="area").flatten(1))
+
+
+class EveryLevel(nn.Module):
+    """
+    An "encoder" whose embedding is those of a model's levels, one after the other.
+
+    Args:
+        model (`PreTrainedModel`): Gives `level_embeddings`, such as [`SJeaModel`].
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self.widths: list[int] = []
+
+    def forward(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        """Images (B, C, H, W) as embeddings (B, sum of the levels' widths)."""
+        embeddings = self.model(pixel_values, level=-1).level_embeddings
+        self.widths = [embedding.shape[1] for embedding in embeddings]
+        return BaseModelOutputWithPooling(pooler_output=torch.cat(embeddings, dim=1))
+
+    def split(self, embeddings: torch.Tensor) -> list[torch.Tensor]:
+        """The embeddings (n, D) of each level."""
+        return list(embeddings.split(self.widths, dim=1))
+
+
+class OneLevel(nn.Module):
+    """
+    An encoder that gives the embedding of one level.
+
+    Args:
+        model (`PreTrainedModel`): As in [`EveryLevel`].
+        level (`int`): Which.
+    """
+
+    def __init__(self, model: PreTrainedModel, level: int):
+        super().__init__()
+        self.model, self.level = model, level
+
+    def forward(self, pixel_values: torch.Tensor):
+        """The output of the model at the level, for images (B, C, H, W)."""
+        return self.model(pixel_values, level=self.level)

@@ -1,0 +1,140 @@
+"""The ways of pre-training: of each the classes of its model, data, arguments and trainer, and how they are joined.
+
+A recipe names one by `model_type`.
+"""
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from modeling_cjepa import CJepaConfig, CJepaForPreTraining, SJeaConfig, SJeaForPreTraining
+from modeling_cjepa.configuration_cjepa import pair
+from trainers.datasets import ImageDataset, ImageSource
+from trainers.errors import InputError
+from trainers.sources import DataArguments
+from trainers.trainer import JepaTrainer
+from trainers.trainer_cjepa import CJepaTrainer
+from trainers.trainer_sjea import SJeaTrainer
+from trainers.training_args import CJepaTrainingArguments, JepaTrainingArguments, SJeaTrainingArguments
+from trainers.transforms import image_processor, train_transform
+from trainers.two_views import DeviceColors, TwoViewDataArguments, two_view_transform
+
+
+class Objective:
+    """
+    A way of pre-training.
+
+    Attributes:
+        title (`str`): Its name and what it is.
+        config_class, model_class, data_class, training_class, trainer_class (`type`): Its classes.
+        card (`str`): The template of its model card.
+        downstream (`str`): What `AutoModel` loads of it.
+    """
+
+    title: str
+    config_class: type[PreTrainedConfig]
+    model_class: type[PreTrainedModel]
+    data_class: type[DataArguments]
+    training_class: type[JepaTrainingArguments]
+    trainer_class: type[JepaTrainer]
+    card: str
+    downstream: str
+
+    def build_model(self, config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
+        """The model, initialised from torch's default generator, ready for a batch."""
+        return self.model_class._from_config(config, attn_implementation=attn_implementation)
+
+    def batch_of_one_is_error(self, config: PreTrainedConfig) -> bool:
+        """Whether the loss needs the statistics of a batch."""
+        return True
+
+    def transform(self, config, data, device: torch.device):
+        """PIL image to the uint8 tensor of its view or views."""
+        raise NotImplementedError
+
+    def trainer_options(self, config, data, device: torch.device) -> dict:
+        """Arguments of the trainer that depend on the data's."""
+        return {"image_mean": data.image_mean, "image_std": data.image_std}
+
+    def build_trainer(self, model, args: JepaTrainingArguments, data: DataArguments, source: ImageSource):
+        """The trainer on an [`ImageSource`]; what its own checks refuse is raised as they raise it."""
+        config = model.config
+        if config.num_channels != 3:
+            raise InputError(f"num_channels={config.num_channels}, but images are read as RGB; set it to 3.")
+        dataset = ImageDataset(source, self.transform(config, data, args.device), args.seed)
+        processor = image_processor(pair(config.image_size), data.image_mean, data.image_std)
+        options = self.trainer_options(config, data, args.device)
+        return self.trainer_class(model, args, train_dataset=dataset, processing_class=processor, **options)
+
+    def parameters(self, model) -> dict[str, int]:
+        """Parameters by part, that which is published first."""
+        raise NotImplementedError
+
+    def describe(self, model) -> str:
+        """What the model is beside its parameters, in a few words."""
+        raise NotImplementedError
+
+
+class CJepa(Objective):
+    """C-JEPA: prediction of masked blocks, with VICReg's terms."""
+
+    title = "C-JEPA (I-JEPA + VICReg)"
+    config_class, model_class, trainer_class = CJepaConfig, CJepaForPreTraining, CJepaTrainer
+    data_class, training_class = DataArguments, CJepaTrainingArguments
+    card = "cjepa.md.j2"
+    downstream = "the target encoder"
+
+    def build_model(self, config, attn_implementation):
+        model = super().build_model(config, attn_implementation)
+        model.sample_masks(2)
+        return model
+
+    def batch_of_one_is_error(self, config):
+        return config.regularizer_weight > 0
+
+    def transform(self, config, data, device):
+        return train_transform(pair(config.image_size), data.crop_scale, data.horizontal_flip)
+
+    def parameters(self, model):
+        return {"encoder": model.cjepa.num_parameters(), "predictor": count(model.predictor)}
+
+    def describe(self, model):
+        rows, columns = model.config.grid_size
+        return f"grid {rows}x{columns}, regularizer {model.config.regularizer!r} x {model.config.regularizer_weight:g}"
+
+
+class SJea(Objective):
+    """S-JEA: VICReg on two views at every level of a stack."""
+
+    title = "S-JEA (stacked VICReg)"
+    config_class, model_class, trainer_class = SJeaConfig, SJeaForPreTraining, SJeaTrainer
+    data_class, training_class = TwoViewDataArguments, SJeaTrainingArguments
+    card = "sjea.md.j2"
+    downstream = "the stack of encoders"
+
+    def transform(self, config, data, device):
+        return two_view_transform(pair(config.image_size), data, with_colors=not data.colors_on(device))
+
+    def trainer_options(self, config, data, device):
+        colors = DeviceColors(pair(config.image_size), data) if data.colors_on(device) else None
+        return super().trainer_options(config, data, device) | {"colors": colors}
+
+    def parameters(self, model):
+        encoders = {f"encoder {number}": count(level.backbone) for number, level in enumerate(model.sjea.levels)}
+        inside = sum(count(level.expander) for level in model.sjea.levels if level.expander is not None)
+        return encoders | {"expanders": count(model.expanders) + inside}
+
+    def describe(self, model):
+        levels = model.sjea.levels
+        read = ", ".join(
+            f"level {number} reads {'x'.join(map(str, level.input_shape))} and gives {level.width}"
+            for number, level in enumerate(levels)
+        )
+        return f"{len(levels)} level{'s' if len(levels) > 1 else ''}: {read}"
+
+
+OBJECTIVES: dict[str, Objective] = {"cjepa": CJepa(), "sjea": SJea()}
+
+
+def count(module: torch.nn.Module) -> int:
+    """Parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())

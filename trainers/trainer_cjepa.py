@@ -1,0 +1,72 @@
+"""Pre-training by C-JEPA: seeded masks, the regulariser's schedule, the moving average of the target encoder.
+
+Every process draws the masks of the global batch and keeps its rows, so that several processes compute the gradients
+of one.
+"""
+
+import torch
+
+from modeling_cjepa import CJepaForPreTraining
+from trainers.callbacks import TargetUpdateCallback
+from trainers.datasets import sample_seed
+from trainers.schedules import cosine
+from trainers.trainer import JepaTrainer
+from trainers.training_args import CJepaTrainingArguments
+from trainers.transforms import normalize
+
+
+class CJepaTrainer(JepaTrainer):
+    """
+    Pre-trains a [`CJepaForPreTraining`].
+
+    Logged beside what [`JepaTrainer`] logs: the regulariser's weight and the target encoder's momentum.
+
+    Args:
+        model ([`CJepaForPreTraining`]): What to train.
+        args ([`CJepaTrainingArguments`]): How.
+        kwargs: Further arguments of [`JepaTrainer`].
+
+    Raises:
+        ValueError: The regulariser's weight shall rise from 0.
+    """
+
+    def __init__(self, model: CJepaForPreTraining, args: CJepaTrainingArguments, **kwargs):
+        if model.config.regularizer_weight == 0 and args.final_regularizer_weight:
+            raise ValueError(
+                f"final_regularizer_weight={args.final_regularizer_weight} cannot follow a model's "
+                "regularizer_weight=0; set --final_regularizer_weight 0, too."
+            )
+        super().__init__(model, args, **kwargs)
+        self.target_update = TargetUpdateCallback(args.ema_momentum, args.final_ema_momentum, args.schedule_scale)
+        self.add_callback(self.target_update)
+
+    def forward_batch(self, model, inputs):
+        """The output for a batch (B, C, H, W) under masks seeded by (seed, step, micro-step)."""
+        pixel_values = normalize(inputs["pixel_values"], self.image_mean, self.image_std)
+        context_ids, target_ids = self._masks(pixel_values)
+        weight = self._regularizer_weight(self.state.global_step) if model.training else None
+        return model(pixel_values, context_ids, target_ids, regularizer_weight=weight)
+
+    def step_facts(self, step: int, num_steps: int) -> dict[str, float]:
+        """Beside weight decay the regulariser's weight and the target encoder's momentum."""
+        return super().step_facts(step, num_steps) | {
+            "regularizer_weight": self._regularizer_weight(step),
+            "ema_momentum": self.target_update.momentum_at(step, num_steps),
+        }
+
+    def _masks(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of the global batch's masks that belong to this process."""
+        model, args = self.accelerator.unwrap_model(self.model), self.args
+        generator = torch.Generator().manual_seed(sample_seed(*self.seed_numbers()))
+        grid_size = model.grid_sizes(pixel_values)[-1]
+        num_images = pixel_values.shape[0]
+        rows = slice(args.process_index * num_images, (args.process_index + 1) * num_images)
+        masks = model.sample_masks(num_images * args.world_size, grid_size, generator)
+        return tuple(ids[rows].to(pixel_values.device, non_blocking=True) for ids in masks)
+
+    def _regularizer_weight(self, step: int) -> float:
+        """The regulariser's weight in the step that follows `step` finished ones."""
+        args, start = self.args, self.accelerator.unwrap_model(self.model).config.regularizer_weight
+        if args.final_regularizer_weight is None:
+            return start
+        return cosine(step, self.state.max_steps * args.schedule_scale, start, args.final_regularizer_weight)

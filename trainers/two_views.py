@@ -1,0 +1,141 @@
+"""Two views of an image, with the augmentation of VICReg and S-JEA: crop, flip, colour jitter, gray, blur, solarise.
+
+The crop and the flip are made where the image is decoded, since images differ in size. The colours are changed there,
+too, or, on a GPU, for the whole batch by kornia: every view with parameters of its own, of the same distribution.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from torchvision.transforms import InterpolationMode, v2
+
+from trainers.errors import InputError
+from trainers.sources import DataArguments
+
+WHERE = ("auto", "workers", "device")
+_BLUR_SIGMA = (0.1, 2.0)
+_SOLARIZE_THRESHOLD = 128
+
+
+@dataclass
+class TwoViewDataArguments(DataArguments):
+    """Which images, and how their two views are made; the defaults are S-JEA's for images of 32 pixels."""
+
+    horizontal_flip: bool = field(default=True, metadata={"help": "mirror half of the views"})
+    color_jitter: list[float] = field(
+        default_factory=lambda: [0.4, 0.4, 0.4, 0.1],
+        metadata={"help": "largest change of brightness, contrast, saturation (shares) and hue (turns, up to 0.5)"},
+    )
+    color_jitter_probability: float = field(default=0.8, metadata={"help": "share of views with jittered colours"})
+    grayscale_probability: float = field(default=0.2, metadata={"help": "share of views in gray"})
+    blur_probability: float = field(default=0.0, metadata={"help": "share of blurred views, sigma 0.1 to 2 pixels"})
+    solarize_probability: float = field(default=0.0, metadata={"help": "share of views whose bright half is inverted"})
+    color_augmentation: str = field(
+        default="auto",
+        metadata={"help": "where colours are changed: `workers`, `device` (with kornia: pip install cjepa[gpu]), or "
+                          "`auto`: on the device if that is a GPU and kornia is there"},
+    )  # fmt: skip
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.color_jitter) != 4 or min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
+            raise InputError(
+                f"color_jitter={self.color_jitter} must be four numbers from 0 up, of brightness, contrast, "
+                "saturation and hue, the last up to 0.5."
+            )
+        for name in ("color_jitter", "grayscale", "blur", "solarize"):
+            value = getattr(self, f"{name}_probability")
+            if not 0 <= value <= 1:
+                raise InputError(f"{name}_probability={value} is not in [0, 1].")
+        if self.color_augmentation not in WHERE:
+            raise InputError(
+                f"color_augmentation={self.color_augmentation!r} is not known; choose one of {', '.join(WHERE)}."
+            )
+        if self.color_augmentation == "device" and not find_spec("kornia"):
+            raise InputError("color_augmentation='device' needs kornia; pip install kornia, or choose workers.")
+
+    def colors_on(self, device: torch.device) -> bool:
+        """Whether colours are changed on the device the model trains on."""
+        if self.color_augmentation == "auto":
+            return device.type == "cuda" and find_spec("kornia") is not None
+        return self.color_augmentation == "device"
+
+
+class TwoViews:
+    """
+    A random transform, applied twice.
+
+    Args:
+        transform (`Callable`): PIL image to uint8 tensor (3, height, width).
+    """
+
+    def __init__(self, transform: Callable):
+        self.transform = transform
+
+    def __call__(self, image) -> torch.Tensor:
+        """Two views of a PIL image: (2, 3, height, width)."""
+        return torch.stack([self.transform(image), self.transform(image)])
+
+
+def two_view_transform(image_size: tuple[int, int], data: TwoViewDataArguments, with_colors: bool = True) -> TwoViews:
+    """
+    The random views of pre-training.
+
+    Args:
+        image_size (`(height, width)`): Pixels of a view.
+        data ([`TwoViewDataArguments`]): Crop, flip and colours.
+        with_colors (`bool`): Whether colours are changed here, and not on the device.
+
+    Returns:
+        [`TwoViews`]: PIL image to uint8 tensor (2, 3, height, width).
+    """
+    crop = v2.RandomResizedCrop(image_size, scale=tuple(data.crop_scale), interpolation=InterpolationMode.BICUBIC)
+    steps = [crop, *([v2.RandomHorizontalFlip()] if data.horizontal_flip else [])]
+    if with_colors:
+        steps += [
+            v2.RandomApply([v2.ColorJitter(*data.color_jitter)], p=data.color_jitter_probability),
+            v2.RandomGrayscale(data.grayscale_probability),
+            v2.RandomApply([v2.GaussianBlur(blur_kernel(image_size), _BLUR_SIGMA)], p=data.blur_probability),
+            v2.RandomSolarize(_SOLARIZE_THRESHOLD, data.solarize_probability),
+        ]
+    return TwoViews(v2.Compose([*steps, v2.PILToTensor()]))
+
+
+def blur_kernel(image_size: tuple[int, int]) -> int:
+    """Pixels of the blur's kernel: an odd number, about a tenth of the image."""
+    return max(min(image_size) // 20 * 2 + 1, 3)
+
+
+class DeviceColors(nn.Module):
+    """
+    The colours of [`two_view_transform`] for a batch where it is, by kornia, with parameters drawn for each view.
+
+    In which order brightness, contrast, saturation and hue change is drawn once a batch.
+
+    Args:
+        image_size (`(height, width)`): Pixels of a view.
+        data ([`TwoViewDataArguments`]): The colours.
+    """
+
+    def __init__(self, image_size: tuple[int, int], data: TwoViewDataArguments):
+        super().__init__()
+        import kornia.augmentation as K
+
+        kernel = blur_kernel(image_size)
+        self.steps = nn.Sequential(
+            K.ColorJitter(*data.color_jitter, p=data.color_jitter_probability),
+            K.RandomGrayscale(p=data.grayscale_probability),
+            K.RandomGaussianBlur((kernel, kernel), _BLUR_SIGMA, p=data.blur_probability),
+            # kornia draws the threshold between two values, and an addition to the brightness
+            K.RandomSolarize((_SOLARIZE_THRESHOLD / 255,) * 2, (0.0, 0.0), p=data.solarize_probability),
+        )
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) uint8 with changed colours, uint8."""
+        with torch.autocast(images.device.type, enabled=False):
+            changed = self.steps(images.float() / 255)
+        return (changed * 255).round().clamp(0, 255).to(torch.uint8)
