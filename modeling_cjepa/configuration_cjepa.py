@@ -127,10 +127,10 @@ class CJepaConfig(PreTrainedConfig):
             self.predictor_intermediate_size = 4 * self.predictor_hidden_size
         self._check_fields()
         self.upper_levels = list(self.upper_levels or [])
-        for number in range(1, self.num_levels):
-            self.level_config(number)
-        choose_level(self.level, self.num_levels)
         super().__post_init__(**kwargs)
+        if self.upper_levels:
+            self.level_config(self.num_levels - 1)  # which names what is wrong with one
+        choose_level(self.level, self.num_levels)
 
     @property
     def grid_size(self) -> tuple[int, int]:

@@ -150,7 +150,7 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         Returns:
             `context_ids` (B, Nc) and `target_ids` (B, M, K).
         """
-        config = self.config.level_config(self.config.num_levels - 1)
+        config = [self.predictor, *self.upper_predictors][-1].config  # of the top level
         return sample_block_masks(
             batch_size,
             config.grid_size if grid_size is None else grid_size,

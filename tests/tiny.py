@@ -2,7 +2,7 @@
 
 import torch
 
-from modeling_cjepa import CJepaConfig, CJepaForPreTraining
+from modeling_cjepa import CJepaConfig, CJepaForPreTraining, SJeaConfig, SJeaForPreTraining
 
 SIZES = {
     "hidden_size": 32,
@@ -38,6 +38,37 @@ def tiny_model(**changes) -> CJepaForPreTraining:
         for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
     return model
+
+
+# a ResNet of 32 features, and our vision transformer that reads a map token by token
+RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16, 32],
+    "depths": [1, 1, 1],
+    "layer_type": "basic",
+}
+TRANSFORMER = {
+    "model_type": "cjepa",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "initializer_range": 0.2,
+}
+
+
+def sjea_level(**changes) -> dict:
+    """A level of S-JEA with a small ResNet and an expander of three layers."""
+    return {"backbone": dict(RESNET), "stem": "small", "expander_sizes": [24, 24, 24]} | changes
+
+
+def tiny_sjea(*levels: dict, **changes) -> SJeaForPreTraining:
+    """A stack in training mode, the same at every call; two plain levels when none are given."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SJeaForPreTraining(SJeaConfig(levels=list(levels) or [sjea_level(), sjea_level()], **changes))
+    return model.train()
 
 
 def images(batch_size=4, height=32, width=32, channels=3, seed=0) -> torch.Tensor:

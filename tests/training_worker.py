@@ -16,12 +16,9 @@ from safetensors.torch import save_file  # noqa: E402
 from tiny import SIZES  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint, set_seed  # noqa: E402
 
-from modeling_cjepa import CJepaConfig, CJepaForPreTraining  # noqa: E402
-from trainers.datasets import ImageDataset  # noqa: E402
+from trainers.objectives import OBJECTIVES  # noqa: E402
 from trainers.sources import DataArguments, load_sources  # noqa: E402
-from trainers.trainer_cjepa import CJepaTrainer  # noqa: E402
-from trainers.training_args import CJepaTrainingArguments  # noqa: E402
-from trainers.transforms import train_transform  # noqa: E402
+from trainers.trainer import JepaTrainer  # noqa: E402
 
 MODEL = SIZES | {"predictor_num_hidden_layers": 1, "initializer_range": 0.02}
 TRAINING = {
@@ -35,23 +32,30 @@ TRAINING = {
 }
 
 
-def build_trainer(output: str, training: dict, model: dict | None = None) -> CJepaTrainer:
-    arguments = CJepaTrainingArguments(output_dir=output, **{**TRAINING, **training})
+def build_trainer(
+    output: str, training: dict, model: dict | None = None, data: dict | None = None, num_images: int = 48
+) -> JepaTrainer:
+    """A trainer of C-JEPA, or of S-JEA where the model has `levels`."""
+    fields = dict(model or {})
+    objective = OBJECTIVES["sjea" if "levels" in fields else "cjepa"]
+    arguments = objective.training_class(output_dir=output, **{**TRAINING, **training})
     set_seed(arguments.seed)
-    source, _ = load_sources(DataArguments(num_train_images=48, num_eval_images=1), image_size=32)
-    dataset = ImageDataset(source, train_transform((32, 32)), arguments.seed)
-    return CJepaTrainer(
-        CJepaForPreTraining(CJepaConfig(**{**MODEL, **(model or {})})), arguments, train_dataset=dataset
-    )  # fmt: skip
+    source, _ = load_sources(DataArguments(num_train_images=num_images, num_eval_images=1), image_size=32)
+    config = objective.config_class(**(fields if "levels" in fields else MODEL | fields))
+    data = objective.data_class(**(data or {}))
+    return objective.build_trainer(objective.model_class(config), arguments, data, source)
 
 
 def train(output: str, training: dict, resume: bool = False) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """Trains from the start or from the last checkpoint; returns the final weights and the log."""
     training = dict(training)
-    model = training.pop("model", {})
-    trainer = build_trainer(output, training, model)
+    others = {name: training.pop(name) for name in ("model", "data", "num_images") if name in training}
+    trainer = build_trainer(output, training, **others)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if resume else None)
-    weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    weights = {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in trainer.model.state_dict().items()
+    }
     return weights, trainer.state.log_history
 
 

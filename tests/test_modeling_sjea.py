@@ -1,0 +1,258 @@
+"""The stack of S-JEA: what each level reads, VICReg at each, and the errors of what cannot be built."""
+
+import pytest
+import reference
+import torch
+from safetensors.torch import load_file
+from test_golden import GOLDEN
+from tiny import RESNET, TRANSFORMER, gradients, images, seeded, sjea_level, tiny_sjea
+from torch import nn
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForPreTraining, ResNetConfig, ResNetModel
+from transformers import pipeline as build_pipeline
+
+from modeling_cjepa import SJeaConfig, SJeaForImageClassification, SJeaModel
+from modeling_cjepa.levels_sjea import fold_size
+from trainers.transforms import image_processor
+
+VIT = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+       "intermediate_size": 64, "patch_size": 8}  # fmt: skip
+# pairs of levels, the second reading the first in every way there is, and what it reads
+STACKS = {
+    "vector": ([sjea_level(), sjea_level()], (1, 4, 8)),
+    "expanded vector": ([sjea_level(), sjea_level(reads="expanded", expander_sizes=[10])], (1, 4, 6)),
+    "vector of 2 rows": ([sjea_level(), sjea_level(fold_height=2)], (1, 2, 16)),
+    "map": ([sjea_level(), sjea_level(input="map")], (32, 8, 8)),
+    "tokens of a map": ([sjea_level(), sjea_level(stem="standard", backbone=TRANSFORMER, input="tokens")], (32, 8, 8)),
+    "tokens of tokens": (
+        [sjea_level(stem="standard", backbone=TRANSFORMER | {"patch_size": 4}),
+         sjea_level(stem="standard", backbone=TRANSFORMER, input="tokens")],
+        (32, 8, 8),
+    ),
+    "tokens beside a class token": (
+        [sjea_level(stem="standard", backbone=VIT),
+         sjea_level(stem="standard", backbone=TRANSFORMER, input="tokens")],
+        (32, 4, 4),
+    ),
+    "map of tokens": ([sjea_level(stem="standard", backbone=VIT), sjea_level(input="map")], (32, 4, 4)),
+}  # fmt: skip
+
+
+def views(batch_size=6, seed=0):
+    return torch.randn(batch_size, 2, 3, 32, 32, generator=seeded(seed))
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_every_form_of_input_trains_and_reloads(name, tmp_path):
+    levels, input_shape = STACKS[name]
+    model = tiny_sjea(*levels)
+    assert model.sjea.levels[1].input_shape == input_shape
+    output = model(views())
+    output.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert model.sjea.levels[0].backbone.get_submodule("").training
+    model.eval().save_pretrained(tmp_path)
+    loaded, info = AutoModelForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.testing.assert_close(loaded(views()).loss, model(views()).loss, rtol=0, atol=0)
+    for level in range(2):
+        encoder, info = AutoModel.from_pretrained(tmp_path, level=level, output_loading_info=True)
+        assert isinstance(encoder, SJeaModel) and not info["missing_keys"] and not info["unexpected_keys"]
+        features = encoder(images(2)).pooler_output
+        torch.testing.assert_close(features, model.sjea(images(2)).level_embeddings[level], rtol=0, atol=0)
+
+
+def test_one_level_is_vicreg():
+    """The authors' steps, one after the other, with our layers: encoder, expander, terms by their equations."""
+    model = tiny_sjea(sjea_level(invariance_weight=20.0, variance_weight=10.0, covariance_weight=2.0))
+    loss = model(views()).loss
+    level, expander = model.sjea.levels[0], model.expanders["0"]
+    expanded = []
+    for view in views().unbind(dim=1):
+        map_ = level.backbone.encoder(level.backbone.embedder(view)).last_hidden_state
+        expanded.append(expander(map_.mean(dim=(2, 3))))
+    terms = reference.vicreg(*expanded)
+    written_out = 20 * terms["invariance"] + 10 * terms["variance"] + 2 * terms["covariance"]
+    torch.testing.assert_close(loss, written_out, rtol=1e-5, atol=1e-5)
+
+
+def test_golden_vicreg_is_the_loss_of_a_level():
+    golden = load_file(GOLDEN / "vicreg.safetensors")
+    x, y = (golden[name].clone().requires_grad_() for name in "xy")
+    loss, _ = tiny_sjea(sjea_level())._loss([x], [y])
+    loss.backward()
+    torch.testing.assert_close(loss, golden["loss"], atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(x.grad, golden["grad_x"], atol=1e-4, rtol=0)
+
+
+def test_the_small_stem_is_a_resnet_for_small_images():
+    level = tiny_sjea(sjea_level()).sjea.levels[0]
+    fields = {name: value for name, value in RESNET.items() if name != "model_type"}
+    whole = ResNetModel(ResNetConfig(**fields))
+    assert level.backbone.embedder(images()).shape == (4, 8, 32, 32)
+    assert whole.embedder(images()).shape == (4, 8, 8, 8)
+    spread = level.backbone.embedder.embedder.convolution.weight.std().item()
+    # as the other convolutions: normal with variance 2 / (outputs * 3 * 3)
+    assert spread == pytest.approx((2 / (8 * 9)) ** 0.5, rel=0.15)
+
+
+def test_a_vector_is_folded_row_by_row():
+    model = tiny_sjea().eval()
+    seen = []
+    model.sjea.levels[1].backbone.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    embedding = model.sjea(images()).level_embeddings[0]
+    (folded,) = seen
+    assert folded.shape == (4, 1, 4, 8)
+    for row in range(4):
+        assert torch.equal(folded[:, 0, row], embedding[:, 8 * row : 8 * row + 8])
+
+
+def test_the_level_above_reads_what_the_expander_made():
+    model = tiny_sjea(*STACKS["expanded vector"][0]).eval()
+    seen = []
+    model.sjea.levels[1].backbone.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    embedding = model.sjea(images()).level_embeddings[0]
+    torch.testing.assert_close(seen[0].flatten(1), model.sjea.levels[0].expander(embedding))
+    # the one expander serves the loss, too
+    assert list(model.expanders) == ["1"]
+    both = views(4)
+    expanded = model(both).expanded[0][:, 0]
+    torch.testing.assert_close(expanded, model.sjea.levels[0].expander(model.sjea.encode(both[:, 0])[0].embedding))
+
+
+def test_loss_is_the_weighted_sum_of_levels():
+    levels = [sjea_level(level_weight=0.5), sjea_level(level_weight=2.0, covariance_weight=0.04, variance_weight=5)]
+    output = tiny_sjea(*levels)(views())
+    terms = {name: term.item() for name, term in output.loss_terms.items()}
+    first = 25 * terms["invariance"] + 25 * terms["variance"] + terms["covariance"]
+    second = 25 * terms["level1_invariance"] + 5 * terms["level1_variance"] + 0.04 * terms["level1_covariance"]
+    assert output.loss.item() == pytest.approx(0.5 * first + 2 * second, rel=1e-5)
+    for number in range(2):
+        a, b = output.expanded[number].unbind(dim=1)
+        for name, value in reference.vicreg(a, b).items():
+            term = output.loss_terms[name if number == 0 else f"level1_{name}"]
+            torch.testing.assert_close(term, value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["vector", "map"])
+def test_stop_gradient_leaves_the_levels_below_alone(form):
+    def gradients_of(**changes):
+        model = tiny_sjea(sjea_level(level_weight=0.0), sjea_level(input=form, **changes))
+        model(views()).loss.backward()
+        return gradients(model)
+
+    flowing, stopped = gradients_of(), gradients_of(stop_gradient=True)
+    below = [name for name in flowing if name.startswith("sjea.levels.0.")]
+    assert below and all(flowing[name].abs().max() > 0 for name in below if name.endswith("convolution.weight"))
+    assert all(name not in stopped or stopped[name].abs().max() == 0 for name in below)
+    assert all(torch.equal(flowing[name], stopped[name]) for name in flowing if name.startswith("sjea.levels.1."))
+
+
+def test_views_have_their_own_batch_statistics():
+    model = tiny_sjea(sjea_level())
+    norm = next(module for module in model.sjea.modules() if isinstance(module, nn.BatchNorm2d))
+    seen = []
+    norm.register_forward_hook(lambda module, inputs, output: seen.append(output.mean(dim=(0, 2, 3))))
+    model(views() + torch.tensor([0.0, 5.0]).view(1, 2, 1, 1, 1))
+    assert len(seen) == 2
+    for mean in seen:
+        torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
+
+
+def test_levels_are_chosen_when_loading_and_when_calling(tmp_path):
+    tiny_sjea(sjea_level(), sjea_level(), sjea_level()).eval().save_pretrained(tmp_path)
+    top = AutoModel.from_pretrained(tmp_path)
+    output = top(images(), output_hidden_states=True)
+    assert [states.shape for states in output.hidden_states] == [(4, 32, 8, 8), (4, 32, 1, 2), (4, 32, 1, 2)]
+    assert output.last_hidden_state is output.hidden_states[2] and output.pooler_output is output.level_embeddings[2]
+    middle = AutoModel.from_pretrained(tmp_path, level=-2)(images())
+    assert len(middle.level_embeddings) == 2 and middle.hidden_states is None
+    torch.testing.assert_close(middle.pooler_output, top(images(), level=1).pooler_output, rtol=0, atol=0)
+    for level in (3, -4, "top"):
+        with pytest.raises(ValueError, match=f"level={level!r} is not in this model, which has 3 levels, 0 to 2"):
+            AutoModel.from_pretrained(tmp_path, level=level)
+        with pytest.raises(ValueError, match="is not in this model"):
+            top(images(), level=level)
+
+
+@pytest.mark.parametrize(("level", "width"), [(0, 16), (1, 32)])
+def test_classifier_on_any_level(level, width, tmp_path):
+    narrow = sjea_level(backbone=RESNET | {"hidden_sizes": [8, 16], "depths": [1, 1]})
+    tiny_sjea(narrow, sjea_level()).save_pretrained(tmp_path / "run")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run", level=level, num_labels=3)
+    assert isinstance(model, SJeaForImageClassification) and model.classifier.in_features == width
+    output = model(images(), labels=torch.tensor([0, 1, 2, 0]))
+    torch.testing.assert_close(output.loss, nn.functional.cross_entropy(output.logits, torch.tensor([0, 1, 2, 0])))
+    output.loss.backward()
+    assert model.sjea.levels[0].backbone.embedder.embedder.convolution.weight.grad.abs().max() > 0
+    model.eval().save_pretrained(tmp_path / "classifier")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "classifier")
+    torch.testing.assert_close(again(images()).logits, model(images()).logits, rtol=0, atol=0)
+
+
+def test_pipeline_gives_the_features_of_the_level(tmp_path):
+    from PIL import Image
+
+    model = tiny_sjea().eval()
+    model.save_pretrained(tmp_path)
+    image_processor((32, 32), [0.5] * 3, [0.25] * 3).save_pretrained(tmp_path)
+    gray = Image.new("RGB", (40, 30), (200, 100, 50))
+    for level in range(2):
+        encoder = AutoModel.from_pretrained(tmp_path, level=level)
+        pipe = build_pipeline("image-feature-extraction", encoder, image_processor=str(tmp_path), pool=True)
+        pixel_values = pipe.image_processor(gray, return_tensors="pt").pixel_values
+        expected = model.sjea(pixel_values).level_embeddings[level]
+        torch.testing.assert_close(torch.tensor(pipe(gray)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_of_one_image_is_refused():
+    model = tiny_sjea()
+    with pytest.raises(ValueError, match="a batch of 1 image are undefined; use a batch of 2 images or more"):
+        model(views(1))
+    assert model(views(2)).loss.isfinite()
+    model.eval()
+    assert model.sjea(images(1)).pooler_output.shape == (1, 32)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 32, 32), (4, 3, 3, 32, 32), (4, 1, 3, 32, 32)])
+def test_pre_training_needs_two_views(shape):
+    with pytest.raises(ValueError, match="give two views of each image"):
+        tiny_sjea(sjea_level())(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ([sjea_level(backbone=RESNET | {"hidden_sizes": [8, 16, 31]}), sjea_level()],
+         r"levels\[1\]: An embedding of width 31 cannot be folded to a map: the width has no divisor"),
+        ([sjea_level(), sjea_level(fold_height=5)], r"levels\[1\]: .*32 cannot be folded to fold_height=5 rows"),
+        ([sjea_level(), sjea_level(reads="expanded", fold_height=7)], "width 24 cannot be folded to fold_height=7"),
+        ([sjea_level(stem="standard", backbone=VIT | {"model_type": "vit_mae"})],
+         r"levels\[0\]: backbone 'vit_mae' gives no pooled features"),
+        ([sjea_level(backbone={"model_type": "bert"}, stem="standard")], "'bert' is no encoder of images"),
+        ([sjea_level(backbone={"model_type": "resnit"})], "model_type='resnit' is not transformers'"),
+        ([sjea_level(backbone=VIT)], "stem='small' is one of a resnet, and the backbone is 'vit'"),
+        ([sjea_level(backbone=RESNET | {"depth": [1]})], "a 'resnet' has no field 'depth'"),
+        ([sjea_level(backbone=RESNET | {"num_channels": 4})], "num_channels=4, but the level reads 3"),
+        ([sjea_level(), sjea_level(input="tokens")], "'tokens' is read by transformer blocks, not by a 'resnet'"),
+        ([sjea_level(), sjea_level(input="map", reads="expanded")], "reads and fold_height belong to input='vector'"),
+        ([sjea_level(input="picture")], r"levels\[0\]: input='picture' is not known; choose one of vector"),
+        ([sjea_level(expander_sizes=[])], "expander_sizes=.* must be a list of widths"),
+        ([sjea_level(covariance_weight=-1)], "covariance_weight=-1 is not a loss weight"),
+        ([sjea_level(weight=1)], r"levels\[0\]: unknown key 'weight'; a level has backbone, stem"),
+        ([], "levels=.* must be a list with an entry for each level"),
+        (["resnet"], r"levels\[0\]='resnet' must be a mapping"),
+        ([{"backbone": "resnet"}], "backbone='resnet' must be a mapping"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_built_is_named(levels, message):
+    with pytest.raises(ValueError, match=message):
+        SJeaModel(SJeaConfig(levels=levels))
+
+
+def test_configuration_round_trip(tmp_path):
+    config = SJeaConfig(levels=[sjea_level(), {"backbone": TRANSFORMER, "input": "tokens"}], level=0, image_size=24)
+    config.save_pretrained(tmp_path)
+    loaded = SJeaConfig.from_pretrained(tmp_path)
+    assert loaded.levels == config.levels and (loaded.level, loaded.image_size, loaded.num_levels) == (0, 24, 2)
+    assert loaded.level_configs[1].expander_sizes == [512, 512, 512]
+    assert fold_size(512) == (16, 32) and fold_size(256) == (16, 16) and fold_size(512, 8) == (8, 64)

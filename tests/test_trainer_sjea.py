@@ -1,0 +1,162 @@
+"""Training a stack on two views: exact resume, several processes with the global batch's statistics, the log."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from test_trainer import WORKER, without_varying
+from tiny import TRANSFORMER, gradients, seeded, sjea_level, tiny_sjea
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from training_worker import build_trainer, train
+
+from trainers.batch_norm import GlobalBatchNorm, synchronize_batch_norms
+
+LEVELS = {"levels": [sjea_level(), sjea_level(covariance_weight=0.1)]}
+WITH_TOKENS = {"levels": [sjea_level(), sjea_level(stem="standard", input="tokens", backbone=TRANSFORMER)]}
+
+
+def test_log_tells_of_every_level(tmp_path):
+    trainer = build_trainer(str(tmp_path), {"max_steps": 3, "per_device_train_batch_size": 16}, LEVELS)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 3
+    for entry in entries:
+        first = 25 * (entry["loss_invariance"] + entry["loss_variance"]) + entry["loss_covariance"]
+        second = 25 * (entry["loss_level1_invariance"] + entry["loss_level1_variance"])
+        second += 0.1 * entry["loss_level1_covariance"]
+        assert entry["loss"] == pytest.approx(first + second, rel=1e-4)
+        for name in ("rankme", "level1_rankme", "feature_std", "level1_feature_std"):
+            assert entry[name] > 0
+    assert entries[0]["level1_rankme"] != entries[0]["rankme"]
+
+
+def test_training_lowers_the_loss(tmp_path):
+    training = {"max_steps": 20, "per_device_train_batch_size": 48, "learning_rate": 1e-2, "warmup_steps": 0}
+    trainer = build_trainer(str(tmp_path), training, LEVELS)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize("data", [{}, {"color_augmentation": "device"}], ids=["workers", "device"])
+def test_resumed_run_is_bit_identical(tmp_path, data):
+    if data:
+        pytest.importorskip("kornia")
+    # 3 batches an epoch, two a step: step 2 is in the middle of the second epoch
+    training = {
+        "max_steps": 4, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "model": LEVELS,
+        "data": data, "save_strategy": "steps", "save_steps": 2, "dataloader_num_workers": 2 if data else 0,
+    }  # fmt: skip
+    whole, whole_log = train(str(tmp_path), training)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    torch.manual_seed(99)
+    resumed, resumed_log = train(str(tmp_path), training, resume=True)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    varying = {"level1_rankme", "level1_feature_std"}
+    logs = [[{k: v for k, v in entry.items() if k not in varying} for entry in without_varying(log)[:4]]
+            for log in (resumed_log, whole_log)]  # fmt: skip
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
+def test_the_last_smaller_batch_is_trained_on(tmp_path):
+    training = {"num_train_epochs": 1, "per_device_train_batch_size": 20, "dataloader_drop_last": False}
+    trainer = build_trainer(str(tmp_path), training, LEVELS)
+    sizes = []
+    trainer.model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    trainer.train()
+    assert sizes == [20, 20, 8]
+
+
+def test_two_processes_train_like_one(tmp_path):
+    # plain gradient descent: Adam turns the rounding of a vanishing gradient into a step of full length
+    descent = {"optim": "sgd", "start_learning_rate": 1e-3, "learning_rate": 1e-3, "num_train_epochs": 1}
+    # a step of the transformer multiplies what rounding leaves by a hundred: one is compared
+    runs = {"vectors": descent | {"model": LEVELS}, "tokens": descent | {"model": WITH_TOKENS, "max_steps": 1}}
+    halves = {name: run | {"per_device_train_batch_size": 8} for name, run in runs.items()}
+    # 44 images do not fill the last batch: Accelerate does, with the first ones
+    halves["filled"] = halves["vectors"] | {"num_images": 44, "dataloader_drop_last": False}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(WORKER), str(tmp_path), json.dumps(halves)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name, run in runs.items():
+        one, one_log = train(str(tmp_path / "one"), run | {"per_device_train_batch_size": 16})
+        two = [load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1)]
+        two_log = json.loads((tmp_path / f"{name}-0.json").read_text())
+        num_steps = run.get("max_steps", 3)
+        assert len([entry for entry in one_log if "loss" in entry]) == num_steps
+        for key, tensor in one.items():
+            assert torch.equal(two[0][key], two[1][key]), f"{name}: {key} differs between the ranks"
+            torch.testing.assert_close(two[0][key], tensor, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+        for entry, expected in zip(two_log[:num_steps], one_log[:num_steps], strict=True):
+            for term in ("loss", "loss_invariance", "loss_level1_variance", "grad_norm", "rankme", "level1_rankme"):
+                assert entry[term] == pytest.approx(expected[term], rel=1e-3), (name, term)
+    filled = [load_file(tmp_path / f"filled-{rank}.safetensors") for rank in (0, 1)]
+    assert all(torch.equal(filled[0][key], filled[1][key]) for key in filled[0])
+    assert json.loads((tmp_path / "filled-0.json").read_text())[2]["step"] == 3
+
+
+def loss_and_gradients(rank=0, world_size=1):
+    """The loss of a stack on this process's images, its gradients under DDP, and its batch norms' statistics."""
+    model = tiny_sjea(sjea_level(), sjea_level(reads="expanded", expander_sizes=[12]))
+    views = torch.randn(8, 2, 3, 32, 32, generator=seeded()) * 2 + 1
+    if world_size > 1:
+        model = synchronize_batch_norms(model, torch.device("cpu"))
+        wrapped = DistributedDataParallel(model)
+    else:
+        wrapped = model
+    output = wrapped(views.chunk(world_size)[rank])
+    output.loss.backward()
+    terms = {name: term.item() for name, term in output.loss_terms.items()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    return output.loss.item(), terms, gradients(model), buffers
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    assert dist.get_world_size() == 2
+    torch.save(loss_and_gradients(rank, 2), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_loss_and_gradients_are_those_of_the_global_batch(tmp_path):
+    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    loss, terms, whole, buffers = loss_and_gradients()
+    for rank in range(2):
+        theirs = torch.load(tmp_path / f"rank{rank}.pt")
+        assert theirs[0] == pytest.approx(loss, rel=1e-5) and theirs[1] == pytest.approx(terms, rel=1e-4)
+        assert theirs[2].keys() == whole.keys() and theirs[3].keys() == buffers.keys()
+        # a bias before a batch norm has no gradient but rounding
+        largest = max(gradient.abs().max().item() for gradient in whole.values())
+        for name, gradient in whole.items():
+            torch.testing.assert_close(
+                theirs[2][name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        for name, buffer in buffers.items():
+            torch.testing.assert_close(
+                theirs[3][name], buffer, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_replaced_batch_norms_keep_names_and_weights():
+    model = tiny_sjea()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = model(torch.randn(4, 2, 3, 32, 32, generator=seeded())).loss
+    model.load_state_dict(before)
+    replaced = synchronize_batch_norms(model, torch.device("cpu"))
+    norms = [module for module in replaced.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) > 10 and all(isinstance(norm, GlobalBatchNorm) and norm.training for norm in norms)
+    assert before.keys() == replaced.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in replaced.state_dict().items())
+    # in one process it is the batch norm it was
+    loss = replaced(torch.randn(4, 2, 3, 32, 32, generator=seeded())).loss
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
