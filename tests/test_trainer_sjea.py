@@ -95,7 +95,7 @@ def test_two_processes_train_like_one(tmp_path):
         assert len([entry for entry in one_log if "loss" in entry]) == num_steps
         for key, tensor in one.items():
             assert torch.equal(two[0][key], two[1][key]), f"{name}: {key} differs between the ranks"
-            torch.testing.assert_close(two[0][key], tensor, atol=1e-5, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(two[0][key], tensor, atol=1e-4, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
         for entry, expected in zip(two_log[:num_steps], one_log[:num_steps], strict=True):
             for term in ("loss", "loss_invariance", "loss_level1_variance", "grad_norm", "rankme", "level1_rankme"):
                 assert entry[term] == pytest.approx(expected[term], rel=1e-3), (name, term)
