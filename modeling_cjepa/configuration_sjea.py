@@ -19,7 +19,8 @@ class SJeaLevelConfig:
     Args:
         backbone (`dict`): A configuration of transformers by its fields, `model_type` among them: `resnet`, or any
             other encoder that gives pooled features; `cjepa` is this package's vision transformer. The number of
-            channels and the image size are set by what the level reads.
+            channels and the image size are set by what the level reads. (A recipe may name a model of the Hub or a
+            folder instead, from whose weights the level starts.)
         stem (`"standard"` or `"small"`, defaults to `"standard"`): `"small"` replaces a ResNet's first convolution by
             a 3x3 one of stride 1 and leaves out the pooling after it, as is usual for images of 32 pixels.
         input (`"vector"`, `"map"` or `"tokens"`, defaults to `"vector"`): What a level above the lowest reads of the

@@ -4,6 +4,7 @@ Shapes: B images, C channels, N tokens, h and w rows and columns of a map, D wid
 """
 
 import inspect
+import math
 from dataclasses import dataclass
 
 import torch
@@ -78,9 +79,16 @@ class SJeaLevel(nn.Module):
 
     def _output_shapes(self) -> tuple[tuple[int, ...], int]:
         """The shape of an image's features and the width of its embedding, by a run without memory or arithmetic."""
-        with torch.device("meta"), torch.no_grad():
-            backbone = build_backbone(self.backbone_config, self.config.stem).to("meta").eval()
-            outputs = backbone(torch.empty(2, *self.input_shape))
+        try:
+            with torch.device("meta"), torch.no_grad():
+                backbone = build_backbone(self.backbone_config, self.config.stem).to("meta").eval()
+                outputs = backbone(torch.empty(2, *self.input_shape))
+        except (RuntimeError, ValueError, TypeError) as error:
+            channels, height, width = self.input_shape
+            raise ValueError(
+                f"backbone {self.backbone_config.model_type!r} cannot read {channels} channels of {height}x{width}: "
+                f"{error}"
+            ) from error
         if getattr(outputs, "pooler_output", None) is None:
             raise ValueError(
                 f"backbone {self.backbone_config.model_type!r} gives no pooled features (pooler_output), which a "
@@ -149,6 +157,8 @@ def build_backbone_config(fields: dict, input_shape: tuple[int, int, int]) -> Pr
     if unknown:
         raise ValueError(f"backbone: a {fields['model_type']!r} has no field {unknown[0]!r}; mend it.")
     sizes = {name: value for name, value in sizes.items() if hasattr(defaults, name)}
+    if isinstance(getattr(defaults, "image_size", None), list | tuple):
+        sizes["image_size"] = [height, width]
     return AutoConfig.for_model(fields["model_type"], **{**sizes, **given})
 
 
@@ -227,13 +237,18 @@ def fold_size(width: int, height: int | None = None) -> tuple[int, int]:
 
 def _token_grid(num_tokens: int, level: SJeaLevel) -> tuple[int, int]:
     """Rows and columns of a transformer's patch tokens, without its class tokens and registers."""
-    patch = getattr(level.backbone_config, "patch_size", None)
+    patch = getattr(level.backbone_config, "patch_size", None) or 1
     _, height, width = level.input_shape
-    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch or (1, 1)
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
     rows, columns = height // patch_height, width // patch_width
-    if not 0 < rows * columns <= num_tokens:
-        raise ValueError(
-            f"The {num_tokens} tokens of backbone {level.backbone_config.model_type!r} lie on no {rows}x{columns} "
-            "grid; let the level above read input='vector'."
-        )
-    return rows, columns
+    if 0 < rows * columns <= num_tokens:
+        return rows, columns
+    # stages have merged the patches: a square, perhaps beside one other token
+    for num_others in (0, 1):
+        side = math.isqrt(num_tokens - num_others)
+        if side > 0 and side * side == num_tokens - num_others:
+            return side, side
+    raise ValueError(
+        f"The {num_tokens} tokens of backbone {level.backbone_config.model_type!r} lie on no grid that is known; let "
+        "the level above read input='vector'."
+    )

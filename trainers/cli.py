@@ -54,7 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="cjepa",
-        description="Self-supervised pre-training of image encoders with C-JEPA (contrastive JEPA, NeurIPS 2024).",
+        description="Self-supervised pre-training of image encoders with C-JEPA (contrastive JEPA, NeurIPS 2024) and "
+        "S-JEA (stacked joint embedding architectures).",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (add_pretrain, add_evaluate, add_benchmark):
@@ -107,9 +108,12 @@ def add_evaluate(commands):
     parser = commands.add_parser(
         "evaluate",
         help="kNN and linear probe of a frozen encoder, beside a random encoder and raw pixels",
-        description="Evaluate the frozen target encoder of a model by weighted kNN and a linear probe, beside a "
-        "randomly initialised encoder and raw pixels, with 95 % intervals; the table goes to the screen, all "
-        "figures to --output.",
+        description="Evaluate the frozen encoder of a model (C-JEPA: the target encoder; a stack: one level or "
+        "all) by weighted kNN and a linear probe, beside other models, a randomly initialised encoder and raw pixels, "
+        "with 95 % intervals; the table goes to the screen, all figures to --output.",
+        epilog="examples:  cjepa evaluate runs/mine/final --dataset my/photos --output results.json\n"
+        "           cjepa evaluate runs/stack/final --level all --beside vicreg=runs/vicreg/final",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="cjepa evaluate MODEL --dataset DATASET [--key value ...]",
         allow_abbrev=False,
     )
@@ -119,6 +123,13 @@ def add_evaluate(commands):
         help="a folder such as runs/mine/final, or the id of a model on the Hub; before all flags",
     )
     parser.add_argument("--output", metavar="FILE", help="write all figures to this JSON file")
+    parser.add_argument(
+        "--level", metavar="K", type=level_value, help="level of a stack, from 0; `all`: each, and all side by side "
+        "(default: the level that AutoModel gives)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--beside", metavar="[NAME=]MODEL", nargs="*", default=[], help="other models to evaluate in the same table"
+    )
     hints = {name: hint for name, hint in type_hints(DataArguments).items() if name not in AUGMENTATIONS}
     add_flags(parser, "data", DataArguments(), hints)
     add_flags(parser, "evaluation", EvaluationArguments(), type_hints(EvaluationArguments))
@@ -143,11 +154,38 @@ def run_evaluate(namespace):
     evaluation = dataclass_from_flags(namespace, EvaluationArguments)
     image_size = max(pair(load_encoder_config(namespace.model).image_size))
     train_source, eval_source = load_sources(data, image_size, not evaluation.disable_tqdm)
-    results = evaluate_model(namespace.model, train_source, eval_source, evaluation, data.image_mean, data.image_std)
+    beside = named_models(namespace.beside)
+    statistics = data.image_mean, data.image_std
+    results = evaluate_model(
+        namespace.model, train_source, eval_source, evaluation, *statistics, level=namespace.level, beside=beside
+    )
     print(format_table(results))
     if namespace.output:
         with full_disk_named(Path(namespace.output).parent):
             write_json(namespace.output, results)
+
+
+def level_value(text: str) -> int | str:
+    """A level as a number, or `all`."""
+    if text == "all":
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no level; give a number from 0, or all") from error
+
+
+def named_models(given: list[str]) -> dict[str, str]:
+    """Models by the names they were given as `NAME=MODEL`; a folder's own where none was given."""
+    named = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        path = path if equals else text
+        name = name if equals else str(path).rstrip("/").removesuffix("/final").rpartition("/")[2]
+        if not name or not path or name in named:
+            raise InputError(f"--beside {text}: name each model once, as in vicreg=runs/vicreg/final.")
+        named[name] = path
+    return named
 
 
 def add_benchmark(commands):

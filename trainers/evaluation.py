@@ -243,6 +243,7 @@ def evaluate_model(
     )
     model, *statistics = _with_statistics(model, image_mean, image_std)
     _check_level(level, model)
+    others = {name: _with_statistics(other, image_mean, image_std) for name, other in (beside or {}).items()}
     transform = eval_transform(pair(model.config.image_size))
     images = ImageDataset(train_source, transform), ImageDataset(test_source, transform)
     is_cjepa = isinstance(model, CJepaForPreTraining)
@@ -250,8 +251,7 @@ def evaluate_model(
     rows = evaluate_levels(model.base_model, *images, *statistics, arguments, level, label)
     if is_cjepa and arguments.context_encoder:
         rows += evaluate_levels(model.context_encoder, *images, *statistics, arguments, level, "context encoder")
-    for name, other in (beside or {}).items():
-        other, *theirs = _with_statistics(other, image_mean, image_std)
+    for name, (other, *theirs) in others.items():
         transform = eval_transform(pair(other.config.image_size))
         seen = ImageDataset(train_source, transform), ImageDataset(test_source, transform)
         rows += evaluate_levels(other.base_model, *seen, *theirs, arguments, "all" if level == "all" else None, name)
@@ -276,8 +276,8 @@ def evaluate_model(
 def _with_statistics(model, image_mean, image_std) -> tuple:
     """A model, loaded if it is the name of one, with the mean and std of the images it reads."""
     if isinstance(model, str | Path):
-        image_mean, image_std = load_image_statistics(model) or (image_mean, image_std)
-        model = load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
+        path, model = model, load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
+        image_mean, image_std = load_image_statistics(path) or (image_mean, image_std)
     return model, image_mean, image_std
 
 

@@ -3,11 +3,14 @@
 A recipe names one by `model_type`.
 """
 
+import logging
+
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining, SJeaConfig, SJeaForPreTraining
 from modeling_cjepa.configuration_cjepa import pair
+from trainers.backbones import describe_backbones, load_backbones
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.errors import InputError
 from trainers.sources import DataArguments
@@ -17,6 +20,8 @@ from trainers.trainer_sjea import SJeaTrainer
 from trainers.training_args import CJepaTrainingArguments, JepaTrainingArguments, SJeaTrainingArguments
 from trainers.transforms import image_processor, train_transform
 from trainers.two_views import DeviceColors, TwoViewDataArguments, two_view_transform
+
+logger = logging.getLogger(__name__)
 
 
 class Objective:
@@ -39,9 +44,9 @@ class Objective:
     card: str
     downstream: str
 
-    def build_model(self, config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
-        """The model, initialised from torch's default generator, ready for a batch."""
-        return self.model_class._from_config(config, attn_implementation=attn_implementation)
+    def build_model(self, fields: dict, attn_implementation: str) -> PreTrainedModel:
+        """The model of a configuration's fields, initialised from torch's default generator, ready for a batch."""
+        return self.model_class._from_config(self.config_class(**fields), attn_implementation=attn_implementation)
 
     def batch_of_one_is_error(self, config: PreTrainedConfig) -> bool:
         """Whether the loss needs the statistics of a batch."""
@@ -83,8 +88,8 @@ class CJepa(Objective):
     card = "cjepa.md.j2"
     downstream = "the target encoder"
 
-    def build_model(self, config, attn_implementation):
-        model = super().build_model(config, attn_implementation)
+    def build_model(self, fields, attn_implementation):
+        model = super().build_model(fields, attn_implementation)
         model.sample_masks(2)
         return model
 
@@ -110,6 +115,15 @@ class SJea(Objective):
     data_class, training_class = TwoViewDataArguments, SJeaTrainingArguments
     card = "sjea.md.j2"
     downstream = "the stack of encoders"
+
+    def build_model(self, fields, attn_implementation):
+        if not isinstance(fields.get("levels"), list):
+            return super().build_model(fields, attn_implementation)
+        levels, names = describe_backbones(fields["levels"])
+        model = super().build_model(fields | {"levels": levels}, attn_implementation)
+        for sentence in load_backbones(model, names):
+            logger.warning(sentence)
+        return model
 
     def transform(self, config, data, device):
         return two_view_transform(pair(config.image_size), data, with_colors=not data.colors_on(device))

@@ -119,7 +119,7 @@ def build_model(recipe: Recipe, args: JepaTrainingArguments) -> PreTrainedModel:
         raise InputError("attn_implementation='flex_attention' trains on a GPU only; choose sdpa or eager.")
     set_seed(args.seed)
     try:
-        return recipe.objective.build_model(recipe.objective.config_class(**recipe.model), attention)
+        return recipe.objective.build_model(recipe.model, attention)
     except (ValueError, ImportError) as error:
         raise InputError(" ".join(str(error).split())) from error
 

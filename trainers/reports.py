@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -10,10 +11,12 @@ import matplotlib.figure
 import torch
 
 _PACKAGES = ("cjepa", "torch", "torchvision", "transformers", "accelerate", "datasets")
-# title, log keys, logarithmic axis
+# title, log keys (of every level: `rankme` stands for `level1_rankme`, too), logarithmic axis
 _PANELS = (
     ("loss", ("loss", "loss_prediction"), True),
-    ("VICReg terms, unweighted", ("loss_invariance", "loss_variance", "loss_covariance"), True),
+    ("invariance, unweighted", ("loss_invariance",), True),
+    ("variance, unweighted", ("loss_variance",), False),
+    ("covariance, unweighted", ("loss_covariance",), True),
     ("effective rank (RankMe) of embeddings", ("rankme",), False),
     ("standard deviation of embeddings", ("feature_std",), False),
     ("learning rate and weight decay", ("learning_rate", "weight_decay"), True),
@@ -70,12 +73,12 @@ def draw_curves(log_history: list[dict], path: Path):
         log_history (`list[dict]`): `trainer.state.log_history`.
         path (`Path`): The PNG to write.
     """
-    figure = matplotlib.figure.Figure(figsize=(12, 6.5), layout="constrained")
-    for axes, (title, names, logarithmic) in zip(figure.subplots(2, 3).flat, _PANELS, strict=True):
-        for name in names:
-            points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=name.removeprefix("loss_").replace("_", " "))
+    figure = matplotlib.figure.Figure(figsize=(15, 6.5), layout="constrained")
+    for axes, (title, names, logarithmic) in zip(figure.subplots(2, 4).flat, _PANELS, strict=True):
+        for key, label in _series(log_history, names):
+            points = [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None]
+            if not logarithmic or any(value > 0 for _, value in points):
+                axes.plot(*zip(*points, strict=True), label=label)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("optimizer step", fontsize=8)
         axes.grid(alpha=0.3)
@@ -84,6 +87,21 @@ def draw_curves(log_history: list[dict], path: Path):
         if len(axes.lines) > 1:
             axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def _series(log_history: list[dict], names: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The logged keys of a panel, those of upper levels included, and what the legend calls them."""
+    logged = dict.fromkeys(key for entry in log_history for key in entry)
+    found = []
+    for name in names:
+        prefix = "loss_" if name.startswith("loss_") else ""
+        term = name.removeprefix(prefix)
+        matches = [re.fullmatch(rf"{prefix}level(\d+)_{term}", key) for key in logged]
+        upper = [(match.group(0), match.group(1)) for match in matches if match]
+        lowest = [(name, "0")] if name in logged else []
+        called = term.replace("_", " ")
+        found += [(key, f"{called}, level {level}" if upper else called) for key, level in lowest + upper]
+    return found
 
 
 def format_table(results: dict) -> str:

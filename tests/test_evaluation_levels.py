@@ -1,0 +1,119 @@
+"""Evaluation of stacks: a row a level, all side by side, other models in the same table, and the command's flags."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_evaluation import ARGUMENTS, MEAN, SIZE, STD, as_dataset, scenes
+from tiny import RESNET, sjea_level, tiny_model, tiny_sjea
+
+from trainers.cli import main, named_models
+from trainers.embedding import OneLevel
+from trainers.errors import InputError
+from trainers.evaluation import embed, evaluate_levels, evaluate_model, probe
+from trainers.loading import load_model
+
+
+@pytest.fixture(scope="module")
+def train():
+    return scenes(80, 0)
+
+
+@pytest.fixture(scope="module")
+def test():
+    return scenes(40, 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a plain model."""
+    path = tmp_path_factory.mktemp("plain")
+    tiny_model(image_size=SIZE).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    """The folder of a stack of two levels of 32 and 16 features."""
+    path = tmp_path_factory.mktemp("stack")
+    narrow = RESNET | {"hidden_sizes": [8, 16], "depths": [1, 1]}
+    tiny_sjea(sjea_level(), sjea_level(backbone=narrow), image_size=SIZE).eval().save_pretrained(path)
+    return path
+
+
+def test_levels_of_a_stack(stack, train, test):
+    arguments = dataclasses.replace(ARGUMENTS, num_random_encoders=1)
+    rows = evaluate_model(stack, train, test, arguments, level="all")["rows"]
+    assert [row["encoder"] for row in rows] == [
+        "encoder, level 0", "encoder, level 1", "encoder, all levels",
+        "random encoder, level 0", "random encoder, level 1", "random encoder, all levels", "raw pixels",
+    ]  # fmt: skip
+    assert [row["dim"] for row in rows[:3]] == [32, 16, 48]
+    arguments = dataclasses.replace(ARGUMENTS, num_random_encoders=0)
+    for level in (0, 1):
+        row, _ = evaluate_model(stack, train, test, arguments, level=level)["rows"]
+        assert row == rows[level]
+    default, _ = evaluate_model(stack, train, test, arguments)["rows"]
+    assert default == rows[1] | {"encoder": "encoder"}
+    with pytest.raises(InputError, match="level=2 is not in this model, which has 2 levels, 0 to 1.*say all"):
+        evaluate_model(stack, train, test, arguments, level=2)
+
+
+def test_all_levels_side_by_side_are_normalised_each(stack, train, test):
+    """One level a thousand times the size of the other counts no more than it."""
+    model = load_model(stack)
+    arguments = dataclasses.replace(ARGUMENTS, num_random_encoders=0)
+    datasets = (as_dataset(train), as_dataset(test))
+    parts = [embed(OneLevel(model.sjea, level), *datasets, MEAN, STD, ARGUMENTS, "level") for level in (0, 1)]
+    joined = [torch.cat([F.normalize(part[side], dim=1) for part in parts], dim=1) for side in (0, 2)]
+    expected = probe(joined[0], parts[0][1], joined[1], parts[0][3], ARGUMENTS, "encoder, all levels")
+    rows = evaluate_levels(model.sjea, *datasets, MEAN, STD, arguments, "all")
+    assert rows[2] == expected
+
+
+def test_models_beside_have_rows_of_their_own(stack, folder, train, test):
+    arguments = dataclasses.replace(ARGUMENTS, num_random_encoders=0)
+    rows = evaluate_model(stack, train, test, arguments, level="all", beside={"plain": folder})["rows"]
+    assert [row["encoder"] for row in rows][2:] == ["encoder, all levels", "plain", "raw pixels"]
+    (alone, _) = evaluate_model(folder, train, test, arguments)["rows"]
+    assert rows[3] == alone | {"encoder": "plain"}
+
+
+def test_stacked_cjepa_has_levels_too(train, test):
+    model = tiny_model(image_size=SIZE, patch_size=6, upper_levels=[{"hidden_size": 16}], min_context_patches=4)
+    arguments = dataclasses.replace(ARGUMENTS, num_random_encoders=0, context_encoder=True)
+    rows = evaluate_model(model, train, test, arguments, MEAN, STD, level="all")["rows"]
+    assert [(row["encoder"], row["dim"]) for row in rows[:6]] == [
+        (f"{encoder}, {level}", dim)
+        for encoder in ("target encoder", "context encoder")
+        for level, dim in (("level 0", 32), ("level 1", 16), ("all levels", 48))
+    ]
+
+
+def test_command(stack, folder, tmp_path, capsys):
+    small = ["--num_train_images", "60", "--num_eval_images", "30", "--num_random_encoders", "0", "--disable_tqdm"]
+    output = tmp_path / "results.json"
+    flags = ["--level", "all", "--beside", f"plain={folder}", "--output", str(output)]
+    assert main(["evaluate", str(stack), *small, *flags]) == 0
+    names = [row["encoder"] for row in json.loads(output.read_text())["rows"]]
+    assert names == ["encoder, level 0", "encoder, level 1", "encoder, all levels", "plain", "raw pixels"]
+    printed = capsys.readouterr().out
+    assert all(f"| {name} " in printed for name in names)
+    assert main(["evaluate", str(stack), *small, "--level", "2"]) == 2
+    assert "has 2 levels, 0 to 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(stack), "--level", "top"])
+    assert "'top' is no level; give a number from 0, or all" in capsys.readouterr().err
+    assert main(["evaluate", str(stack), *small, "--beside", str(tmp_path / "not")]) == 2
+    assert "neither a folder" in capsys.readouterr().err
+
+
+def test_names_of_models():
+    assert named_models(["runs/vicreg/final", "two=runs/two/final/"]) == {
+        "vicreg": "runs/vicreg/final", "two": "runs/two/final/",
+    }  # fmt: skip
+    for wrong in (["a=1", "a=2"], ["=x"], ["a="]):
+        with pytest.raises(InputError, match="name each model once"):
+            named_models(wrong)

@@ -1,0 +1,78 @@
+"""Backbones of S-JEA that start from published weights: a recipe names them where it could describe one."""
+
+import inspect
+
+from transformers import AutoConfig, AutoModel
+
+from modeling_cjepa import SJeaForPreTraining
+from trainers.errors import InputError, first_line
+
+# set by what the level reads
+_SET_BY_INPUT = ("num_channels", "image_size")
+
+
+def describe_backbones(levels: list) -> tuple[list, dict[int, str]]:
+    """
+    Levels whose named backbones are described by their configurations.
+
+    Args:
+        levels (`list[dict]`): As in [`SJeaConfig`], but a `backbone` may be the id of a model on the Hub, or a folder.
+
+    Returns:
+        `(levels, names)`: The levels with a configuration each, and the names by the levels' numbers.
+
+    Raises:
+        InputError: There is no such model.
+    """
+    described, names = [], {}
+    for number, level in enumerate(levels):
+        name = level.get("backbone") if isinstance(level, dict) else None
+        if isinstance(name, str):
+            names[number] = name
+            level = level | {"backbone": _fields(name, number)}
+        described.append(level)
+    return described, names
+
+
+def _fields(name: str, number: int) -> dict:
+    """The fields of a named model's configuration that make its architecture."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"levels[{number}]: backbone {name!r} is neither a folder with a model nor the id of one on the Hub "
+            f"({first_line(error)}); mend it, or describe one by its model_type."
+        ) from error
+    own = [field for field in inspect.get_annotations(type(config)) if field not in _SET_BY_INPUT]
+    saved = config.to_dict()
+    return {"model_type": config.model_type, **{field: saved[field] for field in own if field in saved}}
+
+
+def load_backbones(model: SJeaForPreTraining, names: dict[int, str]) -> list[str]:
+    """
+    Loads published weights into the backbones of a stack.
+
+    Args:
+        model ([`SJeaForPreTraining`]): Changed in place.
+        names (`dict[int, str]`): Models by the numbers of the levels they start, as [`describe_backbones`] gives them.
+
+    Returns:
+        `list[str]`: A sentence a level that says which of its tensors start anew, such as those of a small stem.
+
+    Raises:
+        InputError: The weights cannot be loaded.
+    """
+    sentences = []
+    for number, name in names.items():
+        backbone = model.sjea.levels[number].backbone
+        try:
+            tensors = AutoModel.from_pretrained(name).state_dict()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"The weights of {name} cannot be loaded ({first_line(error)}).") from error
+        ours = backbone.state_dict()
+        fitting = {key: tensor for key, tensor in tensors.items() if key in ours and ours[key].shape == tensor.shape}
+        backbone.load_state_dict(fitting, strict=False)
+        anew = [key for key in ours if key not in fitting]
+        rest = f"; these start anew: {', '.join(anew)}" if anew else ""
+        sentences.append(f"level {number} starts from {len(fitting)} of {len(ours)} tensors of {name}{rest}")
+    return sentences
