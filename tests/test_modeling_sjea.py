@@ -106,6 +106,17 @@ def test_a_vector_is_folded_row_by_row():
         assert torch.equal(folded[:, 0, row], embedding[:, 8 * row : 8 * row + 8])
 
 
+@pytest.mark.parametrize("name", ["tokens beside a class token", "map of tokens"])
+def test_patch_tokens_lie_on_their_grid(name):
+    model = tiny_sjea(*STACKS[name][0]).eval()
+    seen = []
+    model.sjea.levels[1].backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    tokens = model.sjea(images(), level=-1, output_hidden_states=True).hidden_states[0]
+    assert tokens.shape == (4, 17, 32) and seen[0].shape == (4, 32, 4, 4)
+    for patch in range(16):  # after the class token
+        assert torch.equal(seen[0][:, :, patch // 4, patch % 4], tokens[:, 1 + patch])
+
+
 def test_the_level_above_reads_what_the_expander_made():
     model = tiny_sjea(*STACKS["expanded vector"][0]).eval()
     seen = []

@@ -200,3 +200,20 @@ def test_fields_are_those_of_the_level_below_unless_given():
 def test_unfit_levels_are_named(upper, message):
     with pytest.raises(ValueError, match=message):
         CJepaConfig(**{**SIZES, "upper_levels": upper})
+
+
+def test_weights_of_upper_regularizers_follow_the_schedule_in_proportion():
+    model = stack({**UPPER, "regularizer_weight": 0.04}, regularizer_weight=0.01)
+    masks = model.sample_masks(4, generator=seeded())
+
+    def loss(**weights):
+        return model(images(), *masks, **weights).loss
+
+    def regularizer(prefix):
+        terms = model(images(), *masks).loss_terms
+        variance, covariance = terms[f"{prefix}variance"], terms[f"{prefix}covariance"]
+        return 25 * terms[f"{prefix}prediction"] + 25 * variance + covariance
+
+    expected = loss(regularizer_weight=0.0) + 0.005 * regularizer("") + 0.02 * regularizer("level1_")
+    torch.testing.assert_close(loss(regularizer_weight=0.005), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss(regularizer_weight=0.01), loss(), rtol=0, atol=0)

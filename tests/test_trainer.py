@@ -21,10 +21,11 @@ from trainers.schedules import linear, warmup_cosine
 from trainers.training_args import CJepaTrainingArguments
 
 WORKER = Path(__file__).parent / "training_worker.py"
+STACK = {"upper_levels": [{"hidden_size": 48, "regularizer": "pair"}], "min_context_patches": 8}
 # values of the clock, and those of a window of latest images, which a resumed run fills anew
 VARYING = {
     "images_per_second", "data_wait_share", "train_runtime", "train_samples_per_second", "train_steps_per_second",
-    "feature_std", "rankme",
+    "feature_std", "rankme", "level1_feature_std", "level1_rankme",
 }  # fmt: skip
 
 
@@ -176,12 +177,12 @@ def test_crops_follow_the_epoch_whatever_its_rounding():
     assert epochs == [0, 1, 1, 2]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_run_is_bit_identical(tmp_path, workers):
+@pytest.mark.parametrize(("workers", "model"), [(0, {}), (2, {}), (0, STACK)], ids=["0", "2", "stack"])
+def test_resumed_run_is_bit_identical(tmp_path, workers, model):
     # 6 batches an epoch, two a step: step 4 is in the middle of the second epoch
     training = {
         "max_steps": 7, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
-        "dataloader_num_workers": workers, "save_strategy": "steps", "save_steps": 4,
+        "dataloader_num_workers": workers, "save_strategy": "steps", "save_steps": 4, "model": model,
     }  # fmt: skip
     whole, whole_log = train(str(tmp_path), training)
     shutil.rmtree(tmp_path / "checkpoint-7")
@@ -200,6 +201,7 @@ def test_two_processes_train_like_one(tmp_path):
         regularizer: descent | {"model": {"regularizer": regularizer, "regularizer_weight": 0.1}}
         for regularizer in ("context", "blocks", "pair")
     }
+    runs["stack"] = descent | {"model": STACK | {"regularizer_weight": 0.1}}
     halves = {name: run | {"per_device_train_batch_size": 8} for name, run in runs.items()}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, str(WORKER), str(tmp_path), json.dumps(halves)]
