@@ -45,6 +45,22 @@ def test_values_reach_their_sections(tmp_path):
     assert read_recipe(str(tmp_path / "again.yaml")).values == recipe.values
 
 
+def test_levels_that_share_a_backbone_are_written_out(tmp_path):
+    recipe = read_recipe("sjea_resnet18_cifar10")
+    write_recipe(recipe.values, tmp_path / "again.yaml")
+    assert "&" not in (tmp_path / "again.yaml").read_text()
+    assert read_recipe(str(tmp_path / "again.yaml")).values == recipe.values
+
+
+def test_keys_of_another_objective_are_named(tmp_path):
+    with pytest.raises(InputError, match="'ema_momentum' is a key of model_type cjepa, not of this one; leave it out"):
+        read_recipe("sjea_cifar10", {"ema_momentum": 0.9})
+    with pytest.raises(InputError, match="'levels' is a key of model_type sjea"):
+        read_recipe("cjepa_scenes", {"levels": []})
+    with pytest.raises(InputError, match="model_type='ijepa' is not known; choose one of cjepa, sjea"):
+        read_recipe("cjepa_scenes", {"model_type": "ijepa"})
+
+
 def test_flags_are_typed_like_yaml():
     assert parse("--learning_rate", "1e-3", "--max_steps", "5", "--horizontal_flip", "--crop_scale", "0.2", "1") == {
         "learning_rate": 1e-3, "max_steps": 5, "horizontal_flip": True, "crop_scale": [0.2, 1],

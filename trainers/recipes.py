@@ -193,6 +193,13 @@ def write_recipe(values: dict, path: Path):
     write_text_atomically(path, recipe_text(kept))
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """Writes a mapping that occurs twice twice, not as a reference."""
+
+    def ignore_aliases(self, data):
+        return True
+
+
 def recipe_text(values: dict) -> str:
     """Keys and values as [`read_recipe`] reads them: 0.00001 as `1.0e-05`, which YAML does not take for a word."""
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, width=110)
