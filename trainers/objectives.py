@@ -100,11 +100,16 @@ class CJepa(Objective):
         return train_transform(pair(config.image_size), data.crop_scale, data.horizontal_flip)
 
     def parameters(self, model):
-        return {"encoder": model.cjepa.num_parameters(), "predictor": count(model.predictor)}
+        return {
+            "encoder": model.cjepa.num_parameters(),
+            "predictor": count(model.predictor) + count(model.upper_predictors),
+        }
 
     def describe(self, model):
-        rows, columns = model.config.grid_size
-        return f"grid {rows}x{columns}, regularizer {model.config.regularizer!r} x {model.config.regularizer_weight:g}"
+        config = model.config
+        levels = [config.level_config(number) for number in range(config.num_levels)]
+        grids = " > ".join("{}x{}".format(*level.grid_size) for level in levels)
+        return f"grid {grids}, regularizer {config.regularizer!r} x {config.regularizer_weight:g}"
 
 
 class SJea(Objective):
