@@ -189,19 +189,36 @@ def named_models(given: list[str]) -> dict[str, str]:
 
 
 def add_benchmark(commands):
-    """`cjepa benchmark masks`."""
-    parser = commands.add_parser("benchmark", help="measure speed", description="Measure the speed of a part.")
-    parser.add_argument("part", choices=["masks"], help="what to measure: the mask sampler")
-    parser.add_argument("--batch_size", type=int, default=256, help="images of a batch (default 256)")
-    parser.add_argument("--rounds", type=int, default=20, help="timed draws (default 20)")
+    """`cjepa benchmark masks` and `cjepa benchmark levels RECIPE`."""
+    parser = commands.add_parser(
+        "benchmark",
+        help="measure speed and memory",
+        description="Measure the speed of the mask sampler, or what each level of a stack costs in time and memory.",
+    )
+    parser.add_argument(
+        "part", choices=["masks", "levels"], help="the mask sampler, or the levels of a recipe's model"
+    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="levels: the recipe (default sjea_cifar10)")
+    parser.add_argument("--batch_size", type=int, help="images of a batch (default: masks 256, levels 64)")
+    parser.add_argument("--rounds", type=int, help="timed rounds (default: masks 20, levels 5)")
     parser.set_defaults(run=run_benchmark, parser=parser)
 
 
 def run_benchmark(namespace):
     """Prints the medians."""
-    from trainers.benchmark import benchmark_masks, format_benchmark
+    sizes = {"batch_size": namespace.batch_size, "num_rounds": namespace.rounds}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    if namespace.part == "masks":
+        from trainers.benchmark import benchmark_masks, format_benchmark
 
-    print(format_benchmark(benchmark_masks(namespace.batch_size, namespace.rounds)))
+        if namespace.recipe:
+            raise InputError(f"The mask sampler needs no recipe {namespace.recipe!r}; leave it out.")
+        print(format_benchmark(benchmark_masks(**sizes)))
+        return
+    from trainers.level_cost import benchmark_levels, format_level_cost
+    from trainers.recipes import read_recipe
+
+    print(format_level_cost(benchmark_levels(read_recipe(namespace.recipe or "sjea_cifar10"), **sizes)))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,14 @@ class Objective:
         """Parameters by part, that which is published first."""
         raise NotImplementedError
 
+    def lowest_levels(self, config, number: int):
+        """The configuration of so many of a stack's levels, from the image up."""
+        raise NotImplementedError
+
+    def random_batch(self, config, batch_size: int) -> torch.Tensor:
+        """Noise in the shape of what the model reads."""
+        raise NotImplementedError
+
     def describe(self, model) -> str:
         """What the model is beside its parameters, in a few words."""
         raise NotImplementedError
@@ -104,6 +112,13 @@ class CJepa(Objective):
             "encoder": model.cjepa.num_parameters(),
             "predictor": count(model.predictor) + count(model.upper_predictors),
         }
+
+    def lowest_levels(self, config, number):
+        config.upper_levels, config.level = config.upper_levels[: number - 1], None
+        return config
+
+    def random_batch(self, config, batch_size):
+        return torch.randn(batch_size, config.num_channels, *pair(config.image_size))
 
     def describe(self, model):
         config = model.config
@@ -141,6 +156,13 @@ class SJea(Objective):
         encoders = {f"encoder {number}": count(level.backbone) for number, level in enumerate(model.sjea.levels)}
         inside = sum(count(level.expander) for level in model.sjea.levels if level.expander is not None)
         return encoders | {"expanders": count(model.expanders) + inside}
+
+    def lowest_levels(self, config, number):
+        config.levels, config.level = config.levels[:number], None
+        return config
+
+    def random_batch(self, config, batch_size):
+        return torch.randn(batch_size, 2, config.num_channels, *pair(config.image_size))
 
     def describe(self, model):
         levels = model.sjea.levels

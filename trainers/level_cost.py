@@ -1,0 +1,124 @@
+"""What each level of a stack costs: time of a training step and memory, of the stack cut off after each level."""
+
+import copy
+import statistics
+import time
+
+import torch
+from transformers import PreTrainedModel
+
+from trainers.errors import InputError
+from trainers.objectives import count
+from trainers.recipes import Recipe
+from trainers.training_args import computes_in_bf16
+
+_MIB = 2**20
+
+
+def benchmark_levels(recipe: Recipe, batch_size: int = 64, num_rounds: int = 5) -> list[dict]:
+    """
+    Times training steps of the lowest level of a stack, of the lowest two, and so on, in turns.
+
+    Args:
+        recipe ([`Recipe`]): Which model; its data are not read.
+        batch_size (`int`): Images of a step.
+        num_rounds (`int`): Timed steps of each.
+
+    Returns:
+        One `dict` a level: `levels` (how many), `parameters` of the whole, `median`, `low`, `high` (quartiles) in
+        milliseconds a step, `factor` (the median over that of one level), `activations` (MiB that the backward pass
+        needs of the forward pass), `states` (MiB of weights, gradients and AdamW's two averages), and on a GPU `peak`
+        (MiB allocated at most).
+
+    Raises:
+        InputError: A number is too small to measure with.
+    """
+    if batch_size < 2 or num_rounds < 2:
+        raise InputError(f"--batch_size {batch_size} and --rounds {num_rounds} must be 2 or more.")
+    objective = recipe.objective
+    whole = objective.build_model(recipe.model, "sdpa").config
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = []
+    for number in range(1, whole.num_levels + 1):
+        config = objective.lowest_levels(copy.deepcopy(whole), number)
+        model = objective.model_class(config).to(device, memory_format=torch.channels_last).train()
+        steps.append(_Step(model, objective.random_batch(config, batch_size).to(device)))
+    times = [[] for _ in steps]
+    for round_number in range(num_rounds + 1):
+        for step, of_step in zip(steps, times, strict=True):
+            seconds = step.timed()
+            if round_number > 0:  # the first one sets things up
+                of_step.append(1000 * seconds)
+    rows = []
+    for number, (step, of_step) in enumerate(zip(steps, times, strict=True), start=1):
+        low, median, high = statistics.quantiles(of_step, n=4)
+        rows.append({"levels": number, "median": median, "low": low, "high": high} | step.memory())
+        rows[-1]["factor"] = median / rows[0]["median"]
+    return rows
+
+
+class _Step:
+    """A training step of one model on one batch."""
+
+    def __init__(self, model: PreTrainedModel, batch: torch.Tensor):
+        self.model, self.batch, self.device = model, batch, batch.device
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def run(self):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=computes_in_bf16(self.device)):
+            loss = self.model(self.batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def timed(self) -> float:
+        """Seconds of a step."""
+        self._wait()
+        started = time.perf_counter()
+        self.run()
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def memory(self) -> dict[str, float]:
+        """Parameters, and MiB of what a step keeps."""
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.run()
+        activations = sum(size for pointer, size in kept.items() if pointer not in weights)
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        frozen = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
+        found = {
+            "parameters": count(self.model),
+            "activations": activations / _MIB,
+            "states": (4 * trained + frozen) / _MIB,
+        }
+        if self.device.type == "cuda":
+            found["peak"] = torch.cuda.max_memory_allocated() / _MIB
+        return found
+
+
+def format_level_cost(rows: list[dict]) -> str:
+    """The measurements as a table."""
+    lines = [
+        "| levels | parameters, M | ms a step (quartiles) | times one level | activations, MiB | states, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['levels']} | {row['parameters'] / 1e6:.2f} | {row['median']:.0f} ({row['low']:.0f} - "
+            f"{row['high']:.0f}) | {row['factor']:.2f} | {row['activations']:.0f} | {row['states']:.0f} |"
+        )
+    return "\n".join(lines)
