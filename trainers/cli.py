@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "S-JEA (stacked joint embedding architectures).",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (add_pretrain, add_evaluate, add_benchmark):
+    for add in (add_pretrain, add_evaluate, add_visualize, add_benchmark):
         add(commands)
     return parser
 
@@ -163,6 +163,71 @@ def run_evaluate(namespace):
     if namespace.output:
         with full_disk_named(Path(namespace.output).parent):
             write_json(namespace.output, results)
+
+
+def add_visualize(commands):
+    """`cjepa visualize levels MODEL ... --dataset ...`."""
+    from trainers.flags import add_flags, type_hints
+    from trainers.sources import AUGMENTATIONS, DataArguments
+
+    parser = commands.add_parser(
+        "visualize",
+        help="draw and measure what the levels of a stack tell apart",
+        description="Draw what each level of a stack tells apart, and of other models beside it: t-SNE and PCA of the "
+        "embeddings of evaluation images coloured by class, one class zoomed in with the nearest images of its "
+        "sub-clusters, and numbers: silhouette, NMI of k-means and kNN for fine and coarse classes. Writes "
+        "levels.html (a page to explore, on its own), levels.png, levels_class.png and levels.json.",
+        epilog="example:  cjepa visualize levels runs/stack/final --beside vicreg=runs/vicreg/final --output "
+        "runs/stack/levels",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="cjepa visualize levels MODEL --dataset DATASET [--key value ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("what", choices=["levels"], help="what to draw")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a folder such as runs/mine/final, or the id of a model on the Hub"
+    )
+    parser.add_argument(
+        "--beside",
+        metavar="[NAME=]MODEL",
+        nargs="*",
+        default=[],
+        help="other models to draw, such as single-level ones",
+    )
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="where to (default: `levels` beside or in the model's folder)"
+    )
+    parser.add_argument("--num_images", type=int, default=2000, help="images to draw (default 2000)")
+    parser.add_argument("--class_name", metavar="NAME", help="class to zoom in (default: the one that changes most)")
+    parser.add_argument("--coarse", metavar="FILE", help="YAML file with the fine classes of each coarse one")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images, t-SNE and k-means (default 0)")
+    hints = {name: hint for name, hint in type_hints(DataArguments).items() if name not in AUGMENTATIONS}
+    add_flags(parser, "data", DataArguments(), hints)
+    parser.set_defaults(run=run_visualize, parser=parser)
+
+
+def run_visualize(namespace):
+    """Writes page, pictures and numbers, and prints the numbers."""
+    from pathlib import Path
+
+    from modeling_cjepa.configuration_cjepa import pair
+    from trainers.flags import dataclass_from_flags
+    from trainers.loading import load_encoder_config
+    from trainers.sources import DataArguments, load_sources
+    from trainers.visualize import format_structure, visualize_levels
+
+    data = dataclass_from_flags(namespace, DataArguments)
+    image_size = max(pair(load_encoder_config(namespace.model).image_size))
+    models = {"stack": namespace.model, **named_models(namespace.beside)}
+    folder = Path(
+        namespace.output or (Path(namespace.model) / "levels" if Path(namespace.model).is_dir() else "levels")
+    )
+    results = visualize_levels(
+        models, *load_sources(data, image_size), folder, namespace.num_images, namespace.class_name,
+        data.image_mean, data.image_std, namespace.coarse, namespace.seed,
+    )  # fmt: skip
+    print(format_structure(results))
+    print(f"\nWritten to {folder}: open levels.html in a browser.")
 
 
 def level_value(text: str) -> int | str:

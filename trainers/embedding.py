@@ -88,6 +88,7 @@ class EveryLevel(nn.Module):
         super().__init__()
         self.model = model
         self.widths: list[int] = []
+        self.train(model.training)  # which a wrapper is at first, and whoever wraps does not mean to change
 
     def forward(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
         """Images (B, C, H, W) as embeddings (B, sum of the levels' widths)."""
@@ -112,6 +113,7 @@ class OneLevel(nn.Module):
     def __init__(self, model: PreTrainedModel, level: int):
         super().__init__()
         self.model, self.level = model, level
+        self.train(model.training)
 
     def forward(self, pixel_values: torch.Tensor):
         """The output of the model at the level, for images (B, C, H, W)."""

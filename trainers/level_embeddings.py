@@ -1,0 +1,82 @@
+"""Models made ready to be looked at level by level, and the embeddings of all levels in one pass over the images.
+
+Shapes: n images, D_k width of level k's embedding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from modeling_cjepa.configuration_cjepa import pair
+from trainers.datasets import ImageDataset, ImageSource
+from trainers.embedding import EveryLevel, extract_embeddings
+from trainers.errors import InputError
+from trainers.loading import load_image_statistics, load_model
+from trainers.transforms import eval_transform
+
+
+@dataclass
+class LoadedModel:
+    """
+    An encoder that is ready for images.
+
+    Args:
+        encoder (`PreTrainedModel`): Gives `level_embeddings`.
+        image_size (`(int, int)`): Height and width of its images.
+        image_mean, image_std (`list[float]`): Of the channels, for pixels in [0, 1].
+    """
+
+    encoder: PreTrainedModel
+    image_size: tuple[int, int]
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+
+
+def load_levels(model: str | Path | PreTrainedModel, image_mean, image_std) -> LoadedModel:
+    """
+    An encoder with all of its levels.
+
+    Args:
+        model (`str`, `Path` or `PreTrainedModel`): A folder, the id of a model on the Hub, or a model, used where it
+            is; of one for pre-training or classification its encoder.
+        image_mean, image_std (`list[float]`): Of the channels, where the folder has no image processor to say.
+
+    Returns:
+        [`LoadedModel`].
+
+    Raises:
+        InputError: There is no whole model of this package.
+    """
+    if isinstance(model, str | Path):
+        path, model = model, load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
+        image_mean, image_std = load_image_statistics(path) or (image_mean, image_std)
+    if not hasattr(model.config, "num_levels"):
+        raise InputError(f"A {type(model).__name__} has no levels to look at; give a C-JEPA or S-JEA model.")
+    return LoadedModel(model.base_model, pair(model.config.image_size), image_mean, image_std)
+
+
+def embed_levels(
+    model: LoadedModel, source: ImageSource, description: str, progress: bool = True
+) -> list[torch.Tensor]:
+    """
+    The embeddings of all images at all levels, whichever level the model's configuration chooses.
+
+    Args:
+        model ([`LoadedModel`]): The encoder.
+        source ([`ImageSource`]): The images.
+        description (`str`): What the bar says.
+        progress (`bool`): Whether to show a bar.
+
+    Returns:
+        `list` of `torch.Tensor` of shape `(n, D_k)`, float32, on the CPU: One a level, from the image up.
+    """
+    # the encoder is left in the mode that what wraps it is in
+    levels = EveryLevel(model.encoder).train(model.encoder.training)
+    images = ImageDataset(source, eval_transform(model.image_size))
+    embeddings, _ = extract_embeddings(
+        levels, images, model.image_mean, model.image_std, progress=progress, description=description
+    )
+    return levels.split(embeddings)

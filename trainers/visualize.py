@@ -1,0 +1,292 @@
+"""What each level of a stack tells apart: a page to explore, pictures for a paper, and the numbers behind them.
+
+Shapes: n train images, m test images, D_k width of level k's embedding.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from trainers.datasets import ImageSource
+from trainers.errors import InputError
+from trainers.files import full_disk_named, write_json, write_text_atomically
+from trainers.level_embeddings import LoadedModel, embed_levels, load_levels
+from trainers.level_figure import draw_class, draw_levels
+from trainers.level_page import render_page
+from trainers.level_views import ClassPlot, ClassView, Labelling, LevelPlot, LevelView, structure_table
+from trainers.projections import METHODS, MIN_IMAGES, project
+from trainers.sources import choose_images, with_common_classes
+from trainers.structure import coarse_labels, read_groups, structure_of
+from trainers.subclusters import MIN_CLASS_IMAGES, find_subclusters, subcluster_silhouettes
+from trainers.transforms import eval_transform
+
+MAX_TRAIN_IMAGES = 10_000
+MAX_TEST_IMAGES = 10_000
+_LONGEST_THUMBNAIL = 48
+_NUM_K_MEANS = 3
+
+
+@dataclass
+class _Level:
+    """One row of all that is shown."""
+
+    title: str
+    model: str
+    number: int
+    train_x: torch.Tensor
+    test_x: torch.Tensor
+
+
+def visualize_levels(
+    models: Mapping[str, "str | Path | PreTrainedModel"],
+    train_source: ImageSource,
+    test_source: ImageSource,
+    output_dir: str | Path,
+    num_images: int = 2000,
+    class_name: str | None = None,
+    image_mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    image_std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    coarse: "str | Path | Mapping[str, Sequence[str]] | None" = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict:
+    """
+    Draws and measures what the levels of one or more encoders tell apart, and writes it to a folder.
+
+    `levels.html` is a page to explore, `levels.png` and `levels_class.png` are pictures, `levels.json` holds what is
+    returned; without a class to zoom in there is no `levels_class.png`.
+
+    Args:
+        models (`dict` of `str`, `Path` or `PreTrainedModel`): Folders, ids on the Hub or models, by what they shall be
+            called. They may have different numbers of levels.
+        train_source ([`ImageSource`]): Labelled images that vote in the kNN; at most 10,000 are used.
+        test_source ([`ImageSource`]): Labelled images that are measured, at most 10,000.
+        output_dir (`str` or `Path`): The folder, made if there is none; files of an earlier call are replaced.
+        num_images (`int`): Test images that are drawn, a random choice.
+        class_name (`str`, *optional*): The class to zoom in; when not given, the one whose sub-clusters' silhouette
+            differs most between levels, or is highest where there is one level.
+        image_mean, image_std (`list[float]`): Of the channels, for models without an image processor.
+        coarse (`dict`, `str` or `Path`, *optional*): The fine classes of each coarse one, or a YAML file of them; see
+            [`~structure.coarse_labels`] for those that are known.
+        seed (`int`): Of the choice of images, of t-SNE and of k-means.
+        progress (`bool`): Whether to show bars.
+
+    Returns:
+        `dict`: `rows`, for each level `encoder` (its name here), `model`, `level`, `dim` and `structure` of
+        [`~structure.structure_of`]; `zoom`, the class and the silhouette of its sub-clusters at each level beside the
+        mean over all classes, or None; the data sets' names and sizes, the classes of each labelling, the seed.
+
+    Raises:
+        InputError: There is no model, a model cannot be loaded, images have no labels, the coarse classes do not fit,
+            or too few images are drawn of a class asked for.
+    """
+    output_dir = Path(output_dir)
+    if not models:
+        raise InputError("There is no model to look at; give one or more.")
+    sources = choose_images(train_source, MAX_TRAIN_IMAGES), choose_images(test_source, MAX_TEST_IMAGES)
+    train, test = with_common_classes(*sources)
+    labellings = _labellings(train, test, read_groups(coarse) if isinstance(coarse, str | Path) else coarse)
+    drawn = _choose_drawn(test, num_images, class_name, seed)
+    loaded = {name: load_levels(model, image_mean, image_std) for name, model in models.items()}
+    levels = _embed_models(loaded, train, test, progress)
+    results = _settings(train, test, labellings, len(drawn), seed)
+    results["rows"] = [_row(level, labellings, seed) for level in tqdm(levels, desc="measuring", disable=not progress)]
+    view = LevelView(
+        title=f"What each level tells apart: {test.name}",
+        notes=_notes(results),
+        thumbnails=_thumbnails(test, drawn, next(iter(loaded.values()))),
+        labellings=[Labelling(name, labels[drawn], names) for name, (_, labels, names) in labellings.items()],
+        plots=_plots(levels, drawn, seed, progress),
+        class_view=_zoom(levels, test, drawn, class_name, seed),
+        table=structure_table(results["rows"]),
+    )
+    results["zoom"] = _zoom_results(view.class_view)
+    _write(output_dir, view, results)
+    return results
+
+
+def _labellings(train: ImageSource, test: ImageSource, groups) -> dict[str, tuple[np.ndarray, np.ndarray, list[str]]]:
+    """By name: the labels of train (n,) and test (m,) images, and the names of the classes."""
+    labellings = {"fine": (train.labels, test.labels, train.label_names)}
+    coarse = coarse_labels(train, groups)
+    if coarse is not None:
+        # both sources have the same numbers for the same classes, so the groups are the same, too
+        labellings["coarse"] = (coarse[0], coarse_labels(test, groups)[0], coarse[1])
+    return labellings
+
+
+def _choose_drawn(test: ImageSource, num_images: int, class_name: str | None, seed: int) -> np.ndarray:
+    """The positions of the images to draw, in random order: drawn in their own, the last class would cover others."""
+    drawn = np.random.default_rng(seed).permutation(len(test))[:num_images] if num_images > 0 else np.array([])
+    if len(drawn) < MIN_IMAGES:
+        raise InputError(f"{len(drawn)} images make no picture; draw at least {MIN_IMAGES} with num_images and give "
+                         "as many test images.")  # fmt: skip
+    if class_name is not None:
+        if class_name not in test.label_names:
+            raise InputError(f"{test.name} has no class {class_name!r}; choose one of {', '.join(test.label_names)}.")
+        number = int((test.labels[drawn] == test.label_names.index(class_name)).sum())
+        if number < MIN_CLASS_IMAGES:
+            raise InputError(f"Only {number} of the {len(drawn)} drawn images are of class {class_name!r}, and "
+                             f"{MIN_CLASS_IMAGES} are needed; raise num_images or choose another class.")  # fmt: skip
+    return drawn
+
+
+def _embed_models(
+    loaded: dict[str, LoadedModel], train: ImageSource, test: ImageSource, progress: bool
+) -> list[_Level]:
+    levels = []
+    for name, model in loaded.items():
+        train_levels, test_levels = (
+            embed_levels(model, source, f"{name}: {images} images", progress)
+            for source, images in ((train, "train"), (test, "test"))
+        )
+        for number, (train_x, test_x) in enumerate(zip(train_levels, test_levels, strict=True)):
+            title = f"level {number}" if len(loaded) == 1 else f"{name}, level {number}"
+            levels.append(_Level(title if len(train_levels) > 1 else name, name, number, train_x, test_x))
+    return levels
+
+
+def _settings(train: ImageSource, test: ImageSource, labellings: dict, num_drawn: int, seed: int) -> dict:
+    return {
+        "train_dataset": train.name,
+        "test_dataset": test.name,
+        "num_train_images": len(train),
+        "num_test_images": len(test),
+        "num_drawn_images": num_drawn,
+        "classes": {name: names for name, (_, _, names) in labellings.items()},
+        "seed": seed,
+    }
+
+
+def _row(level: _Level, labellings: dict, seed: int) -> dict:
+    train_y, test_y = (
+        {name: torch.from_numpy(labelling[side]) for name, labelling in labellings.items()} for side in (0, 1)
+    )
+    seeds = range(seed, seed + _NUM_K_MEANS)
+    return {
+        "encoder": level.title,
+        "model": level.model,
+        "level": level.number,
+        "dim": level.test_x.shape[1],
+        "structure": structure_of(level.train_x, train_y, level.test_x, test_y, seeds),
+    }
+
+
+def _plots(levels: list[_Level], drawn: np.ndarray, seed: int, progress: bool) -> list[LevelPlot]:
+    return [
+        LevelPlot(level.title, {method: project(level.test_x[drawn], method, seed) for method in METHODS})
+        for level in tqdm(levels, desc="laying out", disable=not progress)
+    ]
+
+
+def _zoom(
+    levels: list[_Level], test: ImageSource, drawn: np.ndarray, class_name: str | None, seed: int
+) -> ClassView | None:
+    labels = test.labels[drawn]
+    silhouettes = subcluster_silhouettes([level.test_x[drawn] for level in levels], labels, seed)
+    if not silhouettes:
+        return None
+    if class_name is not None:
+        chosen, reason = test.label_names.index(class_name), "This class was asked for."
+    elif len(levels) > 1:
+        chosen = max(silhouettes, key=lambda label: np.ptp(silhouettes[label]))
+        reason = "This class was chosen because its silhouettes differ most between levels."
+    else:
+        chosen = max(silhouettes, key=lambda label: silhouettes[label][0])
+        reason = "This class was chosen because its sub-clusters are farthest apart."
+    means = np.mean(list(silhouettes.values()), axis=0)
+    members = np.flatnonzero(labels == chosen)
+    plots = []
+    for level, mean in zip(levels, means, strict=True):
+        embeddings = level.test_x[drawn[members]]
+        points, subclusters = project(embeddings, "tsne", seed), find_subclusters(embeddings, seed)
+        plots.append(ClassPlot(level.title, points, subclusters, float(mean)))
+    return ClassView(test.label_names[chosen], members, reason, plots)
+
+
+def _zoom_results(class_view: ClassView | None) -> dict | None:
+    if class_view is None:
+        return None
+    return {
+        "class_name": class_view.name,
+        "reason": class_view.reason,
+        "num_images": len(class_view.members),
+        "levels": [
+            {
+                "encoder": plot.title,
+                "silhouette": plot.subclusters.silhouette,
+                "mean_silhouette": plot.mean_silhouette,
+                "sizes": np.bincount(plot.subclusters.clusters).tolist(),
+            }
+            for plot in class_view.plots
+        ],
+    }
+
+
+def _thumbnails(test: ImageSource, drawn: np.ndarray, model: LoadedModel) -> np.ndarray:
+    """What the model sees of the images (n, H, W, 3) uint8, reduced to 48 pixels if it is larger."""
+    view = eval_transform(model.image_size)
+    zoom = min(1.0, _LONGEST_THUMBNAIL / max(model.image_size))
+    height, width = (max(1, round(side * zoom)) for side in model.image_size)
+    thumbnails = []
+    for index in drawn:
+        image = Image.fromarray(view(test.image(int(index))).permute(1, 2, 0).numpy())
+        thumbnails.append(np.asarray(image.resize((width, height), Image.Resampling.LANCZOS)))
+    return np.stack(thumbnails)
+
+
+def _notes(results: dict) -> list[str]:
+    return [
+        f"{results['num_drawn_images']:,} images of {results['test_dataset']}, a random choice, each a point where "
+        "t-SNE or PCA puts its embedding, scaled to length 1. t-SNE shows who is near to whom; the sizes of its "
+        "groups and the gaps between them mean nothing. PCA keeps large distances and hides small ones.",
+        _settings_line(results),
+    ]
+
+
+def _settings_line(results: dict) -> str:
+    classes = ", ".join(f"{len(names)} {name}" for name, names in results["classes"].items())
+    return (
+        f"Measured on {results['num_test_images']:,} images of {results['test_dataset']} ({classes} classes), kNN by "
+        f"the votes of {results['num_train_images']:,} of {results['train_dataset']}; seed {results['seed']}. "
+        "Silhouette: from -1 to 1, how far the classes are apart. NMI: from 0 to 1, how well k-means finds them, "
+        f"95 % interval over {_NUM_K_MEANS} seeds of k-means. kNN: percent correct, 95 % interval over the choice of "
+        "test images."
+    )
+
+
+def format_structure(results: dict) -> str:
+    """
+    The numbers as text that is valid Markdown, too.
+
+    Args:
+        results (`dict`): What [`visualize_levels`] returned.
+
+    Returns:
+        `str`: A paragraph with sizes and settings, then the table.
+    """
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in structure_table(results["rows"])]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join([_settings_line(results), "", *lines])
+
+
+def _write(output_dir: Path, view: LevelView, results: dict):
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with full_disk_named(output_dir):
+        draw_levels(view, output_dir / "levels.png")
+        class_picture = output_dir / "levels_class.png"
+        if view.class_view is not None:
+            draw_class(view.class_view, view.thumbnails, class_picture)
+        else:
+            class_picture.unlink(missing_ok=True)  # of an earlier call
+        write_text_atomically(output_dir / "levels.html", render_page(view))
+        write_json(output_dir / "levels.json", results)
