@@ -28,14 +28,16 @@ from levels import (
 )
 from matplotlib.figure import Figure
 from PIL import Image
-from tiny import tiny_sjea
+from tiny import sjea_level, tiny_sjea
 
+from modeling_cjepa import SJeaConfig, SJeaModel
 from trainers.cli import main
 from trainers.errors import InputError
+from trainers.level_views import format_structure
 from trainers.projections import project
 from trainers.structure import structure_of
 from trainers.subclusters import find_subclusters
-from trainers.visualize import format_structure, visualize_levels
+from trainers.visualize import visualize_levels
 
 
 def visualize(folder, models=None, **kwargs):
@@ -278,3 +280,31 @@ def test_command(tmp_path, capsys):
     assert "has no class 'unicorn'" in capsys.readouterr().err
     assert main(["visualize", "levels", str(tmp_path / "nothing"), *few]) == 2
     assert "neither a folder" in capsys.readouterr().err
+
+
+def test_numbers_of_several_runs_are_means_over_them(tmp_path, capsys):
+    runs = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = SJeaModel(SJeaConfig(levels=[sjea_level(), sjea_level()])).eval()
+        model.save_pretrained(tmp_path / f"run{seed}")
+        runs.append(str(tmp_path / f"run{seed}"))
+    few = ["--num_train_images", "80", "--num_eval_images", "60", "--num_images", "40"]
+
+    def rows_of(*models):
+        assert main(["visualize", "levels", *models, *few, "--output", str(tmp_path / "levels")]) == 0
+        return json.loads((tmp_path / "levels" / "levels.json").read_text())["rows"], capsys.readouterr().out
+
+    together, printed = rows_of(",".join(runs), "--beside", f"one={runs[1]}")
+    apart = [rows_of(run)[0] for run in runs]
+    for level in (0, 1):
+        for labelling in ("fine", "coarse"):
+            values = [rows[level]["structure"][labelling]["knn"] for rows in apart]
+            found = together[level]["structure"][labelling]
+            assert found["knn"] == pytest.approx(sum(values) / 2) and found["num_runs"] == 2
+            assert found["knn_interval"][0] < found["knn"] < found["knn_interval"][1] or values[0] == values[1]
+        assert together[2 + level]["structure"] == apart[1][level]["structure"]
+    assert "Of stack the mean of several runs, intervals over them." in printed
+    tiny_sjea(sjea_level()).save_pretrained(tmp_path / "single")
+    assert main(["visualize", "levels", f"{runs[0]},{tmp_path / 'single'}", *few]) == 2
+    assert "have 2 and 1 levels" in capsys.readouterr().err

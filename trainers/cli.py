@@ -177,8 +177,9 @@ def add_visualize(commands):
         "embeddings of evaluation images coloured by class, one class zoomed in with the nearest images of its "
         "sub-clusters, and numbers: silhouette, NMI of k-means and kNN for fine and coarse classes. Writes "
         "levels.html (a page to explore, on its own), levels.png, levels_class.png and levels.json.",
-        epilog="example:  cjepa visualize levels runs/stack/final --beside vicreg=runs/vicreg/final --output "
-        "runs/stack/levels",
+        epilog="examples:  cjepa visualize levels runs/stack/final --beside vicreg=runs/vicreg/final\n"
+        "           cjepa visualize levels runs/a1/final,runs/a2/final --beside vicreg=runs/b1/final,runs/b2/final\n"
+        "           (several runs, such as one a seed: the first is drawn, the numbers are means with intervals)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="cjepa visualize levels MODEL --dataset DATASET [--key value ...]",
         allow_abbrev=False,
@@ -212,13 +213,16 @@ def run_visualize(namespace):
 
     from modeling_cjepa.configuration_cjepa import pair
     from trainers.flags import dataclass_from_flags
+    from trainers.level_views import format_structure
     from trainers.loading import load_encoder_config
     from trainers.sources import DataArguments, load_sources
-    from trainers.visualize import format_structure, visualize_levels
+    from trainers.visualize import visualize_levels
 
     data = dataclass_from_flags(namespace, DataArguments)
-    image_size = max(pair(load_encoder_config(namespace.model).image_size))
+    first = namespace.model.split(",")[0]
+    image_size = max(pair(load_encoder_config(first).image_size))
     models = {"stack": namespace.model, **named_models(namespace.beside)}
+    models = {name: path.split(",") for name, path in models.items()}
     folder = Path(
         namespace.output or (Path(namespace.model) / "levels" if Path(namespace.model).is_dir() else "levels")
     )

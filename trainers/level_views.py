@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainers.structure import NUMBERS
+from trainers.structure import NUM_K_MEANS, NUMBERS
 from trainers.subclusters import Subclusters
 
 # matplotlib's ten, then black and lighter and darker ones that differ from them
@@ -147,3 +147,34 @@ def _number(entry: Mapping, name: str) -> str:
         return text
     low, high = entry[f"{name}_interval"]
     return f"{text} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def settings_line(results: dict) -> str:
+    """What was measured on what, and how to read it; `results` is what [`~visualize.visualize_levels`] returns."""
+    classes = ", ".join(f"{len(names)} {name}" for name, names in results["classes"].items())
+    several = [name for name, number in results["num_runs"].items() if number > 1]
+    runs = f" Of {', '.join(several)} the mean of several runs, intervals over them." if several else ""
+    return (
+        f"Measured on {results['num_test_images']:,} images of {results['test_dataset']} ({classes} classes), kNN by "
+        f"the votes of {results['num_train_images']:,} of {results['train_dataset']}; seed {results['seed']}. "
+        "Silhouette: from -1 to 1, how far the classes are apart. NMI: from 0 to 1, how well k-means finds them, "
+        f"95 % interval over {NUM_K_MEANS} seeds of k-means. kNN: percent correct, 95 % interval over the choice of "
+        f"test images.{runs}"
+    )
+
+
+def format_structure(results: dict) -> str:
+    """
+    The numbers as text that is valid Markdown, too.
+
+    Args:
+        results (`dict`): What [`~visualize.visualize_levels`] returned.
+
+    Returns:
+        `str`: A paragraph with sizes and settings, then the table.
+    """
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in structure_table(results["rows"])]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join([settings_line(results), "", *lines])

@@ -33,6 +33,8 @@ CIFAR10_GROUPS: dict[str, tuple[str, ...]] = {
     "vehicle": ("airplane", "automobile", "ship", "truck"),
 }
 """The coarse classes of CIFAR-10."""
+# seeds of k-means, unless others are given
+NUM_K_MEANS = 3
 MAX_SILHOUETTE_IMAGES = 5000
 """A silhouette takes all pairs of images; of more images than these, a fixed choice stands for all."""
 

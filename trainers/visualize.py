@@ -20,17 +20,27 @@ from trainers.files import full_disk_named, write_json, write_text_atomically
 from trainers.level_embeddings import LoadedModel, embed_levels, load_levels
 from trainers.level_figure import draw_class, draw_levels
 from trainers.level_page import render_page
-from trainers.level_views import ClassPlot, ClassView, Labelling, LevelPlot, LevelView, structure_table
+from trainers.level_views import (
+    ClassPlot,
+    ClassView,
+    Labelling,
+    LevelPlot,
+    LevelView,
+    settings_line,
+    structure_table,
+)
 from trainers.projections import METHODS, MIN_IMAGES, project
 from trainers.sources import choose_images, with_common_classes
-from trainers.structure import coarse_labels, read_groups, structure_of
+from trainers.structure import NUM_K_MEANS, coarse_labels, read_groups, structure_of, summarize
 from trainers.subclusters import MIN_CLASS_IMAGES, find_subclusters, subcluster_silhouettes
 from trainers.transforms import eval_transform
 
 MAX_TRAIN_IMAGES = 10_000
 MAX_TEST_IMAGES = 10_000
 _LONGEST_THUMBNAIL = 48
-_NUM_K_MEANS = 3
+
+
+Run = str | Path | PreTrainedModel
 
 
 @dataclass
@@ -45,7 +55,7 @@ class _Level:
 
 
 def visualize_levels(
-    models: Mapping[str, "str | Path | PreTrainedModel"],
+    models: Mapping[str, Run | Sequence[Run]],
     train_source: ImageSource,
     test_source: ImageSource,
     output_dir: str | Path,
@@ -65,7 +75,8 @@ def visualize_levels(
 
     Args:
         models (`dict` of `str`, `Path` or `PreTrainedModel`): Folders, ids on the Hub or models, by what they shall be
-            called. They may have different numbers of levels.
+            called. They may have different numbers of levels. Of a list, such as one a training seed, the first is
+            drawn, and the numbers are means over all with the intervals of their differences.
         train_source ([`ImageSource`]): Labelled images that vote in the kNN; at most 10,000 are used.
         test_source ([`ImageSource`]): Labelled images that are measured, at most 10,000.
         output_dir (`str` or `Path`): The folder, made if there is none; files of an earlier call are replaced.
@@ -80,8 +91,9 @@ def visualize_levels(
 
     Returns:
         `dict`: `rows`, for each level `encoder` (its name here), `model`, `level`, `dim` and `structure` of
-        [`~structure.structure_of`]; `zoom`, the class and the silhouette of its sub-clusters at each level beside the
-        mean over all classes, or None; the data sets' names and sizes, the classes of each labelling, the seed.
+        [`~structure.structure_of`], or [`~structure.summarize`] for several runs; `num_runs` by name; `zoom`, the
+        class and the silhouette of its sub-clusters at each level beside the mean over all classes, or None; the data sets'
+        names and sizes, the classes of each labelling, the seed.
 
     Raises:
         InputError: There is no model, a model cannot be loaded, images have no labels, the coarse classes do not fit,
@@ -94,10 +106,18 @@ def visualize_levels(
     train, test = with_common_classes(*sources)
     labellings = _labellings(train, test, read_groups(coarse) if isinstance(coarse, str | Path) else coarse)
     drawn = _choose_drawn(test, num_images, class_name, seed)
-    loaded = {name: load_levels(model, image_mean, image_std) for name, model in models.items()}
+    runs = {
+        name: [
+            load_levels(run, image_mean, image_std) for run in (model if isinstance(model, list | tuple) else [model])
+        ]
+        for name, model in models.items()
+    }
+    loaded = {name: of_model[0] for name, of_model in runs.items()}
     levels = _embed_models(loaded, train, test, progress)
     results = _settings(train, test, labellings, len(drawn), seed)
+    results["num_runs"] = {name: len(of_model) for name, of_model in runs.items()}
     results["rows"] = [_row(level, labellings, seed) for level in tqdm(levels, desc="measuring", disable=not progress)]
+    _add_runs(results["rows"], runs, (train, test, labellings), seed, progress)
     view = LevelView(
         title=f"What each level tells apart: {test.name}",
         notes=_notes(results),
@@ -169,7 +189,7 @@ def _row(level: _Level, labellings: dict, seed: int) -> dict:
     train_y, test_y = (
         {name: torch.from_numpy(labelling[side]) for name, labelling in labellings.items()} for side in (0, 1)
     )
-    seeds = range(seed, seed + _NUM_K_MEANS)
+    seeds = range(seed, seed + NUM_K_MEANS)
     return {
         "encoder": level.title,
         "model": level.model,
@@ -177,6 +197,24 @@ def _row(level: _Level, labellings: dict, seed: int) -> dict:
         "dim": level.test_x.shape[1],
         "structure": structure_of(level.train_x, train_y, level.test_x, test_y, seeds),
     }
+
+
+def _add_runs(rows: list[dict], runs: dict[str, list[LoadedModel]], measured_on: tuple, seed: int, progress: bool):
+    """Replaces the numbers of models of which there are several runs by those of all runs."""
+    train, test, labellings = measured_on
+    for name, of_model in runs.items():
+        rows_of_model = [row for row in rows if row["model"] == name]
+        structures = [[row["structure"]] for row in rows_of_model]
+        for number, run in enumerate(of_model[1:], start=2):
+            levels = _embed_models({f"{name}, run {number}": run}, train, test, progress)
+            if len(levels) != len(structures):
+                raise InputError(f"The runs of {name} have {len(structures)} and {len(levels)} levels; name stacks of "
+                                 "different height apart.")  # fmt: skip
+            for of_level, level in zip(structures, levels, strict=True):
+                of_level.append(_row(level, labellings, seed)["structure"])
+        if len(of_model) > 1:
+            for row, of_level in zip(rows_of_model, structures, strict=True):
+                row["structure"] = summarize(of_level)
 
 
 def _plots(levels: list[_Level], drawn: np.ndarray, seed: int, progress: bool) -> list[LevelPlot]:
@@ -247,36 +285,8 @@ def _notes(results: dict) -> list[str]:
         f"{results['num_drawn_images']:,} images of {results['test_dataset']}, a random choice, each a point where "
         "t-SNE or PCA puts its embedding, scaled to length 1. t-SNE shows who is near to whom; the sizes of its "
         "groups and the gaps between them mean nothing. PCA keeps large distances and hides small ones.",
-        _settings_line(results),
+        settings_line(results),
     ]
-
-
-def _settings_line(results: dict) -> str:
-    classes = ", ".join(f"{len(names)} {name}" for name, names in results["classes"].items())
-    return (
-        f"Measured on {results['num_test_images']:,} images of {results['test_dataset']} ({classes} classes), kNN by "
-        f"the votes of {results['num_train_images']:,} of {results['train_dataset']}; seed {results['seed']}. "
-        "Silhouette: from -1 to 1, how far the classes are apart. NMI: from 0 to 1, how well k-means finds them, "
-        f"95 % interval over {_NUM_K_MEANS} seeds of k-means. kNN: percent correct, 95 % interval over the choice of "
-        "test images."
-    )
-
-
-def format_structure(results: dict) -> str:
-    """
-    The numbers as text that is valid Markdown, too.
-
-    Args:
-        results (`dict`): What [`visualize_levels`] returned.
-
-    Returns:
-        `str`: A paragraph with sizes and settings, then the table.
-    """
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in structure_table(results["rows"])]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join([_settings_line(results), "", *lines])
 
 
 def _write(output_dir: Path, view: LevelView, results: dict):
