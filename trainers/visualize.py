@@ -92,8 +92,8 @@ def visualize_levels(
     Returns:
         `dict`: `rows`, for each level `encoder` (its name here), `model`, `level`, `dim` and `structure` of
         [`~structure.structure_of`], or [`~structure.summarize`] for several runs; `num_runs` by name; `zoom`, the
-        class and the silhouette of its sub-clusters at each level beside the mean over all classes, or None; the data sets'
-        names and sizes, the classes of each labelling, the seed.
+        class and the silhouette of its sub-clusters at each level beside the mean over all classes, or None; the data
+        sets' names and sizes, the classes of each labelling, the seed.
 
     Raises:
         InputError: There is no model, a model cannot be loaded, images have no labels, the coarse classes do not fit,
