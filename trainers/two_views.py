@@ -95,12 +95,15 @@ def two_view_transform(image_size: tuple[int, int], data: TwoViewDataArguments, 
     crop = v2.RandomResizedCrop(image_size, scale=tuple(data.crop_scale), interpolation=InterpolationMode.BICUBIC)
     steps = [crop, *([v2.RandomHorizontalFlip()] if data.horizontal_flip else [])]
     if with_colors:
-        steps += [
-            v2.RandomApply([v2.ColorJitter(*data.color_jitter)], p=data.color_jitter_probability),
-            v2.RandomGrayscale(data.grayscale_probability),
-            v2.RandomApply([v2.GaussianBlur(blur_kernel(image_size), _BLUR_SIGMA)], p=data.blur_probability),
-            v2.RandomSolarize(_SOLARIZE_THRESHOLD, data.solarize_probability),
+        jitter, blur = v2.ColorJitter(*data.color_jitter), v2.GaussianBlur(blur_kernel(image_size), _BLUR_SIGMA)
+        changes = [
+            (v2.RandomApply([jitter], p=data.color_jitter_probability), data.color_jitter_probability),
+            (v2.RandomGrayscale(data.grayscale_probability), data.grayscale_probability),
+            (v2.RandomApply([blur], p=data.blur_probability), data.blur_probability),
+            (v2.RandomSolarize(_SOLARIZE_THRESHOLD, data.solarize_probability), data.solarize_probability),
         ]
+        # on small images a step that never changes one costs as much as one that does
+        steps += [change for change, probability in changes if probability > 0]
     return TwoViews(v2.Compose([*steps, v2.PILToTensor()]))
 
 
