@@ -59,6 +59,13 @@ class CJepaPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         init_weights(module, self.config)
 
+    def set_attn_implementation(self, *args, **kwargs):
+        """As in transformers, and in every level of a stack."""
+        super().set_attn_implementation(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(getattr(module, "config", None), CJepaConfig):
+                module.config._attn_implementation_internal = self.config._attn_implementation
+
 
 class CJepaModel(CJepaPreTrainedModel):
     """

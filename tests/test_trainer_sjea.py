@@ -98,11 +98,14 @@ def test_the_last_smaller_batch_is_trained_on(tmp_path):
 def test_two_processes_train_like_one(tmp_path):
     # plain gradient descent: Adam turns the rounding of a vanishing gradient into a step of full length
     descent = {"optim": "sgd", "start_learning_rate": 1e-3, "learning_rate": 1e-3, "num_train_epochs": 1}
-    # a step of the transformer multiplies what rounding leaves by a hundred: one is compared
-    runs = {"vectors": descent | {"model": LEVELS}, "tokens": descent | {"model": WITH_TOKENS, "max_steps": 1}}
+    runs = {
+        "one step": descent | {"model": LEVELS, "max_steps": 1},
+        "one step of tokens": descent | {"model": WITH_TOKENS, "max_steps": 1},
+        "three steps": descent | {"model": LEVELS},
+    }
     halves = {name: run | {"per_device_train_batch_size": 8} for name, run in runs.items()}
     # 44 images do not fill the last batch: Accelerate does, with the first ones
-    halves["filled"] = halves["vectors"] | {"num_images": 44, "dataloader_drop_last": False}
+    halves["filled"] = halves["three steps"] | {"num_images": 44, "dataloader_drop_last": False}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, str(WORKER), str(tmp_path), json.dumps(halves)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -112,10 +115,11 @@ def test_two_processes_train_like_one(tmp_path):
         two = [load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1)]
         two_log = json.loads((tmp_path / f"{name}-0.json").read_text())
         num_steps = run.get("max_steps", 3)
+        allowed = 1e-5 if num_steps == 1 else 1e-3  # a step multiplies what rounding has left
         assert len([entry for entry in one_log if "loss" in entry]) == num_steps
         for key, tensor in one.items():
             assert torch.equal(two[0][key], two[1][key]), f"{name}: {key} differs between the ranks"
-            torch.testing.assert_close(two[0][key], tensor, atol=1e-4, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(two[0][key], tensor, atol=allowed, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
         for entry, expected in zip(two_log[:num_steps], one_log[:num_steps], strict=True):
             for term in ("loss", "loss_invariance", "loss_level1_variance", "grad_norm", "rankme", "level1_rankme"):
                 assert entry[term] == pytest.approx(expected[term], rel=1e-3), (name, term)
