@@ -123,7 +123,7 @@ def test_two_processes_train_like_one(tmp_path):
             torch.testing.assert_close(two[0][key], tensor, atol=allowed, rtol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
         for entry, expected in zip(two_log[:num_steps], one_log[:num_steps], strict=True):
             for term in ("loss", "loss_invariance", "loss_level1_variance", "grad_norm", "rankme", "level1_rankme"):
-                assert entry[term] == pytest.approx(expected[term], rel=1e-3), (name, term)
+                assert entry[term] == pytest.approx(expected[term], rel=10 * allowed), (name, term)
     filled = [load_file(tmp_path / f"filled-{rank}.safetensors") for rank in (0, 1)]
     assert all(torch.equal(filled[0][key], filled[1][key]) for key in filled[0])
     assert json.loads((tmp_path / "filled-0.json").read_text())[2]["step"] == 3
