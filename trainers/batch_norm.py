@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -29,7 +30,7 @@ def synchronize_batch_norms(model: nn.Module, device: torch.device) -> nn.Module
 
 class GlobalBatchNorm(_BatchNorm):
     """
-    Batch norm over all processes, by two sums over them: the means, then the variances.
+    Batch norm over all processes, by one exchange of statistics forward and one of gradients backward.
 
     Every process must have as many images as the others, which Accelerate sees to.
     """
@@ -50,18 +51,12 @@ class GlobalBatchNorm(_BatchNorm):
         """Normalises (B, C, ...) over all but C and over all processes."""
         if not self.training or not (dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(input)
-        x = input.float()
-        dims = [dim for dim in range(x.ndim) if dim != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        number = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = _SumOverProcesses.apply(x.sum(dims)) / number
-        centred = x - mean.view(shape)
-        variance = _SumOverProcesses.apply(centred.square().sum(dims)) / number
-        self._update(mean.detach(), variance.detach() * number / (number - 1))
-        normalised = centred * torch.rsqrt(variance + self.eps).view(shape)
-        if self.affine:
-            normalised = normalised * self.weight.view(shape) + self.bias.view(shape)
-        return normalised.to(input.dtype)
+        weight = torch.ones_like(self.running_mean) if self.weight is None else self.weight
+        bias = torch.zeros_like(self.running_mean) if self.bias is None else self.bias
+        mean, variance = _global_statistics(input.detach())
+        number = input.numel() // input.shape[1] * dist.get_world_size()
+        self._update(mean, variance * number / (number - 1))
+        return _Normalize.apply(input, weight, bias, mean, variance, self.eps)
 
     @torch.no_grad()
     def _update(self, mean: torch.Tensor, variance: torch.Tensor):
@@ -73,17 +68,34 @@ class GlobalBatchNorm(_BatchNorm):
         self.running_var.lerp_(variance, share)
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """The sum over processes, whose gradient is the sum of theirs."""
+def _global_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance (C,) of x (B, C, ...) over all processes, by one exchange of each process's own."""
+    variance, mean = torch.var_mean(x.float(), [dim for dim in range(x.ndim) if dim != 1], correction=0)
+    of_all = mean.new_empty(dist.get_world_size(), 2, len(mean))
+    dist.all_gather_into_tensor(of_all.view(-1, len(mean)), torch.stack([mean, variance]))
+    means, variances = of_all.unbind(dim=1)
+    mean = means.mean(dim=0)
+    return mean, (variances + (means - mean).square()).mean(dim=0)
+
+
+class _Normalize(torch.autograd.Function):
+    """(x - mean) / std * weight + bias, where mean and variance are those of x over all processes."""
 
     @staticmethod
-    def forward(ctx, x):
-        total = x.contiguous().clone()
-        dist.all_reduce(total)
-        return total
+    def forward(ctx, x, weight, bias, mean, variance, eps):
+        ctx.save_for_backward(x, weight, mean, torch.rsqrt(variance + eps))
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
-        dist.all_reduce(gradient)
-        return gradient
+        x, weight, mean, scale = ctx.saved_tensors
+        dims, shape = [dim for dim in range(x.ndim) if dim != 1], [1, -1] + [1] * (x.ndim - 2)
+        normalised = (x.float() - mean.view(shape)) * scale.view(shape)
+        gradient = gradient.float()
+        of_bias, of_weight = gradient.sum(dims), (gradient * normalised).sum(dims)
+        of_all = torch.stack([of_bias, of_weight])
+        dist.all_reduce(of_all)
+        sum_bias, sum_weight = of_all / (x.numel() // x.shape[1] * dist.get_world_size())
+        of_x = gradient - sum_bias.view(shape) - normalised * sum_weight.view(shape)
+        of_x = (of_x * (weight * scale).view(shape)).to(x.dtype)
+        return of_x, of_weight.to(weight.dtype), of_bias.to(weight.dtype), None, None, None
