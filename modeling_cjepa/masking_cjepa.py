@@ -179,6 +179,19 @@ def _check_geometry(rows, columns, num_target_blocks, target_scale, target_aspec
         )
 
 
+def grids_by_level(grid_size: tuple[int, int], merges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The grid (rows, columns) of each level from the lowest up; raises `ValueError` if one cannot be merged."""
+    grids = [grid_size]
+    for rows, columns in merges:
+        if grids[-1][0] % rows or grids[-1][1] % columns:
+            raise ValueError(
+                f"A {grids[-1][0]}x{grids[-1][1]} grid of tokens cannot be merged by {rows}x{columns}; give images "
+                "whose grid they divide."
+            )
+        grids.append((grids[-1][0] // rows, grids[-1][1] // columns))
+    return grids
+
+
 def ids_by_level(
     ids: torch.Tensor | None, grid_size: tuple[int, int], merges: list[tuple[int, int]]
 ) -> list[torch.Tensor | None]:
@@ -197,14 +210,7 @@ def ids_by_level(
     Raises:
         ValueError: A grid cannot be merged.
     """
-    grids = [grid_size]
-    for rows, columns in merges:
-        if grids[-1][0] % rows or grids[-1][1] % columns:
-            raise ValueError(
-                f"A {grids[-1][0]}x{grids[-1][1]} grid of tokens cannot be merged by {rows}x{columns}; give images "
-                "whose grid they divide."
-            )
-        grids.append((grids[-1][0] // rows, grids[-1][1] // columns))
+    grids = grids_by_level(grid_size, merges)
     found = [ids]
     for (rows, columns), (_, num_columns) in zip(reversed(merges), reversed(grids[1:]), strict=True):
         if ids is not None:

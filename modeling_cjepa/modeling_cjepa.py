@@ -94,6 +94,11 @@ class CJepaModel(CJepaPreTrainedModel):
         choose_level(config.level, config.num_levels)
         self.post_init()
 
+    @property
+    def merges(self) -> list[tuple[int, int]]:
+        """Rows and columns of tokens that each level above the lowest merges."""
+        return [upper.embeddings.patch_embeddings.patch_size for upper in self.upper_levels]
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def _encode_patches(self, pixel_values, patch_ids=None, **kwargs) -> BaseModelOutputWithPooling:
@@ -122,8 +127,7 @@ class CJepaModel(CJepaPreTrainedModel):
         """
         upper_levels = self.upper_levels[: choose_level(level, self.config.num_levels)]
         grid_size = self.embeddings.patch_embeddings.grid_size(pixel_values)
-        merges = [upper.embeddings.patch_embeddings.patch_size for upper in upper_levels]
-        ids = ids_by_level(patch_ids, grid_size, merges)
+        ids = ids_by_level(patch_ids, grid_size, self.merges[: len(upper_levels)])
         outputs = [self._encode_patches(pixel_values, ids[0], return_dict=True, **kwargs)]
         for upper, ids_below, ids_here in zip(upper_levels, ids, ids[1:], strict=False):
             tokens = tokens_on_grid(outputs[-1].last_hidden_state, ids_below, grid_size)

@@ -28,7 +28,7 @@ from .losses_cjepa import (
     variance_term,
     vicreg_terms,
 )
-from .masking_cjepa import ids_by_level, sample_block_masks
+from .masking_cjepa import grids_by_level, ids_by_level, sample_block_masks
 from .modeling_cjepa import CJepaModel, CJepaPreTrainedModel, combine
 
 
@@ -203,16 +203,17 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         for name, ids in (("context_ids", context_ids), ("target_ids", target_ids)):
             if ids is not None and ids.shape[0] != pixel_values.shape[0]:
                 raise ValueError(f"{name} has masks of {ids.shape[0]} images, pixel_values {pixel_values.shape[0]}.")
+        grid_sizes = self.grid_sizes(pixel_values)
         if context_ids is None:
             context_ids, target_ids = self.sample_masks(
-                pixel_values.shape[0], self.grid_sizes(pixel_values)[-1], generator, device=pixel_values.device
+                pixel_values.shape[0], grid_sizes[-1], generator, device=pixel_values.device
             )
         recorded = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         recorded = {name: value for name, value in recorded.items() if value is not None}  # else the configuration's
         with torch.no_grad():
             tokens = self.cjepa.encode(pixel_values, **recorded)
         contexts = self.context_encoder.encode(pixel_values, context_ids)
-        levels = self._predict(tokens, contexts, context_ids, target_ids, self.grid_sizes(pixel_values))
+        levels = self._predict(tokens, contexts, context_ids, target_ids, grid_sizes)
         loss = terms = None
         if return_loss:
             loss, terms = self._loss(levels, regularizer_weight)
@@ -231,18 +232,11 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
 
     def grid_sizes(self, pixel_values: torch.Tensor) -> list[tuple[int, int]]:
         """The grid (rows, columns) of each level for images (B, C, H, W), from the image up."""
-        grids = [self.cjepa.embeddings.patch_embeddings.grid_size(pixel_values)]
-        for rows, columns in self._merges:
-            grids.append((grids[-1][0] // rows, grids[-1][1] // columns))
-        return grids
-
-    @property
-    def _merges(self) -> list[tuple[int, int]]:
-        return [upper.embeddings.patch_embeddings.patch_size for upper in self.cjepa.upper_levels]
+        return grids_by_level(self.cjepa.embeddings.patch_embeddings.grid_size(pixel_values), self.cjepa.merges)
 
     def _predict(self, tokens, contexts, context_ids, target_ids, grid_sizes) -> list["_Level"]:
         """Each level's predictions of its target encoder's tokens, from the image up."""
-        ids = (ids_by_level(each, grid_sizes[0], self._merges) for each in (context_ids, target_ids))
+        ids = (ids_by_level(each, grid_sizes[0], self.cjepa.merges) for each in (context_ids, target_ids))
         levels = []
         for encoded, context, context_here, target_here, predictor, expander, grid_size in zip(
             tokens, contexts, *ids, [self.predictor, *self.upper_predictors],

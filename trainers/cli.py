@@ -195,9 +195,7 @@ def add_visualize(commands):
         default=[],
         help="other models to draw, such as single-level ones",
     )
-    parser.add_argument(
-        "--output", metavar="FOLDER", help="where to (default: `levels` beside or in the model's folder)"
-    )
+    parser.add_argument("--output", metavar="FOLDER", help="where to (default: `levels` in the first model's folder)")
     parser.add_argument("--num_images", type=int, default=2000, help="images to draw (default 2000)")
     parser.add_argument("--class_name", metavar="NAME", help="class to zoom in (default: the one that changes most)")
     parser.add_argument("--coarse", metavar="FILE", help="YAML file with the fine classes of each coarse one")
@@ -223,9 +221,7 @@ def run_visualize(namespace):
     image_size = max(pair(load_encoder_config(first).image_size))
     models = {"stack": namespace.model, **named_models(namespace.beside)}
     models = {name: path.split(",") for name, path in models.items()}
-    folder = Path(
-        namespace.output or (Path(namespace.model) / "levels" if Path(namespace.model).is_dir() else "levels")
-    )
+    folder = Path(namespace.output or (Path(first) / "levels" if Path(first).is_dir() else "levels"))
     results = visualize_levels(
         models, *load_sources(data, image_size), folder, namespace.num_images, namespace.class_name,
         data.image_mean, data.image_std, namespace.coarse, namespace.seed,

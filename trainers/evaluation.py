@@ -19,7 +19,7 @@ from trainers.datasets import ImageDataset, ImageSource, sample_seed, seeded
 from trainers.diagnostics import feature_std, rankme
 from trainers.embedding import MAX_RAW_PIXELS, EveryLevel, OneLevel, RawPixels, device_of, extract_embeddings
 from trainers.errors import InputError
-from trainers.loading import load_image_statistics, load_model
+from trainers.loading import load_with_statistics
 from trainers.probes import accuracy_interval, knn_predict, linear_predict
 from trainers.sources import choose_images, with_common_classes
 from trainers.transforms import eval_transform
@@ -241,9 +241,9 @@ def evaluate_model(
     train_source, test_source = with_common_classes(
         choose_images(train_source, arguments.num_probe_images), test_source
     )
-    model, *statistics = _with_statistics(model, image_mean, image_std)
+    model, *statistics = load_with_statistics(model, image_mean, image_std)
     _check_level(level, model)
-    others = {name: _with_statistics(other, image_mean, image_std) for name, other in (beside or {}).items()}
+    others = {name: load_with_statistics(other, image_mean, image_std) for name, other in (beside or {}).items()}
     transform = eval_transform(pair(model.config.image_size))
     images = ImageDataset(train_source, transform), ImageDataset(test_source, transform)
     is_cjepa = isinstance(model, CJepaForPreTraining)
@@ -271,14 +271,6 @@ def evaluate_model(
         "image_std": list(statistics[1]),
         "rows": rows,
     }
-
-
-def _with_statistics(model, image_mean, image_std) -> tuple:
-    """A model, loaded if it is the name of one, with the mean and std of the images it reads."""
-    if isinstance(model, str | Path):
-        path, model = model, load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
-        image_mean, image_std = load_image_statistics(path) or (image_mean, image_std)
-    return model, image_mean, image_std
 
 
 def _check_level(level: int | str | None, model: PreTrainedModel):

@@ -14,7 +14,7 @@ from modeling_cjepa.configuration_cjepa import pair
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.embedding import EveryLevel, extract_embeddings
 from trainers.errors import InputError
-from trainers.loading import load_image_statistics, load_model
+from trainers.loading import load_with_statistics
 from trainers.transforms import eval_transform
 
 
@@ -50,9 +50,7 @@ def load_levels(model: str | Path | PreTrainedModel, image_mean, image_std) -> L
     Raises:
         InputError: There is no whole model of this package.
     """
-    if isinstance(model, str | Path):
-        path, model = model, load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
-        image_mean, image_std = load_image_statistics(path) or (image_mean, image_std)
+    model, image_mean, image_std = load_with_statistics(model, image_mean, image_std)
     if not hasattr(model.config, "num_levels"):
         raise InputError(f"A {type(model).__name__} has no levels to look at; give a C-JEPA or S-JEA model.")
     return LoadedModel(model.base_model, pair(model.config.image_size), image_mean, image_std)

@@ -7,13 +7,12 @@ import base64
 import io
 import math
 
-import jinja2
 import numpy as np
 from PIL import Image
 
 from trainers.level_views import ClassView, Labelling, LevelView, class_colors
 from trainers.projections import METHODS
-from trainers.resources import template_path
+from trainers.resources import render_template
 from trainers.subclusters import NUM_SUBCLUSTERS
 
 # JPEG codes blocks of so many pixels: cells of whole blocks, and colours in full resolution, keep neighbours out
@@ -34,18 +33,9 @@ def render_page(view: LevelView) -> str:
     Returns:
         `str`: HTML.
     """
-    template = template_path("levels.html.j2")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template.parent),
-        undefined=jinja2.StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     sprite, columns, cell = thumbnail_sprite(view.thumbnails)
     height, width = view.thumbnails.shape[1:3]
-    return environment.get_template(template.name).render(
+    facts = dict(
         title=view.title,
         notes=view.notes,
         methods=list(METHODS.values()),
@@ -65,6 +55,7 @@ def render_page(view: LevelView) -> str:
         tip_zoom=_TIP_SIDE / max(height, width),
         data=_script_data(view),
     )
+    return render_template("levels.html.j2", facts, autoescape=True)
 
 
 def thumbnail_sprite(thumbnails: np.ndarray) -> tuple[str, int, tuple[int, int]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainers.reports import markdown_table
 from trainers.structure import NUM_K_MEANS, NUMBERS
 from trainers.subclusters import Subclusters
 
@@ -174,7 +175,4 @@ def format_structure(results: dict) -> str:
         `str`: A paragraph with sizes and settings, then the table.
     """
     cells = [[cell.replace("|", "\\|") for cell in row] for row in structure_table(results["rows"])]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join([settings_line(results), "", *lines])
+    return "\n".join([settings_line(results), "", *markdown_table(cells)])

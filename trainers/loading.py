@@ -65,3 +65,21 @@ def load_image_statistics(path: str | Path) -> tuple[list[float], list[float]] |
     except (OSError, ValueError) as error:
         raise InputError(f"The image processor of {path} cannot be loaded ({first_line(error)}).") from error
     return list(processor.image_mean), list(processor.image_std)
+
+
+def load_with_statistics(model, image_mean, image_std) -> tuple:
+    """
+    A model with the mean and standard deviation of the images it reads.
+
+    Args:
+        model (`str`, `Path` or a model): A folder or the id of a model on the Hub, put on the GPU if there is one; or
+            a model, used where it is.
+        image_mean, image_std (`list[float]`): Of the channels, where no image processor says.
+
+    Returns:
+        `(model, image_mean, image_std)`.
+    """
+    if isinstance(model, str | Path):
+        path, model = model, load_model(model).to("cuda" if torch.cuda.is_available() else "cpu")
+        image_mean, image_std = load_image_statistics(path) or (image_mean, image_std)
+    return model, image_mean, image_std

@@ -19,9 +19,10 @@ from trainers.datasets import ImageSource
 from trainers.errors import InputError
 from trainers.evaluation import evaluate_model
 from trainers.files import full_disk_named, write_json
-from trainers.publishing import render_card, save_model, whole_folder
+from trainers.publishing import save_model, whole_folder
 from trainers.recipes import Recipe, model_fields, recipe_text, write_recipe
 from trainers.reports import draw_curves, format_table, machine_facts, software_facts
+from trainers.resources import render_template
 from trainers.sources import load_sources, with_common_classes
 from trainers.trainer import JepaTrainer
 from trainers.training_args import JepaTrainingArguments
@@ -172,7 +173,7 @@ def finish(recipe: Recipe, trainer: JepaTrainer, labelled: tuple | None, seconds
                 print(f"The model is saved, but cannot be evaluated: {error}", flush=True)
         draw_curves(trainer.state.log_history, unfinished / "curves.png")
         write_json(unfinished / "results.json", facts | {"history": trainer.state.log_history})
-        card = render_card(recipe.objective.card, card_facts(facts, folder))
+        card = render_template(recipe.objective.card, card_facts(facts, folder))
         (unfinished / "README.md").write_text(card, encoding="utf-8")
     if "evaluation" in facts:
         print("\n" + format_table(facts["evaluation"]))

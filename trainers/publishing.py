@@ -10,12 +10,9 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-import jinja2
-
 import modeling_cjepa
 from modeling_cjepa import CJepaForPreTraining, SJeaForPreTraining
 from trainers.errors import InputError
-from trainers.resources import template_path
 
 AUTO_MAPS = {
     "cjepa": {
@@ -84,16 +81,3 @@ def save_model(model: CJepaForPreTraining | SJeaForPreTraining, processor, folde
     for source in Path(modeling_cjepa.__file__).parent.glob("*_*.py"):
         if not source.name.startswith("__"):
             shutil.copyfile(source, folder / source.name)
-
-
-def render_card(template_name: str, facts: dict) -> str:
-    """The model card of a run; facts that are not known are left out."""
-    template = template_path(template_name)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template.parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template(template.name).render(**facts)

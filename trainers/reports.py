@@ -116,12 +116,17 @@ def format_table(results: dict) -> str:
     """
     header = ["encoder", "kNN % (95 % interval)", "linear % (95 % interval)", "RankMe"]
     cells = [header] + [_table_row(row) for row in results["rows"]]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    lines = markdown_table(cells)
     if not all(row["linear_converged"] for row in results["rows"]):
         lines += ["", "\\* The linear probe did not converge."]
     return "\n".join([_settings_line(results), "", *lines])
+
+
+def markdown_table(cells: list[list[str]]) -> list[str]:
+    """Lines of a table whose columns are aligned in plain text, too; the first row of cells is the header."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
+    return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
 
 
 def _table_row(row: dict) -> list[str]:

@@ -5,6 +5,8 @@ A wheel carries them inside `trainers`; a checkout, installed in editable mode o
 
 from pathlib import Path
 
+import jinja2
+
 from trainers.errors import InputError
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -66,3 +68,30 @@ def template_path(name: str) -> Path:
     if name not in names:
         raise InputError(f"There is no template '{name}': give one of {', '.join(names)}.")
     return _TEMPLATES / name
+
+
+def render_template(name: str, facts: dict, autoescape: bool = False) -> str:
+    """
+    Fill in a shipped template.
+
+    Args:
+        name (`str`):
+            Its file name, such as `cjepa.md.j2`.
+        facts (`dict`):
+            What it names; a name that is missing is an error.
+        autoescape (`bool`):
+            Whether text is escaped, as in HTML.
+
+    Returns:
+        `str`: The text.
+    """
+    template = template_path(name)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template.parent),
+        undefined=jinja2.StrictUndefined,
+        autoescape=autoescape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(name).render(**facts)
