@@ -132,6 +132,13 @@ class CJepaConfig(PreTrainedConfig):
             self.level_config(self.num_levels - 1)  # which names what is wrong with one
         choose_level(self.level, self.num_levels)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; the configuration of an S-JEA model is refused."""
+        if config_dict.get("model_type") == "sjea":
+            raise ValueError("This is an S-JEA model, no C-JEPA one; load it with AutoModel or SJeaModel.")
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of the patch grid of an image of `image_size`."""
@@ -172,6 +179,11 @@ class CJepaConfig(PreTrainedConfig):
         unknown = [name for name in entry if name not in known]
         if unknown:
             raise ValueError(f"{where}: {unknown[0]!r} is no field of an upper level; it has {', '.join(known)}.")
+        if not _is_size(entry.get("patch_size", 2)):
+            raise ValueError(
+                f"{where}: patch_size={entry['patch_size']!r} must be a whole number of 1 or more, or two of them, "
+                "height and width."
+            )
         merged = pair(entry.get("patch_size", 2))
         if any(size % tokens for size, tokens in zip(below.grid_size, merged, strict=True)):
             rows, columns = below.grid_size
@@ -191,8 +203,7 @@ class CJepaConfig(PreTrainedConfig):
         for name in _COUNTS:
             value = getattr(self, name)
             may_be_two = name in ("image_size", "patch_size")
-            numbers = value if may_be_two and isinstance(value, list | tuple) and len(value) == 2 else [value]
-            if value is not None and not all(type(number) is int and number >= 1 for number in numbers):
+            if value is not None and not (_is_count(value) or may_be_two and _is_size(value)):
                 two = ", or two of them, height and width" if may_be_two else ""
                 raise ValueError(f"{name}={value!r} must be a whole number of 1 or more{two}.")
         for prefix in ("", "predictor_"):
@@ -216,8 +227,12 @@ class CJepaConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(choices)}.")
         for name in ("regularizer_weight", "invariance_weight", "variance_weight", "covariance_weight",
                      "level_weight"):  # fmt: skip
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not a loss weight, which must be 0 or more.")
+            if not is_weight(getattr(self, name)):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not a loss weight, which must be a number of 0 or more."
+                )
+        if not isinstance(self.stop_gradient, bool):
+            raise ValueError(f"stop_gradient={self.stop_gradient!r} must be true or false.")
         for name in ("initializer_range", "layer_norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
@@ -229,6 +244,19 @@ class CJepaConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be two numbers, low and high.")
         if self.regularizer == "blocks" and self.num_target_blocks < 2 and self.regularizer_weight > 0:
             raise ValueError("regularizer='blocks' compares target blocks; set num_target_blocks to 2 or more.")
+
+
+def _is_count(value) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_size(value) -> bool:
+    return _is_count(value) or isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_count, value))
+
+
+def is_weight(value) -> bool:
+    """Whether it can weigh a term of the loss: a finite number of 0 or more."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < float("inf")
 
 
 def pair(size) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from transformers import PreTrainedConfig
 
-from .configuration_cjepa import choose_level
+from .configuration_cjepa import choose_level, is_weight
 
 STEMS = ("standard", "small")
 INPUTS = ("vector", "map", "tokens")
@@ -59,9 +59,9 @@ class SJeaLevelConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(choices)}.")
         for name in ("level_weight", "invariance_weight", "variance_weight", "covariance_weight"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                raise ValueError(f"{name}={value!r} is not a loss weight, which must be 0 or more.")
-        if not isinstance(self.backbone, dict) or "model_type" not in self.backbone:
+            if not is_weight(value):
+                raise ValueError(f"{name}={value!r} is not a loss weight, which must be a number of 0 or more.")
+        if not isinstance(self.backbone, dict) or not isinstance(self.backbone.get("model_type"), str):
             raise ValueError(
                 f"backbone={self.backbone!r} must be a mapping of a transformers configuration's fields, with a "
                 "model_type such as resnet."
@@ -119,6 +119,14 @@ class SJeaConfig(PreTrainedConfig):
         choose_level(self.level, len(self.levels))
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers; the configuration of another model is refused."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f"This is a {model_type!r} model, no S-JEA one; load it with AutoModel.")
+        return super().from_dict(config_dict, **kwargs)
+
     def _read_levels(self) -> list[SJeaLevelConfig]:
         levels = _two_resnets() if self.levels is None else self.levels
         if not isinstance(levels, list | tuple) or not levels:
@@ -134,6 +142,13 @@ class SJeaConfig(PreTrainedConfig):
                 read.append(SJeaLevelConfig(**level))
             except ValueError as error:
                 raise ValueError(f"levels[{number}]: {error}") from error
+        plain = SJeaLevelConfig()
+        for name in ("input", "reads", "fold_height", "stop_gradient"):
+            if getattr(read[0], name) != getattr(plain, name):
+                raise ValueError(
+                    f"levels[0]: {name}={getattr(read[0], name)!r} says what is read of the level below, and level 0 "
+                    "reads the image; leave it out."
+                )
         return read
 
     @property

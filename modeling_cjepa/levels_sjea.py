@@ -3,18 +3,15 @@
 Shapes: B images, C channels, N tokens, h and w rows and columns of a map, D width of an embedding, E expanded width.
 """
 
-import inspect
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .configuration_cjepa import CJepaConfig
+from .backbones_sjea import build_backbone, build_backbone_config, mistakes_as_value_error
 from .configuration_sjea import SJeaLevelConfig
 from .heads_cjepa import CJepaExpander
-from .modeling_cjepa import CJepaModel
 
 
 @dataclass
@@ -79,19 +76,18 @@ class SJeaLevel(nn.Module):
 
     def _output_shapes(self) -> tuple[tuple[int, ...], int]:
         """The shape of an image's features and the width of its embedding, by a run without memory or arithmetic."""
-        try:
-            with torch.device("meta"), torch.no_grad():
-                backbone = build_backbone(self.backbone_config, self.config.stem).to("meta").eval()
-                outputs = backbone(torch.empty(2, *self.input_shape))
-        except (RuntimeError, ValueError, TypeError) as error:
-            channels, height, width = self.input_shape
+        name = repr(self.backbone_config.model_type)
+        channels, height, width = self.input_shape
+        with (
+            mistakes_as_value_error(f"backbone {name} cannot read {channels} channels of {height}x{width}"),
+            torch.device("meta"),
+            torch.no_grad(),
+        ):
+            backbone = build_backbone(self.backbone_config, self.config.stem).to("meta").eval()
+            outputs = backbone(torch.empty(2, *self.input_shape))
+        if getattr(outputs, "pooler_output", None) is None or getattr(outputs, "last_hidden_state", None) is None:
             raise ValueError(
-                f"backbone {self.backbone_config.model_type!r} cannot read {channels} channels of {height}x{width}: "
-                f"{error}"
-            ) from error
-        if getattr(outputs, "pooler_output", None) is None:
-            raise ValueError(
-                f"backbone {self.backbone_config.model_type!r} gives no pooled features (pooler_output), which a "
+                f"backbone {name} gives no pooled features (pooler_output) beside those before the pooling, which a "
                 "level needs; choose one that does, such as resnet, vit, dinov2, convnext or cjepa."
             )
         return tuple(outputs.last_hidden_state.shape[1:]), outputs.pooler_output[0].numel()
@@ -101,7 +97,9 @@ class SJeaLevel(nn.Module):
         if self.is_lowest:
             return below
         if self.config.input == "vector":
-            vector = below.expanded if self.config.reads == "expanded" else below.embedding
+            # the expander gives float32, whatever the precision of the weights
+            expands = self.config.reads == "expanded"
+            vector = below.expanded.to(below.embedding.dtype) if expands else below.embedding
             return vector.view(-1, *self.input_shape)
         features = below.features
         if features.ndim == 4:
@@ -124,86 +122,6 @@ class SJeaLevel(nn.Module):
         embedding = outputs.pooler_output.flatten(1)  # a ResNet's is (B, D, 1, 1)
         expanded = None if self.expander is None else self.expander(embedding)
         return LevelOutput(outputs.last_hidden_state, embedding, expanded)
-
-
-def build_backbone_config(fields: dict, input_shape: tuple[int, int, int]) -> PreTrainedConfig:
-    """
-    A backbone's configuration for what it reads.
-
-    Args:
-        fields (`dict`): Its fields, `model_type` among them.
-        input_shape (`(C, h, w)`): Channels, rows and columns of its input.
-
-    Returns:
-        `PreTrainedConfig`.
-
-    Raises:
-        ValueError: The type is not known, or a field contradicts the input.
-    """
-    channels, height, width = input_shape
-    given = {name: value for name, value in fields.items() if name != "model_type"}
-    if given.get("num_channels", channels) != channels:
-        raise ValueError(
-            f"backbone: num_channels={given['num_channels']}, but the level reads {channels}; leave it out."
-        )
-    sizes = {"num_channels": channels, "image_size": height if height == width else (height, width)}
-    if fields["model_type"] == "cjepa":
-        return CJepaConfig(**{**sizes, **given})
-    try:
-        defaults = AutoConfig.for_model(fields["model_type"])
-    except ValueError as error:
-        raise ValueError(f"backbone: model_type={fields['model_type']!r} is not transformers'; mend it.") from error
-    unknown = [name for name in given if not hasattr(defaults, name)]
-    if unknown:
-        raise ValueError(f"backbone: a {fields['model_type']!r} has no field {unknown[0]!r}; mend it.")
-    sizes = {name: value for name, value in sizes.items() if hasattr(defaults, name)}
-    if isinstance(getattr(defaults, "image_size", None), list | tuple):
-        sizes["image_size"] = [height, width]
-    return AutoConfig.for_model(fields["model_type"], **{**sizes, **given})
-
-
-def build_backbone(config: PreTrainedConfig, stem: str, attn_implementation: str | None = None) -> PreTrainedModel:
-    """
-    A backbone with its stem, initialised as its own class says.
-
-    Args:
-        config (`PreTrainedConfig`): Its configuration.
-        stem (`str`): `"standard"` or `"small"`.
-        attn_implementation (`str`, *optional*): Where it has attention.
-
-    Returns:
-        `PreTrainedModel`.
-
-    Raises:
-        ValueError: The small stem is asked of something that is no ResNet, or the type is no encoder of images.
-    """
-    if isinstance(config, CJepaConfig):
-        model_class = CJepaModel
-    else:
-        model_class = _encoder_class(config)
-    has_attention = getattr(model_class, "_supports_sdpa", False)
-    backbone = model_class._from_config(config, attn_implementation=attn_implementation if has_attention else None)
-    if stem == "small":
-        embedder = getattr(getattr(backbone, "embedder", None), "embedder", None)
-        if config.model_type != "resnet" or embedder is None:
-            raise ValueError(
-                f"stem='small' is one of a resnet, and the backbone is {config.model_type!r}; leave it out."
-            )
-        before = embedder.convolution
-        embedder.convolution = nn.Conv2d(before.in_channels, before.out_channels, 3, padding=1, bias=False)
-        backbone.embedder.pooler = nn.Identity()
-    return backbone
-
-
-def _encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    model_class = MODEL_MAPPING.get(type(config), None)
-    if isinstance(model_class, tuple | list):
-        model_class = model_class[0]
-    if model_class is None or "pixel_values" not in inspect.signature(model_class.forward).parameters:
-        raise ValueError(
-            f"backbone: model_type={config.model_type!r} is no encoder of images; choose one, such as resnet."
-        )
-    return model_class
 
 
 def fold_size(width: int, height: int | None = None) -> tuple[int, int]:

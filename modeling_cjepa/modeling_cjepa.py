@@ -99,6 +99,11 @@ class CJepaModel(CJepaPreTrainedModel):
         """Rows and columns of tokens that each level above the lowest merges."""
         return [upper.embeddings.patch_embeddings.patch_size for upper in self.upper_levels]
 
+    def num_parameters_up_to(self, level: int) -> int:
+        """Parameters of the encoders that make the features of a level, from 0."""
+        above = sum(upper.num_parameters() for upper in self.upper_levels[level:])
+        return self.num_parameters() - above
+
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def _encode_patches(self, pixel_values, patch_ids=None, **kwargs) -> BaseModelOutputWithPooling:

@@ -96,6 +96,13 @@ class SJeaModel(SJeaPreTrainedModel):
         self.levels = nn.ModuleList(levels)
         self.post_init()
 
+    def num_parameters_up_to(self, level: int) -> int:
+        """Parameters of the encoders that make the features of a level, from 0."""
+        # an expander inside the stack is part of what the level above it reads
+        expanders = [module.expander for module in self.levels[:level] if module.expander is not None]
+        used = [*(module.backbone for module in self.levels[: level + 1]), *expanders]
+        return sum(parameter.numel() for module in used for parameter in module.parameters())
+
     def encode(self, pixel_values: torch.Tensor, level: int | None = None) -> list[LevelOutput]:
         """
         Encodes images level by level.

@@ -72,6 +72,9 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
 
     Args:
         config ([`CJepaConfig`]): Its configuration.
+
+    Raises:
+        ValueError: `stop_gradient` is set of level 0, which has no level below.
     """
 
     # forward takes no `num_items_in_batch`: Trainer shall divide the loss by the accumulation steps
@@ -79,6 +82,8 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
 
     def __init__(self, config: CJepaConfig):
         super().__init__(config)
+        if config.stop_gradient:
+            raise ValueError("stop_gradient=True, but level 0 has no level below; set it in an entry of upper_levels.")
         self.cjepa = CJepaModel(config)
         self.context_encoder = CJepaModel(config)
         self.predictor, self.expander = CJepaPredictor(config), _expander(config)

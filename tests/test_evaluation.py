@@ -245,7 +245,7 @@ def test_evaluate_model_loads_both_encoders_and_compares(folder, train, test):
     model = tiny_model(image_size=SIZE)
     for label, encoder in (("target encoder", model.cjepa), ("context encoder", model.context_encoder)):
         expected = evaluate_encoder(encoder, as_dataset(train), as_dataset(test), MEAN, STD, ARGUMENTS, label)
-        assert results["rows"][labels.index(label)] == expected
+        assert results["rows"][labels.index(label)] == expected | {"num_parameters": encoder.num_parameters()}
     target, context = (row["feature_std"] for row in results["rows"][:2])
     assert abs(target - context) > 1e-4
     assert (results["image_mean"], results["image_std"]) == (pytest.approx(MEAN), pytest.approx(STD))
@@ -316,17 +316,18 @@ def test_table():
     row = {"encoder": "target encoder", "knn": 43.61, "knn_interval": [41.2, 46.04], "linear": 50.0,
            "linear_interval": [47.5, 52.5], "linear_C": 1.0, "linear_converged": True, "rankme": 13.66,
            "feature_std": 0.5, "dim": 192}  # fmt: skip
-    results = {"rows": [row, row | {"encoder": "raw pixels", "dim": 3072}], "train_dataset": "scenes (train)",
+    encoder = row | {"num_parameters": 1_234_567}
+    results = {"rows": [encoder, row | {"encoder": "raw pixels", "dim": 3072}], "train_dataset": "scenes (train)",
                "test_dataset": "scenes (test)", "num_train_images": 10000, "num_test_images": 2000, "num_classes": 12,
                "chance": 9.15, "num_neighbors": 20, "temperature": 0.07, "seed": 0, "image_size": [32, 32],
                "image_mean": MEAN, "image_std": STD}  # fmt: skip
     assert format_table(results) == (
         "2,000 images of scenes (test), 12 classes (chance 9.2 %), 32x32 pixels; fitted on 10,000 of scenes (train); "
         "kNN k 20, T 0.07; seed 0.\n\n"
-        "| encoder        | kNN % (95 % interval) | linear % (95 % interval) | RankMe       |\n"
-        "|----------------|-----------------------|--------------------------|--------------|\n"
-        "| target encoder | 43.6 (41.2-46.0)      | 50.0 (47.5-52.5)         | 13.7 of 192  |\n"
-        "| raw pixels     | 43.6 (41.2-46.0)      | 50.0 (47.5-52.5)         | 13.7 of 3072 |"
+        "| encoder        | parameters | kNN % (95 % interval) | linear % (95 % interval) | RankMe       |\n"
+        "|----------------|------------|-----------------------|--------------------------|--------------|\n"
+        "| target encoder | 1.23 M     | 43.6 (41.2-46.0)      | 50.0 (47.5-52.5)         | 13.7 of 192  |\n"
+        "| raw pixels     | -          | 43.6 (41.2-46.0)      | 50.0 (47.5-52.5)         | 13.7 of 3072 |"
     )
     results["rows"][1]["linear_converged"] = False
     assert "50.0 (47.5-52.5) \\*" in format_table(results)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from test_evaluation import ARGUMENTS, MEAN, SIZE, STD, as_dataset, scenes
 from tiny import RESNET, sjea_level, tiny_model, tiny_sjea
 
-from trainers.cli import main, named_models
+from trainers.cli import main
+from trainers.cli_models import named_models
 from trainers.embedding import OneLevel
 from trainers.errors import InputError
 from trainers.evaluation import embed, evaluate_levels, evaluate_model, probe
@@ -56,7 +58,9 @@ def test_levels_of_a_stack(stack, train, test):
         row, _ = evaluate_model(stack, train, test, arguments, level=level)["rows"]
         assert row == rows[level]
     default, _ = evaluate_model(stack, train, test, arguments)["rows"]
-    assert default == rows[1] | {"encoder": "encoder"}
+    assert default == rows[1]
+    top, _ = evaluate_model(stack, train, test, arguments, level=-1)["rows"]
+    assert top == rows[1]
     with pytest.raises(InputError, match="level=2 is not in this model, which has 2 levels, 0 to 1.*say all"):
         evaluate_model(stack, train, test, arguments, level=2)
 
@@ -70,7 +74,27 @@ def test_all_levels_side_by_side_are_normalised_each(stack, train, test):
     joined = [torch.cat([F.normalize(part[side], dim=1) for part in parts], dim=1) for side in (0, 2)]
     expected = probe(joined[0], parts[0][1], joined[1], parts[0][3], ARGUMENTS, "encoder, all levels")
     rows = evaluate_levels(model.sjea, *datasets, MEAN, STD, arguments, "all")
-    assert rows[2] == expected
+    assert rows[2] == expected | {
+        "num_parameters": sum(level.backbone.num_parameters() for level in model.sjea.levels)
+    }
+
+
+def test_parameters_are_those_of_the_encoders_up_to_the_level(train, test):
+    """Those that a loss on the level's features gives a gradient."""
+    models = {
+        "sjea": tiny_sjea(sjea_level(expander_sizes=[24, 16]), sjea_level(reads="expanded"), sjea_level()).sjea,
+        "cjepa": tiny_model(
+            image_size=SIZE, patch_size=3, upper_levels=[{"hidden_size": 16}] * 2, min_context_patches=16
+        ).cjepa,
+    }
+    for model in models.values():
+        model.requires_grad_(True)
+        images = torch.randn(4, 3, *[model.config.image_size] * 2)
+        for level in range(3):
+            model.zero_grad()
+            (model(images, level=level).pooler_output ** 2).sum().backward()
+            reached = sum(parameter.numel() for parameter in model.parameters() if parameter.grad is not None)
+            assert model.num_parameters_up_to(level) == reached
 
 
 def test_models_beside_have_rows_of_their_own(stack, folder, train, test):
@@ -93,7 +117,19 @@ def test_stacked_cjepa_has_levels_too(train, test):
 
 
 def test_command(stack, folder, tmp_path, capsys):
-    small = ["--num_train_images", "60", "--num_eval_images", "30", "--num_random_encoders", "0", "--disable_tqdm"]
+    assert main(["evaluate", str(stack)]) == 2
+    assert "does not tell which images it was made of; name some with --dataset" in capsys.readouterr().err
+    small = [
+        "--dataset",
+        "scenes",
+        "--num_train_images",
+        "60",
+        "--num_eval_images",
+        "30",
+        "--num_random_encoders",
+        "0",
+        "--disable_tqdm",
+    ]
     output = tmp_path / "results.json"
     flags = ["--level", "all", "--beside", f"plain={folder}", "--output", str(output)]
     assert main(["evaluate", str(stack), *small, *flags]) == 0
@@ -114,6 +150,32 @@ def test_names_of_models():
     assert named_models(["runs/vicreg/final", "two=runs/two/final/"]) == {
         "vicreg": "runs/vicreg/final", "two": "runs/two/final/",
     }  # fmt: skip
-    for wrong in (["a=1", "a=2"], ["=x"], ["a="]):
-        with pytest.raises(InputError, match="name each model once"):
+    for wrong in (["=x"], ["a="]):
+        with pytest.raises(InputError, match="give a name and a model"):
             named_models(wrong)
+    for wrong in (["a=1", "a=2"], ["b=1", "stack=2"], ["runs/stack/final"]):
+        with pytest.raises(InputError, match="already; give another name, as in other="):
+            named_models(wrong, taken=["stack"])
+
+
+def test_images_are_those_of_the_run_where_none_are_named(stack, tmp_path, capsys):
+    """Of a run that read its images from the column `family`; what is given on the command line goes first."""
+    run = tmp_path / "run"
+    shutil.copytree(stack, run)
+    settings = {"dataset": "scenes", "label_column": "family", "num_train_images": 60, "num_eval_images": 30,
+                "num_probe_images": 50, "learning_rate": 0.1, "seed": 7}  # fmt: skip
+    (run / "results.json").write_text(json.dumps({"settings": settings}))
+    output = tmp_path / "results.json"
+    few = ["--num_random_encoders", "0", "--disable_tqdm", "--output", str(output)]
+
+    def sizes(*flags):
+        assert main(["evaluate", str(run), *few, *flags]) == 0
+        results = json.loads(output.read_text())
+        return results["num_train_images"], results["num_test_images"], results["num_classes"], results["seed"]
+
+    assert sizes() == (50, 30, 4, 0)
+    assert sizes("--num_eval_images", "20", "--label_column", "kind") == (50, 20, 12, 0)
+    assert sizes("--dataset", "scenes", "--num_train_images", "70", "--num_eval_images", "20") == (70, 20, 12, 0)
+    (run / "results.json").write_text("{")
+    assert main(["evaluate", str(run), *few]) == 2
+    assert "results.json" in capsys.readouterr().err

@@ -5,12 +5,12 @@ import reference
 import torch
 from safetensors.torch import load_file
 from test_golden import GOLDEN
-from tiny import RESNET, TRANSFORMER, gradients, images, seeded, sjea_level, tiny_sjea
+from tiny import RESNET, TRANSFORMER, gradients, images, seeded, sjea_level, tiny_model, tiny_sjea
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForPreTraining, ResNetConfig, ResNetModel
 from transformers import pipeline as build_pipeline
 
-from modeling_cjepa import SJeaConfig, SJeaForImageClassification, SJeaModel
+from modeling_cjepa import CJepaModel, SJeaConfig, SJeaForImageClassification, SJeaModel
 from modeling_cjepa.levels_sjea import fold_size
 from trainers.transforms import image_processor
 
@@ -243,6 +243,19 @@ def test_pre_training_needs_two_views(shape):
         ([sjea_level(backbone={"model_type": "resnit"})], "model_type='resnit' is not transformers'"),
         ([sjea_level(backbone=VIT)], "stem='small' is one of a resnet, and the backbone is 'vit'"),
         ([sjea_level(backbone=RESNET | {"depth": [1]})], "a 'resnet' has no field 'depth'"),
+        ([sjea_level(backbone=RESNET | {"to_dict": 1})], "a 'resnet' has no field 'to_dict'"),
+        ([sjea_level(backbone=TRANSFORMER | {"hiden_size": 8}, stem="standard")], "'cjepa' has no field 'hiden_size'"),
+        ([sjea_level(backbone=RESNET | {"depths": [1]})], r"hidden_sizes=\[8, 16, 32\] and depths=\[1\] differ"),
+        ([sjea_level(backbone=RESNET | {"hidden_sizes": 5})], r"levels\[0\]: .*cannot be made of .*hidden_sizes"),
+        ([sjea_level(backbone=RESNET | {"layer_type": "foo"})], r"levels\[0\]: .*cannot be made of .*layer_type=foo"),
+        ([sjea_level(backbone=RESNET | {"hidden_act": "foo"})], r"levels\[0\]: .*cannot be built: 'foo' \(KeyError\)"),
+        ([sjea_level(backbone=RESNET | {"embedding_size": -8})], r"levels\[0\]: .*cannot be built: .*-8"),
+        ([sjea_level(backbone={"model_type": ["resnet"]})], r"backbone=.* must be a mapping"),
+        ([sjea_level(backbone={"model_type": "sjea"})], "a stack \\('sjea'\\) cannot be a level of another"),
+        ([sjea_level(backbone={"model_type": "clip"}, stem="standard")], "'clip' is no encoder of images alone"),
+        ([sjea_level(stop_gradient=True)], r"levels\[0\]: stop_gradient=True says what is read of the level below"),
+        ([sjea_level(input="map")], r"levels\[0\]: input='map' says what is read of the level below"),
+        ([sjea_level(level_weight=float("inf"))], "level_weight=inf is not a loss weight"),
         ([sjea_level(backbone=RESNET | {"num_channels": 4})], "num_channels=4, but the level reads 3"),
         ([sjea_level(), sjea_level(input="tokens")], "'tokens' is read by transformer blocks, not by a 'resnet'"),
         ([sjea_level(), sjea_level(input="map", reads="expanded")], "reads and fold_height belong to input='vector'"),
@@ -258,6 +271,25 @@ def test_pre_training_needs_two_views(shape):
 def test_what_cannot_be_built_is_named(levels, message):
     with pytest.raises(ValueError, match=message):
         SJeaModel(SJeaConfig(levels=levels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_an_expander_gives_is_read_in_half_precision(tmp_path, dtype):
+    model = tiny_sjea(sjea_level(), sjea_level(reads="expanded")).eval()
+    model.save_pretrained(tmp_path)
+    half = AutoModel.from_pretrained(tmp_path, dtype=dtype)
+    embedding = half(images(4).to(dtype)).pooler_output
+    assert embedding.dtype == dtype
+    torch.testing.assert_close(embedding.float(), model.sjea(images(4)).pooler_output, rtol=0.1, atol=0.1)
+
+
+def test_a_model_of_the_other_kind_is_refused(tmp_path):
+    tiny_sjea().save_pretrained(tmp_path / "sjea")
+    tiny_model().save_pretrained(tmp_path / "cjepa")
+    with pytest.raises(ValueError, match="This is an S-JEA model, no C-JEPA one; load it with AutoModel or SJeaModel"):
+        CJepaModel.from_pretrained(tmp_path / "sjea")
+    with pytest.raises(ValueError, match="This is a 'cjepa' model, no S-JEA one; load it with AutoModel"):
+        SJeaModel.from_pretrained(tmp_path / "cjepa")
 
 
 def test_configuration_round_trip(tmp_path):

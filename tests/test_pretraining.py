@@ -338,6 +338,17 @@ def test_two_processes_make_one_run(run, tmp_path):
         (["--num_train_images", "0"], ["num_train_images"]),
         (["--num_channels", "1"], ["num_channels", "RGB"]),
         (["--per_device_train_batch_size", "1"], ["per_device_train_batch_size"]),
+        (
+            [
+                "--regularizer_weight",
+                "0",
+                "--upper_levels",
+                "[{regularizer_weight: 0.1}]",
+                "--per_device_train_batch_size",
+                "1",
+            ],
+            ["per_device_train_batch_size"],
+        ),
         (["--report_to", "nowhere"], ["nowhere"]),
         (["--hidden_act", "sharp"], ["hidden_act"]),
         (["--target_scale", "0.2"], ["target_scale"]),

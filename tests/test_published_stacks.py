@@ -112,3 +112,11 @@ def test_resume_of_a_finished_level_stack_is_the_whole_run(tmp_path):
     assert main([*arguments, "--output_dir", str(tmp_path / "part"), "--resume_from_checkpoint", "last"]) == 0
     whole, part = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "part"))
     assert whole.keys() == part.keys() and all(torch.equal(whole[key], part[key]) for key in whole)
+
+
+def test_gradient_checkpointing_where_no_layer_can_is_one_sentence(tmp_path, capsys):
+    flags = [*RUNS["sjea"], "--output_dir", str(tmp_path / "run"), "--gradient_checkpointing", "true"]
+    assert main(["pretrain", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "gradient_checkpointing: no layer of this model can do it; leave it out." in error
+    assert "Traceback" not in error

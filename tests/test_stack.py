@@ -195,11 +195,22 @@ def test_fields_are_those_of_the_level_below_unless_given():
         ([{}, {}, {}, {}], r"upper_levels\[3\]: the 1x1 tokens below cannot be merged by 2x2"),
         ([{"patch_size": 3}], r"upper_levels\[0\]: the 8x8 tokens below cannot be merged by 3x3"),
         ([{"regularizer": "none"}], r"upper_levels\[0\]: regularizer='none' is not known"),
+        ([{"patch_size": "a"}], r"upper_levels\[0\]: patch_size='a' must be a whole number of 1 or more, or two"),
+        ([{"patch_size": [2]}], r"upper_levels\[0\]: patch_size=\[2\] must be a whole number"),
+        ([{"patch_size": 0}], r"upper_levels\[0\]: patch_size=0 must be a whole number"),
+        ([{"stop_gradient": "no"}], r"upper_levels\[0\]: stop_gradient='no' must be true or false"),
+        ([{"level_weight": "a"}], r"upper_levels\[0\]: level_weight='a' is not a loss weight"),
+        ([{"level_weight": float("inf")}], r"upper_levels\[0\]: level_weight=inf is not a loss weight"),
     ],
 )
 def test_unfit_levels_are_named(upper, message):
     with pytest.raises(ValueError, match=message):
         CJepaConfig(**{**SIZES, "upper_levels": upper})
+
+
+def test_the_lowest_level_stops_no_gradient():
+    with pytest.raises(ValueError, match="level 0 has no level below; set it in an entry of upper_levels"):
+        tiny_model(stop_gradient=True)
 
 
 def test_weights_of_upper_regularizers_follow_the_schedule_in_proportion():

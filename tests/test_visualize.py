@@ -271,13 +271,22 @@ def test_the_pictures_are_png(results, folder):
 def test_command(tmp_path, capsys):
     run = tmp_path / "run"
     tiny_sjea().eval().save_pretrained(run)
-    few = ["--num_train_images", "80", "--num_eval_images", "60", "--num_images", "40"]
+    few = ["--dataset", "scenes", "--num_train_images", "80", "--num_eval_images", "60", "--num_images", "40"]
     assert main(["visualize", "levels", str(run), "--beside", f"again={run}", *few]) == 0
     printed = capsys.readouterr().out
     assert all(f"| {name}, level {level} " in printed for name in ("stack", "again") for level in (0, 1))
     assert {path.name for path in (run / "levels").iterdir()} >= {"levels.html", "levels.png", "levels.json"}
     assert main(["visualize", "levels", str(run), *few, "--class_name", "unicorn"]) == 2
     assert "has no class 'unicorn'" in capsys.readouterr().err
+    for flags, sentence in (
+        (["--seed", "-1"], "seed=-1 is no seed"),
+        (["--output", str(run / "config.json")], "config.json is a file; name a folder"),
+        (["--beside", f"stack={run}"], "there is a 'stack' already"),
+    ):
+        assert main(["visualize", "levels", str(run), *few, *flags]) == 2
+        assert sentence in capsys.readouterr().err
+    assert main(["visualize", "levels", f"{run},", *few]) == 2
+    assert "names a run of no name" in capsys.readouterr().err
     assert main(["visualize", "levels", str(tmp_path / "nothing"), *few]) == 2
     assert "neither a folder" in capsys.readouterr().err
 
@@ -289,7 +298,7 @@ def test_numbers_of_several_runs_are_means_over_them(tmp_path, capsys):
         model = SJeaModel(SJeaConfig(levels=[sjea_level(), sjea_level()])).eval()
         model.save_pretrained(tmp_path / f"run{seed}")
         runs.append(str(tmp_path / f"run{seed}"))
-    few = ["--num_train_images", "80", "--num_eval_images", "60", "--num_images", "40"]
+    few = ["--dataset", "scenes", "--num_train_images", "80", "--num_eval_images", "60", "--num_images", "40"]
 
     def rows_of(*models):
         assert main(["visualize", "levels", *models, *few, "--output", str(tmp_path / "levels")]) == 0

@@ -156,13 +156,14 @@ def evaluate_levels(
         train, test, mean, std, arguments, label, device: As in [`embed`].
 
     Returns:
-        `list[dict]`: The rows.
+        `list[dict]`: The rows, with `num_parameters`, those of the encoders up to the level.
     """
     settings = (train, test, mean, std, arguments)
-    if level != "all" or model.config.num_levels == 1:
-        if level in (None, "all"):
-            return [evaluate_encoder(model, *settings, label, device)]
-        return [evaluate_encoder(OneLevel(model, level), *settings, f"{label}, level {level}", device)]
+    num_levels = model.config.num_levels
+    if level != "all" or num_levels == 1:
+        chosen = choose_level(model.config.level if level in (None, "all") else level, num_levels)
+        name = f"{label}, level {chosen}" if num_levels > 1 else label
+        return [_with_parameters(evaluate_encoder(OneLevel(model, chosen), *settings, name, device), model, chosen)]
     levels = EveryLevel(model)
     train_x, train_y, test_x, test_y = embed(levels, *settings, label, device)
     parts = list(zip(levels.split(train_x), levels.split(test_x), strict=True))
@@ -171,7 +172,12 @@ def evaluate_levels(
         for number, (train_part, test_part) in enumerate(parts)
     ]
     together = (torch.cat([F.normalize(part, dim=1) for part in column], dim=1) for column in zip(*parts, strict=True))
-    return [*rows, probe(next(together), train_y, next(together), test_y, arguments, f"{label}, all levels")]
+    rows.append(probe(next(together), train_y, next(together), test_y, arguments, f"{label}, all levels"))
+    return [_with_parameters(row, model, min(number, num_levels - 1)) for number, row in enumerate(rows)]
+
+
+def _with_parameters(row: dict, model: PreTrainedModel, level: int) -> dict:
+    return row | {"num_parameters": model.num_parameters_up_to(level)}
 
 
 def evaluate_baselines(

@@ -1,11 +1,12 @@
 """Saved models as a user names them, a folder or an id of the Hub: whole, or refused with the reason."""
 
+import json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor
-from transformers.utils import has_file
+from transformers.utils import cached_file, has_file
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining, CJepaModel, SJeaConfig, SJeaForPreTraining, SJeaModel
 from trainers.errors import InputError, first_line
@@ -65,6 +66,27 @@ def load_image_statistics(path: str | Path) -> tuple[list[float], list[float]] |
     except (OSError, ValueError) as error:
         raise InputError(f"The image processor of {path} cannot be loaded ({first_line(error)}).") from error
     return list(processor.image_mean), list(processor.image_std)
+
+
+def load_run_settings(path: str | Path) -> dict:
+    """
+    The recipe of the run that made a model.
+
+    Args:
+        path (`str` or `Path`): The model's folder, or its id on the Hub.
+
+    Returns:
+        `dict`: The keys that were set, of `results.json`; empty where there is no such file.
+
+    Raises:
+        InputError: The file is broken.
+    """
+    if not has_file(path, "results.json"):
+        return {}
+    try:
+        return json.loads(Path(cached_file(path, "results.json")).read_text())["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"results.json of {path} cannot be read ({first_line(error)}); give --dataset.") from error
 
 
 def load_with_statistics(model, image_mean, image_std) -> tuple:

@@ -102,7 +102,7 @@ class CJepa(Objective):
         return model
 
     def batch_of_one_is_error(self, config):
-        return config.regularizer_weight > 0
+        return any(config.level_config(level).regularizer_weight > 0 for level in range(config.num_levels))
 
     def transform(self, config, data, device):
         return train_transform(pair(config.image_size), data.crop_scale, data.horizontal_flip)

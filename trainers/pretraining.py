@@ -139,6 +139,9 @@ def build_trainer(recipe: Recipe, model, args, train_source: ImageSource) -> Jep
             "A batch of 1 image has no variance; raise --per_device_train_batch_size to 2 or more and leave the last, "
             "smaller batch out (--dataloader_drop_last)."
         )
+    can_checkpoint = any(hasattr(module, "gradient_checkpointing") for module in model.modules())
+    if args.gradient_checkpointing and not can_checkpoint:
+        raise InputError("gradient_checkpointing: no layer of this model can do it; leave it out.")
     try:
         return recipe.objective.build_trainer(model, args, recipe.data, train_source)
     except (ValueError, ImportError, OSError, RuntimeError) as error:

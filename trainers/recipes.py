@@ -202,7 +202,7 @@ class _PlainDumper(yaml.SafeDumper):
 
 def recipe_text(values: dict) -> str:
     """
-    Keys and values as [`read_recipe`] reads them: 0.00001 as `1.0e-05`, which YAML does not take for a word, and lists of
-    numbers on one line.
+    Keys and values as [`read_recipe`] reads them: 0.00001 as `1.0e-05`, which YAML does not take for a word, and lists
+    of numbers on one line.
     """
     return yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, default_flow_style=None, width=110)

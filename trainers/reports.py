@@ -114,7 +114,7 @@ def format_table(results: dict) -> str:
     Returns:
         `str`: A line with sizes and settings, then the table; a last line if a probe did not converge.
     """
-    header = ["encoder", "kNN % (95 % interval)", "linear % (95 % interval)", "RankMe"]
+    header = ["encoder", "parameters", "kNN % (95 % interval)", "linear % (95 % interval)", "RankMe"]
     cells = [header] + [_table_row(row) for row in results["rows"]]
     lines = markdown_table(cells)
     if not all(row["linear_converged"] for row in results["rows"]):
@@ -133,7 +133,8 @@ def _table_row(row: dict) -> list[str]:
     percents = [f"{row[name]:.1f} ({'-'.join(f'{end:.1f}' for end in row[f'{name}_interval'])})" for name in (
         "knn", "linear")]  # fmt: skip
     percents[1] += "" if row["linear_converged"] else " \\*"
-    return [row["encoder"], *percents, f"{row['rankme']:.1f} of {row['dim']}"]
+    parameters = f"{row['num_parameters'] / 1e6:.2f} M" if row.get("num_parameters") else "-"
+    return [row["encoder"], parameters, *percents, f"{row['rankme']:.1f} of {row['dim']}"]
 
 
 def _settings_line(results: dict) -> str:

@@ -96,10 +96,14 @@ def visualize_levels(
         sets' names and sizes, the classes of each labelling, the seed.
 
     Raises:
-        InputError: There is no model, a model cannot be loaded, images have no labels, the coarse classes do not fit,
-            or too few images are drawn of a class asked for.
+        InputError: There is no model, the output is a file, the seed is negative, a model cannot be loaded, images
+            have no labels, the coarse classes do not fit, or too few images are drawn of a class asked for.
     """
     output_dir = Path(output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"{output_dir} is a file; name a folder to write to.")
+    if seed < 0:
+        raise InputError(f"seed={seed} is no seed; set it to 0 or more.")
     if not models:
         raise InputError("There is no model to look at; give one or more.")
     sources = choose_images(train_source, MAX_TRAIN_IMAGES), choose_images(test_source, MAX_TEST_IMAGES)

@@ -1,0 +1,200 @@
+"""The commands on saved models: `cjepa evaluate` and `cjepa visualize`."""
+
+import argparse
+import dataclasses
+
+from trainers.errors import InputError
+
+# what of a run's recipe makes its evaluation, beside the seed
+_REPEATED = (
+    "dataset", "dataset_config", "train_split", "eval_split", "image_column", "label_column", "num_train_images",
+    "num_eval_images", "image_mean", "image_std", "num_neighbors", "temperature", "num_probe_images",
+)  # fmt: skip
+
+
+def add_evaluate(commands):
+    """`cjepa evaluate MODEL`."""
+    from trainers.evaluation import EvaluationArguments
+    from trainers.flags import add_flags, type_hints
+    from trainers.sources import AUGMENTATIONS, DataArguments
+
+    parser = commands.add_parser(
+        "evaluate",
+        help="kNN and linear probe of a frozen encoder, beside a random encoder and raw pixels",
+        description="Evaluate the frozen encoder of a model (C-JEPA: the target encoder; a stack: one level or "
+        "all) by weighted kNN and a linear probe, beside other models, a randomly initialised encoder and raw pixels, "
+        "with 95 % intervals; the table goes to the screen, all figures to --output. Without --dataset the images "
+        "are those of the run that made the model.",
+        epilog="examples:  cjepa evaluate runs/mine/final --dataset my/photos --output results.json\n"
+        "           cjepa evaluate runs/stack/final --level all --beside vicreg=runs/vicreg/final",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="cjepa evaluate MODEL [--key value ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder such as runs/mine/final, or the id of a model on the Hub; before all flags",
+    )
+    parser.add_argument("--output", metavar="FILE", help="write all figures to this JSON file")
+    parser.add_argument(
+        "--level", metavar="K", type=level_value, help="level of a stack, from 0; `all`: each, and all side by side "
+        "(default: the level that AutoModel gives)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--beside", metavar="[NAME=]MODEL", nargs="*", default=[], help="other models to evaluate in the same table"
+    )
+    hints = {name: hint for name, hint in type_hints(DataArguments).items() if name not in AUGMENTATIONS}
+    add_flags(parser, "data", DataArguments(), hints)
+    add_flags(parser, "evaluation", EvaluationArguments(), type_hints(EvaluationArguments))
+    parser.set_defaults(run=run_evaluate, parser=parser)
+
+
+def run_evaluate(namespace):
+    """Evaluates a model and prints the table."""
+    from pathlib import Path
+
+    from modeling_cjepa.configuration_cjepa import pair
+    from trainers.evaluation import EvaluationArguments, evaluate_model
+    from trainers.files import full_disk_named, write_json
+    from trainers.flags import dataclass_from_flags
+    from trainers.loading import load_encoder_config
+    from trainers.reports import format_table
+    from trainers.sources import DataArguments, load_sources
+
+    if namespace.output and (Path(namespace.output).is_dir() or not Path(namespace.output).parent.is_dir()):
+        raise InputError(f"--output {namespace.output} is no file in an existing folder; mend it.")
+    data = dataclass_from_flags(namespace, DataArguments)
+    evaluation = dataclass_from_flags(namespace, EvaluationArguments)
+    image_size = max(pair(load_encoder_config(namespace.model).image_size))
+    data, evaluation = as_in_the_run(namespace, namespace.model, data, evaluation)
+    train_source, eval_source = load_sources(data, image_size, not evaluation.disable_tqdm)
+    beside = named_models(namespace.beside, ("encoder", "target encoder", "context encoder", "random encoder"))
+    statistics = data.image_mean, data.image_std
+    results = evaluate_model(
+        namespace.model, train_source, eval_source, evaluation, *statistics, level=namespace.level, beside=beside
+    )
+    print(format_table(results))
+    if namespace.output:
+        with full_disk_named(Path(namespace.output).parent):
+            write_json(namespace.output, results)
+
+
+def add_visualize(commands):
+    """`cjepa visualize levels MODEL`."""
+    from trainers.flags import add_flags, type_hints
+    from trainers.sources import AUGMENTATIONS, DataArguments
+
+    parser = commands.add_parser(
+        "visualize",
+        help="draw and measure what the levels of a stack tell apart",
+        description="Draw what each level of a stack tells apart, and of other models beside it: t-SNE and PCA of the "
+        "embeddings of evaluation images coloured by class, one class zoomed in with the nearest images of its "
+        "sub-clusters, and numbers: silhouette, NMI of k-means and kNN for fine and coarse classes. Writes "
+        "levels.html (a page to explore, on its own), levels.png, levels_class.png and levels.json. Without --dataset "
+        "the images are those of the run that made the model.",
+        epilog="examples:  cjepa visualize levels runs/stack/final --beside vicreg=runs/vicreg/final\n"
+        "           cjepa visualize levels runs/a1/final,runs/a2/final --beside vicreg=runs/b1/final,runs/b2/final\n"
+        "           (several runs, such as one a seed: the first is drawn, the numbers are means with intervals)",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="cjepa visualize levels MODEL [--key value ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("what", choices=["levels"], help="what to draw")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a folder such as runs/mine/final, or the id of a model on the Hub"
+    )
+    parser.add_argument(
+        "--beside",
+        metavar="[NAME=]MODEL",
+        nargs="*",
+        default=[],
+        help="other models to draw, such as single-level ones",
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="where to (default: `levels` in the first model's folder)")
+    parser.add_argument("--num_images", type=int, default=2000, help="images to draw (default 2000)")
+    parser.add_argument("--class_name", metavar="NAME", help="class to zoom in (default: the one that changes most)")
+    parser.add_argument("--coarse", metavar="FILE", help="YAML file with the fine classes of each coarse one")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images, t-SNE and k-means (default 0)")
+    hints = {name: hint for name, hint in type_hints(DataArguments).items() if name not in AUGMENTATIONS}
+    add_flags(parser, "data", DataArguments(), hints)
+    parser.set_defaults(run=run_visualize, parser=parser)
+
+
+def run_visualize(namespace):
+    """Writes page, pictures and numbers, and prints the numbers."""
+    from pathlib import Path
+
+    from modeling_cjepa.configuration_cjepa import pair
+    from trainers.flags import dataclass_from_flags
+    from trainers.level_views import format_structure
+    from trainers.loading import load_encoder_config
+    from trainers.sources import DataArguments, load_sources
+    from trainers.visualize import visualize_levels
+
+    models = {"stack": runs_of(namespace.model)}
+    models |= {name: runs_of(runs) for name, runs in named_models(namespace.beside, models).items()}
+    first = models["stack"][0]
+    data = dataclass_from_flags(namespace, DataArguments)
+    image_size = max(pair(load_encoder_config(first).image_size))
+    (data,) = as_in_the_run(namespace, first, data)
+    folder = Path(namespace.output or (Path(first) / "levels" if Path(first).is_dir() else "levels"))
+    results = visualize_levels(
+        models, *load_sources(data, image_size), folder, namespace.num_images, namespace.class_name,
+        data.image_mean, data.image_std, namespace.coarse, namespace.seed,
+    )  # fmt: skip
+    print(format_structure(results))
+    print(f"\nWritten to {folder}: open levels.html in a browser.")
+
+
+def level_value(text: str) -> int | str:
+    """A level as a number, or `all`."""
+    if text == "all":
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no level; give a number from 0, or all") from error
+
+
+def named_models(given: list[str], taken=()) -> dict[str, str]:
+    """Models by the names they were given as `NAME=MODEL`; a folder's own where none was given."""
+    named = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        path = path if equals else text
+        name = name if equals else str(path).rstrip("/").removesuffix("/final").rpartition("/")[2]
+        if not name or not path:
+            raise InputError(f"--beside {text}: give a name and a model, as in vicreg=runs/vicreg/final.")
+        if name in named or name in taken:
+            raise InputError(f"--beside {text}: there is a {name!r} already; give another name, as in other={path}.")
+        named[name] = path
+    return named
+
+
+def runs_of(text: str) -> list[str]:
+    """The runs of a model, such as one a seed, which commas separate."""
+    runs = text.split(",")
+    if not all(runs):
+        raise InputError(f"{text!r} names a run of no name; give folders with one comma between two.")
+    return runs
+
+
+def as_in_the_run(namespace, model: str, *arguments) -> list:
+    """
+    Arguments of the command line with what it leaves out as it was in the run that made the model.
+
+    Nothing is taken from the run where the command line names other images.
+    """
+    if "dataset" in vars(namespace):
+        return list(arguments)
+    from trainers.loading import load_run_settings
+
+    settings = load_run_settings(model)
+    if not settings:
+        raise InputError(f"{model} does not tell which images it was made of; name some with --dataset.")
+    names = [name for name in _REPEATED if name in settings and name not in vars(namespace)]
+    return [
+        dataclasses.replace(each, **{name: settings[name] for name in names if hasattr(each, name)})
+        for each in arguments
+    ]
