@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import set_seed
 
 from modeling_cjepa.configuration_cjepa import pair
+from modeling_cjepa.losses_cjepa import level_term
 from trainers.checkpoints import changed_settings, check_same_model, find_checkpoint, is_finished
 from trainers.datasets import ImageSource
 from trainers.errors import InputError
@@ -227,8 +228,11 @@ def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float) -> di
         training |= {
             "images_per_second": round(speeds[len(speeds) // 2], 1),
             "data_wait_share": round(math.fsum(entry["data_wait_share"] for entry in logged) / len(logged), 4),
-            "rankme_first": logged[0]["rankme"],
-            "rankme_last": logged[-1]["rankme"],
+            # of each level at the first log and at the last
+            "rankme": [
+                [entry[level_term("rankme", level)] for entry in (logged[0], logged[-1])]
+                for level in range(model.config.num_levels)
+            ],
             "loss_last": logged[-1]["loss"],
         }
     return {
