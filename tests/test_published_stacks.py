@@ -97,15 +97,10 @@ def test_the_folder_tells_of_its_levels(run):
     assert rows[:3] == [f"{encoder}, level 0", f"{encoder}, level 1", f"{encoder}, all levels"]
     card = (folder / "README.md").read_text()
     assert "{{" not in card and "None" not in card.split("## Settings")[0]
-    ranks = json.loads((folder / "results.json").read_text())["training"]["rankme"]
-    assert (
-        len(ranks) == 2
-        and "; ".join(
-            f"level {level} {first:.1f} at the first log, {last:.1f} at the last"
-            for level, (first, last) in enumerate(ranks)
-        )
-        in card
-    )
+    ranks, logged = results["training"]["rankme"], [entry for entry in results["history"] if "rankme" in entry]
+    assert ranks == [[entry[name] for entry in (logged[0], logged[-1])] for name in ("rankme", "level1_rankme")]
+    for level, (first, last) in enumerate(ranks):
+        assert f"level {level} {first:.1f} at the first log, {last:.1f} at the last" in card
     assert ("stack of 2 levels" if name == "stacked cjepa" else "A stack of 2 image encoders") in card
     assert ("features of level 0" if name == "sjea of a transformer" else "the top level") in " ".join(card.split())
     logged = [entry for entry in results["history"] if "loss" in entry]
