@@ -302,9 +302,10 @@ def test_numbers_of_several_runs_are_means_over_them(tmp_path, capsys):
 
     def rows_of(*models):
         assert main(["visualize", "levels", *models, *few, "--output", str(tmp_path / "levels")]) == 0
-        return json.loads((tmp_path / "levels" / "levels.json").read_text())["rows"], capsys.readouterr().out
+        results = json.loads((tmp_path / "levels" / "levels.json").read_text())
+        return results["rows"], results["differences"], capsys.readouterr().out
 
-    together, printed = rows_of(",".join(runs), "--beside", f"one={runs[1]}")
+    together, differences, printed = rows_of(",".join(runs), "--beside", f"one={runs[1]}", f"pair={','.join(runs)}")
     apart = [rows_of(run)[0] for run in runs]
     for level in (0, 1):
         for labelling in ("fine", "coarse"):
@@ -313,7 +314,20 @@ def test_numbers_of_several_runs_are_means_over_them(tmp_path, capsys):
             assert found["knn"] == pytest.approx(sum(values) / 2) and found["num_runs"] == 2
             assert found["knn_interval"][0] < found["knn"] < found["knn_interval"][1] or values[0] == values[1]
         assert together[2 + level]["structure"] == apart[1][level]["structure"]
-    assert "Of stack the mean of several runs, intervals over them." in printed
+        assert together[level]["runs"] == [rows[level]["structure"] for rows in apart]
+    assert "Of stack, pair the mean of several runs, intervals over them. The last rows are differences" in printed
+
+    found, of_pair = differences  # of the model with one run there is none
+    assert of_pair["model"] == "pair" and of_pair["structure"] == found["structure"]
+    assert found["encoder"] == "stack, level 1 less level 0" and "| stack, level 1 less level 0 |" in printed
+    for labelling, entry in found["structure"].items():
+        first, second = (
+            rows[1]["structure"][labelling]["nmi"] - rows[0]["structure"][labelling]["nmi"] for rows in apart
+        )
+        # of two runs: half their distance, times 12.706 of Student's t with one degree of freedom
+        reach = 12.706204736432095 * abs(first - second) / 2
+        assert entry["nmi"] == pytest.approx((first + second) / 2)
+        assert entry["nmi_interval"] == pytest.approx([entry["nmi"] - reach, entry["nmi"] + reach])
     tiny_sjea(sjea_level()).save_pretrained(tmp_path / "single")
     assert main(["visualize", "levels", f"{runs[0]},{tmp_path / 'single'}", *few]) == 2
     assert "have 2 and 1 levels" in capsys.readouterr().err

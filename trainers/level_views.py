@@ -125,8 +125,8 @@ def structure_table(rows: Sequence[Mapping]) -> list[list[str]]:
     The numbers of structure.py as cells of text.
 
     Args:
-        rows (`list` of `dict`): `encoder` (its name), `dim` (its width) and `structure`, of [`structure_of`] or, for
-            several runs, of [`summarize`].
+        rows (`list` of `dict`): `encoder` (its name), `dim` (its width, not of differences) and `structure`, of
+            [`structure_of`] or, for several runs, of [`summarize`].
 
     Returns:
         `list` of `list[str]`: The header, then a row each.
@@ -137,7 +137,7 @@ def structure_table(rows: Sequence[Mapping]) -> list[list[str]]:
     table = [header]
     for row in rows:
         cells = [_number(entry, number) for entry in row["structure"].values() for number in NUMBERS]
-        table.append([row["encoder"], str(row["dim"]), *cells])
+        table.append([row["encoder"], str(row.get("dim", "")), *cells])
     return table
 
 
@@ -155,6 +155,8 @@ def settings_line(results: dict) -> str:
     classes = ", ".join(f"{len(names)} {name}" for name, names in results["classes"].items())
     several = [name for name, number in results["num_runs"].items() if number > 1]
     runs = f" Of {', '.join(several)} the mean of several runs, intervals over them." if several else ""
+    if results["differences"]:
+        runs += " The last rows are differences of levels, run by run."
     return (
         f"Measured on {results['num_test_images']:,} images of {results['test_dataset']} ({classes} classes), kNN by "
         f"the votes of {results['num_train_images']:,} of {results['train_dataset']}; seed {results['seed']}. "
@@ -174,5 +176,6 @@ def format_structure(results: dict) -> str:
     Returns:
         `str`: A paragraph with sizes and settings, then the table.
     """
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in structure_table(results["rows"])]
+    table = structure_table(results["rows"] + results["differences"])
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in table]
     return "\n".join([settings_line(results), "", *markdown_table(cells)])

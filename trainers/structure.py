@@ -148,7 +148,8 @@ def summarize(structures: Sequence[Mapping[str, Mapping]]) -> dict[str, dict]:
     The numbers of several runs as means, with the interval that the training's randomness leaves open.
 
     Args:
-        structures (`list` of `dict`): What [`structure_of`] gave for each run, such as one a training seed.
+        structures (`list` of `dict`): What [`structure_of`] or [`difference`] gave for each run, such as one a
+            training seed.
 
     Returns:
         `dict` of the same form: each number its mean over the runs, each interval the 95 % interval of that mean by
@@ -170,6 +171,21 @@ def summarize(structures: Sequence[Mapping[str, Mapping]]) -> dict[str, dict]:
             values = [structure[labelling][number] for structure in structures]
             summary[labelling] |= _mean_and_interval(number, values)
     return summary
+
+
+def difference(above: Mapping[str, Mapping], below: Mapping[str, Mapping]) -> dict[str, dict]:
+    """
+    How much more one level of a run tells apart than another of the same run: the numbers of `above` less those of
+    `below`, both of [`structure_of`].
+
+    Returns:
+        `dict` by labelling: `num_classes` and the differences, for [`summarize`].
+    """
+    return {
+        labelling: {"num_classes": entry["num_classes"]}
+        | {number: entry[number] - below[labelling][number] for number in NUMBERS}
+        for labelling, entry in above.items()
+    }
 
 
 def _mean_and_interval(name: str, values: Sequence[float]) -> dict:

@@ -4,11 +4,9 @@ Shapes: n train images, m test images, D_k width of level k's embedding.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -17,9 +15,10 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from trainers.datasets import ImageSource
 from trainers.errors import InputError
 from trainers.files import full_disk_named, write_json, write_text_atomically
-from trainers.level_embeddings import LoadedModel, embed_levels, load_levels
+from trainers.level_embeddings import LoadedModel, load_levels
 from trainers.level_figure import draw_class, draw_levels
 from trainers.level_page import render_page
+from trainers.level_structure import EmbeddedLevel, embed_models, measure_levels
 from trainers.level_views import (
     ClassPlot,
     ClassView,
@@ -31,7 +30,7 @@ from trainers.level_views import (
 )
 from trainers.projections import METHODS, MIN_IMAGES, project
 from trainers.sources import choose_images, with_common_classes
-from trainers.structure import NUM_K_MEANS, coarse_labels, read_groups, structure_of, summarize
+from trainers.structure import coarse_labels, read_groups
 from trainers.subclusters import MIN_CLASS_IMAGES, find_subclusters, subcluster_silhouettes
 from trainers.transforms import eval_transform
 
@@ -41,17 +40,6 @@ _LONGEST_THUMBNAIL = 48
 
 
 Run = str | Path | PreTrainedModel
-
-
-@dataclass
-class _Level:
-    """One row of all that is shown."""
-
-    title: str
-    model: str
-    number: int
-    train_x: torch.Tensor
-    test_x: torch.Tensor
 
 
 def visualize_levels(
@@ -76,7 +64,7 @@ def visualize_levels(
     Args:
         models (`dict` of `str`, `Path` or `PreTrainedModel`): Folders, ids on the Hub or models, by what they shall be
             called. They may have different numbers of levels. Of a list, such as one a training seed, the first is
-            drawn, and the numbers are means over all with the intervals of their differences.
+            drawn, and the numbers are means over all with the intervals of the means.
         train_source ([`ImageSource`]): Labelled images that vote in the kNN; at most 10,000 are used.
         test_source ([`ImageSource`]): Labelled images that are measured, at most 10,000.
         output_dir (`str` or `Path`): The folder, made if there is none; files of an earlier call are replaced.
@@ -91,9 +79,11 @@ def visualize_levels(
 
     Returns:
         `dict`: `rows`, for each level `encoder` (its name here), `model`, `level`, `dim` and `structure` of
-        [`~structure.structure_of`], or [`~structure.summarize`] for several runs; `num_runs` by name; `zoom`, the
-        class and the silhouette of its sub-clusters at each level beside the mean over all classes, or None; the data
-        sets' names and sizes, the classes of each labelling, the seed.
+        [`~structure.structure_of`], or, for several runs, of [`~structure.summarize`], and then `runs`, the structure
+        of each; `differences`, such rows of models of several runs for the numbers of a level less those of the one
+        below, run by run; `num_runs` by name; `zoom`, the class and the silhouette of its sub-clusters at each level
+        beside the mean over all classes, or None; the data sets' names and sizes, the classes of each labelling, the
+        seed.
 
     Raises:
         InputError: There is no model, the output is a file, the seed is negative, a model cannot be loaded, images
@@ -117,11 +107,10 @@ def visualize_levels(
         for name, model in models.items()
     }
     loaded = {name: of_model[0] for name, of_model in runs.items()}
-    levels = _embed_models(loaded, train, test, progress)
+    levels = embed_models(loaded, train, test, progress)
     results = _settings(train, test, labellings, len(drawn), seed)
     results["num_runs"] = {name: len(of_model) for name, of_model in runs.items()}
-    results["rows"] = [_row(level, labellings, seed) for level in tqdm(levels, desc="measuring", disable=not progress)]
-    _add_runs(results["rows"], runs, (train, test, labellings), seed, progress)
+    results["rows"], results["differences"] = measure_levels(levels, runs, (train, test), labellings, seed, progress)
     view = LevelView(
         title=f"What each level tells apart: {test.name}",
         notes=_notes(results),
@@ -129,7 +118,7 @@ def visualize_levels(
         labellings=[Labelling(name, labels[drawn], names) for name, (_, labels, names) in labellings.items()],
         plots=_plots(levels, drawn, seed, progress),
         class_view=_zoom(levels, test, drawn, class_name, seed),
-        table=structure_table(results["rows"]),
+        table=structure_table(results["rows"] + results["differences"]),
     )
     results["zoom"] = _zoom_results(view.class_view)
     _write(output_dir, view, results)
@@ -162,21 +151,6 @@ def _choose_drawn(test: ImageSource, num_images: int, class_name: str | None, se
     return drawn
 
 
-def _embed_models(
-    loaded: dict[str, LoadedModel], train: ImageSource, test: ImageSource, progress: bool
-) -> list[_Level]:
-    levels = []
-    for name, model in loaded.items():
-        train_levels, test_levels = (
-            embed_levels(model, source, f"{name}: {images} images", progress)
-            for source, images in ((train, "train"), (test, "test"))
-        )
-        for number, (train_x, test_x) in enumerate(zip(train_levels, test_levels, strict=True)):
-            title = f"level {number}" if len(loaded) == 1 else f"{name}, level {number}"
-            levels.append(_Level(title if len(train_levels) > 1 else name, name, number, train_x, test_x))
-    return levels
-
-
 def _settings(train: ImageSource, test: ImageSource, labellings: dict, num_drawn: int, seed: int) -> dict:
     return {
         "train_dataset": train.name,
@@ -189,39 +163,7 @@ def _settings(train: ImageSource, test: ImageSource, labellings: dict, num_drawn
     }
 
 
-def _row(level: _Level, labellings: dict, seed: int) -> dict:
-    train_y, test_y = (
-        {name: torch.from_numpy(labelling[side]) for name, labelling in labellings.items()} for side in (0, 1)
-    )
-    seeds = range(seed, seed + NUM_K_MEANS)
-    return {
-        "encoder": level.title,
-        "model": level.model,
-        "level": level.number,
-        "dim": level.test_x.shape[1],
-        "structure": structure_of(level.train_x, train_y, level.test_x, test_y, seeds),
-    }
-
-
-def _add_runs(rows: list[dict], runs: dict[str, list[LoadedModel]], measured_on: tuple, seed: int, progress: bool):
-    """Replaces the numbers of models of which there are several runs by those of all runs."""
-    train, test, labellings = measured_on
-    for name, of_model in runs.items():
-        rows_of_model = [row for row in rows if row["model"] == name]
-        structures = [[row["structure"]] for row in rows_of_model]
-        for number, run in enumerate(of_model[1:], start=2):
-            levels = _embed_models({f"{name}, run {number}": run}, train, test, progress)
-            if len(levels) != len(structures):
-                raise InputError(f"The runs of {name} have {len(structures)} and {len(levels)} levels; name stacks of "
-                                 "different height apart.")  # fmt: skip
-            for of_level, level in zip(structures, levels, strict=True):
-                of_level.append(_row(level, labellings, seed)["structure"])
-        if len(of_model) > 1:
-            for row, of_level in zip(rows_of_model, structures, strict=True):
-                row["structure"] = summarize(of_level)
-
-
-def _plots(levels: list[_Level], drawn: np.ndarray, seed: int, progress: bool) -> list[LevelPlot]:
+def _plots(levels: list[EmbeddedLevel], drawn: np.ndarray, seed: int, progress: bool) -> list[LevelPlot]:
     return [
         LevelPlot(level.title, {method: project(level.test_x[drawn], method, seed) for method in METHODS})
         for level in tqdm(levels, desc="laying out", disable=not progress)
@@ -229,7 +171,7 @@ def _plots(levels: list[_Level], drawn: np.ndarray, seed: int, progress: bool) -
 
 
 def _zoom(
-    levels: list[_Level], test: ImageSource, drawn: np.ndarray, class_name: str | None, seed: int
+    levels: list[EmbeddedLevel], test: ImageSource, drawn: np.ndarray, class_name: str | None, seed: int
 ) -> ClassView | None:
     labels = test.labels[drawn]
     silhouettes = subcluster_silhouettes([level.test_x[drawn] for level in levels], labels, seed)
