@@ -100,8 +100,7 @@ def build_backbone(config: PreTrainedConfig, stem: str, attn_implementation: str
         model_class = CJepaModel
     else:
         model_class = _encoder_class(config)
-    has_attention = getattr(model_class, "_supports_sdpa", False)
-    attention = attn_implementation if has_attention else None
+    attention = attn_implementation if has_attention(model_class) else None
     with mistakes_as_value_error(f"backbone: a {config.model_type!r} cannot be built"):
         backbone = model_class._from_config(config, attn_implementation=attention)
     if stem == "small":
@@ -114,6 +113,11 @@ def build_backbone(config: PreTrainedConfig, stem: str, attn_implementation: str
         embedder.convolution = nn.Conv2d(before.in_channels, before.out_channels, 3, padding=1, bias=False)
         backbone.embedder.pooler = nn.Identity()
     return backbone
+
+
+def has_attention(model_class: type[PreTrainedModel]) -> bool:
+    """Whether an implementation of attention can be chosen for a backbone."""
+    return getattr(model_class, "_supports_sdpa", False)
 
 
 def _encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -129,7 +129,11 @@ class CJepaConfig(PreTrainedConfig):
         self.upper_levels = list(self.upper_levels or [])
         super().__post_init__(**kwargs)
         if self.upper_levels:
-            self.level_config(self.num_levels - 1)  # which names what is wrong with one
+            levels = [
+                self.level_config(level) for level in range(self.num_levels)
+            ]  # which names what is wrong with one
+            if not any(level.level_weight for level in levels):
+                raise ValueError("level_weight is 0 at every level, so that nothing is trained; raise one.")
         choose_level(self.level, self.num_levels)
 
     @classmethod
@@ -231,14 +235,15 @@ class CJepaConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not a loss weight, which must be a number of 0 or more."
                 )
-        if not isinstance(self.stop_gradient, bool):
-            raise ValueError(f"stop_gradient={self.stop_gradient!r} must be true or false.")
+        for name in ("stop_gradient", "qkv_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false.")
         for name in ("initializer_range", "layer_norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+            if not (is_weight(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number above 0, such as 1.0e-6.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1).")
+            if not (is_weight(getattr(self, name)) and getattr(self, name) < 1):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a number in [0, 1).")
         for name in ("target_scale", "target_aspect_ratio", "context_scale"):
             if len(getattr(self, name)) != 2:
                 raise ValueError(f"{name}={getattr(self, name)} must be two numbers, low and high.")

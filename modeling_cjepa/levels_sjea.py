@@ -3,6 +3,7 @@
 Shapes: B images, C channels, N tokens, h and w rows and columns of a map, D width of an embedding, E expanded width.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -61,7 +62,7 @@ class SJeaLevel(nn.Module):
         fields = {"patch_size": 1, **config.backbone} if config.input == "tokens" else config.backbone
         self.backbone_config = build_backbone_config(fields, self.input_shape)
         self.backbone = build_backbone(self.backbone_config, config.stem, attn_implementation)
-        self.features_shape, self.width = self._output_shapes()
+        self.features_shape, self.width, self.unused_parameters = self._try_out()
         self.expander = CJepaExpander(self.width, config.expander_sizes) if is_read_expanded else None
 
     def _shape_below(self, below: "SJeaLevel") -> tuple[int, int, int]:
@@ -74,23 +75,30 @@ class SJeaLevel(nn.Module):
         num_tokens, width = below.features_shape
         return (width, *_token_grid(num_tokens, below))
 
-    def _output_shapes(self) -> tuple[tuple[int, ...], int]:
-        """The shape of an image's features and the width of its embedding, by a run without memory or arithmetic."""
+    def _try_out(self) -> tuple[tuple[int, ...], int, list[str]]:
+        """
+        The shape of an image's features, the width of its embedding, and the names of the parameters that have
+        no part in them, such as a mask token; by a run without memory or arithmetic.
+        """
         name = repr(self.backbone_config.model_type)
         channels, height, width = self.input_shape
         with (
             mistakes_as_value_error(f"backbone {name} cannot read {channels} channels of {height}x{width}"),
             torch.device("meta"),
-            torch.no_grad(),
+            torch.enable_grad(),
         ):
-            backbone = build_backbone(self.backbone_config, self.config.stem).to("meta").eval()
+            backbone = build_backbone(copy.deepcopy(self.backbone_config), self.config.stem).to("meta").eval()
             outputs = backbone(torch.empty(2, *self.input_shape))
         if getattr(outputs, "pooler_output", None) is None or getattr(outputs, "last_hidden_state", None) is None:
             raise ValueError(
                 f"backbone {name} gives no pooled features (pooler_output) beside those before the pooling, which a "
                 "level needs; choose one that does, such as resnet, vit, dinov2, convnext or cjepa."
             )
-        return tuple(outputs.last_hidden_state.shape[1:]), outputs.pooler_output[0].numel()
+        names, parameters = zip(*backbone.named_parameters(), strict=True)
+        total = outputs.pooler_output.sum() + outputs.last_hidden_state.sum()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        unused = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+        return tuple(outputs.last_hidden_state.shape[1:]), outputs.pooler_output[0].numel(), unused
 
     def read(self, below: "LevelOutput | torch.Tensor") -> torch.Tensor:
         """What the backbone reads, (B, C, h, w), of the level below, or the image itself."""

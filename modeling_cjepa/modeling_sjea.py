@@ -13,6 +13,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
+from .backbones_sjea import has_attention
 from .configuration_cjepa import choose_level
 from .configuration_sjea import SJeaConfig
 from .levels_sjea import LevelOutput, SJeaLevel
@@ -58,6 +59,14 @@ class SJeaPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.in_features)
                 init.uniform_(module.bias, -bound, bound)
+
+    def set_attn_implementation(self, attn_implementation: str, *args, **kwargs):
+        """As in transformers, in every level whose backbone has attention; the others take no notice."""
+        chosen = self.get_correct_attn_implementation(attn_implementation)
+        for module in self.modules():
+            if isinstance(module, SJeaLevel) and has_attention(type(module.backbone)):
+                module.backbone.set_attn_implementation(attn_implementation, *args, **kwargs)
+        self.config._attn_implementation_internal = chosen
 
     def save_pretrained(self, *args, **kwargs):
         """As in transformers; backbones keep their present parameter names, so that the stack loads as it is."""

@@ -156,17 +156,22 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             `context_ids` (B, Nc) and `target_ids` (B, M, K).
         """
         config = [self.predictor, *self.upper_predictors][-1].config  # of the top level
-        return sample_block_masks(
-            batch_size,
-            config.grid_size if grid_size is None else grid_size,
-            num_target_blocks=config.num_target_blocks,
-            target_scale=config.target_scale,
-            target_aspect_ratio=config.target_aspect_ratio,
-            context_scale=config.context_scale,
-            min_context_patches=config.min_context_patches,
-            generator=generator,
-            device=device,
-        )
+        geometry = {
+            name: getattr(config, name)
+            for name in ("num_target_blocks", "target_scale", "target_aspect_ratio", "context_scale")
+        }
+        grid_size, fewest = config.grid_size if grid_size is None else grid_size, config.min_context_patches
+        try:
+            return sample_block_masks(
+                batch_size, grid_size, **geometry, min_context_patches=fewest, generator=generator, device=device
+            )
+        except ValueError as error:
+            if fewest == self.config.min_context_patches:
+                raise
+            raise ValueError(
+                f"Masks are drawn on the top level's grid, on which min_context_patches="
+                f"{self.config.min_context_patches} are {fewest} merged ones: {error}"
+            ) from error
 
     @can_return_tuple
     def forward(

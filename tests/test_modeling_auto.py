@@ -265,13 +265,13 @@ def test_stock_trainer_divides_the_loss_by_the_accumulation_steps(tmp_path):
         ({"regularizer": "both"}, "regularizer='both'.*blocks, context, pair"),
         ({"prediction_loss": "l1"}, "prediction_loss='l1'.*smooth_l1, mse"),
         ({"variance_weight": -1.0}, "variance_weight=-1.0 is not a loss weight"),
-        ({"initializer_range": -1.0}, "initializer_range=-1.0 must be above 0"),
+        ({"initializer_range": -1.0}, "initializer_range=-1.0 must be a number above 0"),
         ({"covariance_weight": float("nan")}, "covariance_weight=nan is not a loss weight"),
         ({"image_size": [32]}, r"image_size=\[32\] must be a whole number of 1 or more, or two of them"),
         ({"patch_size": [4, 4, 4]}, r"patch_size=\[4, 4, 4\] must be a whole number"),
         ({"hidden_size": "x"}, "hidden_size='x' must be a whole number of 1 or more[.]"),
-        ({"layer_norm_eps": 0.0}, "layer_norm_eps=0.0 must be above 0"),
-        ({"hidden_dropout_prob": 2.0}, "hidden_dropout_prob=2.0 is not in"),
+        ({"layer_norm_eps": 0.0}, "layer_norm_eps=0.0 must be a number above 0"),
+        ({"hidden_dropout_prob": 2.0}, "hidden_dropout_prob=2.0 is not a number in"),
     ],
 )
 def test_unfit_configurations_are_refused(changes, message):

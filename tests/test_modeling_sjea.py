@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForPreTraining, ResNetConfig, ResNetModel
 from transformers import pipeline as build_pipeline
 
-from modeling_cjepa import CJepaModel, SJeaConfig, SJeaForImageClassification, SJeaModel
+from modeling_cjepa import CJepaModel, SJeaConfig, SJeaForImageClassification, SJeaForPreTraining, SJeaModel
 from modeling_cjepa.levels_sjea import fold_size
 from trainers.transforms import image_processor
 
@@ -263,6 +263,7 @@ def test_pre_training_needs_two_views(shape):
         ([sjea_level(expander_sizes=[])], "expander_sizes=.* must be a list of widths"),
         ([sjea_level(covariance_weight=-1)], "covariance_weight=-1 is not a loss weight"),
         ([sjea_level(weight=1)], r"levels\[0\]: unknown key 'weight'; a level has backbone, stem"),
+        ([sjea_level(level_weight=0), sjea_level(level_weight=0.0)], "level_weight is 0 at every level"),
         ([], "levels=.* must be a list with an entry for each level"),
         (["resnet"], r"levels\[0\]='resnet' must be a mapping"),
         ([{"backbone": "resnet"}], "backbone='resnet' must be a mapping"),
@@ -271,6 +272,31 @@ def test_pre_training_needs_two_views(shape):
 def test_what_cannot_be_built_is_named(levels, message):
     with pytest.raises(ValueError, match=message):
         SJeaModel(SJeaConfig(levels=levels))
+
+
+def test_attention_is_chosen_in_every_level_that_has_it(tmp_path):
+    levels = [sjea_level(), sjea_level(backbone=TRANSFORMER, stem="standard", input="tokens"),
+              sjea_level(backbone=VIT | {"patch_size": 2}, stem="standard")]  # fmt: skip
+
+    def chosen(model):
+        """Of the stack, of its ResNet and of its two transformers."""
+        return [model.config, *(level.backbone.config for level in model.base_model.levels)]
+
+    def names(model):
+        return [config._attn_implementation for config in chosen(model)]
+
+    model = SJeaForPreTraining._from_config(SJeaConfig(levels=levels), attn_implementation="eager")
+    assert names(model) == ["eager"] * 4
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        assert names(model) == [implementation, "eager", implementation, implementation]
+    model.save_pretrained(tmp_path)
+    for implementation in ("sdpa", "eager"):
+        loaded = AutoModel.from_pretrained(tmp_path, attn_implementation=implementation)
+        assert names(loaded) == [implementation, "eager", implementation, implementation]
+    with pytest.raises(ValueError, match="nonsense"):
+        model.set_attn_implementation("nonsense")
+    assert names(model) == ["eager"] * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

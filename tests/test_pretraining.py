@@ -15,11 +15,13 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import FLAGS, tiny_model
+from torch.utils.data import DataLoader
 
 from modeling_cjepa import CJepaForPreTraining, CJepaModel
 from trainers import pretraining
 from trainers.cli import main
 from trainers.datasets import ImageSource
+from trainers.pretraining import images_seen
 from trainers.publishing import whole_folder
 from trainers.recipes import read_recipe
 
@@ -204,6 +206,21 @@ def test_resuming_goes_on_where_the_run_stopped(run, tmp_path):
     facts = json.loads((begun / "final" / "results.json").read_text())
     assert facts["training"]["steps"] == 5
     assert [entry["step"] for entry in facts["history"] if "loss" in entry] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("num_batches", [1, 2, 3])
+def test_images_seen_are_those_of_a_loader(drop_last, num_batches):
+    """In steps of so many batches, fewer at the end of an epoch."""
+    loader = DataLoader(range(50), batch_size=8, drop_last=drop_last)
+    total, expected = 0, []
+    for _ in range(3):
+        batches = [len(batch) for batch in loader]
+        for first in range(0, len(batches), num_batches):
+            total += sum(batches[first : first + num_batches])
+            expected.append(total)
+    found = [images_seen(step, 50, 8, num_batches, drop_last) for step in range(1, len(expected) + 1)]
+    assert found == expected
 
 
 def test_resuming_a_run_at_its_end_trains_nothing(run, tmp_path):

@@ -200,12 +200,31 @@ def test_fields_are_those_of_the_level_below_unless_given():
         ([{"patch_size": 0}], r"upper_levels\[0\]: patch_size=0 must be a whole number"),
         ([{"stop_gradient": "no"}], r"upper_levels\[0\]: stop_gradient='no' must be true or false"),
         ([{"level_weight": "a"}], r"upper_levels\[0\]: level_weight='a' is not a loss weight"),
+        # which is how YAML reads 1e-6
+        (
+            [{"layer_norm_eps": "1e-6"}],
+            r"upper_levels\[0\]: layer_norm_eps='1e-6' must be a number above 0, such as 1.0e-6",
+        ),
+        ([{"hidden_dropout_prob": "a"}], r"upper_levels\[0\]: hidden_dropout_prob='a' is not a number in"),
+        ([{"qkv_bias": "a"}], r"upper_levels\[0\]: qkv_bias='a' must be true or false"),
         ([{"level_weight": float("inf")}], r"upper_levels\[0\]: level_weight=inf is not a loss weight"),
     ],
 )
 def test_unfit_levels_are_named(upper, message):
     with pytest.raises(ValueError, match=message):
         CJepaConfig(**{**SIZES, "upper_levels": upper})
+
+
+def test_some_level_has_a_loss():
+    assert tiny_config(level_weight=0.0, upper_levels=[UPPER]).num_levels == 2
+    with pytest.raises(ValueError, match="level_weight is 0 at every level"):
+        tiny_config(level_weight=0.0, upper_levels=[{**UPPER, "level_weight": 0}])
+
+
+def test_masks_that_do_not_fit_the_top_grid_are_told_in_the_words_of_the_recipe():
+    model = tiny_model(upper_levels=[UPPER], min_context_patches=60)
+    with pytest.raises(ValueError, match="min_context_patches=60 are 15 merged ones: A 4x4 grid has 16 patches"):
+        model.sample_masks(2)
 
 
 def test_the_lowest_level_stops_no_gradient():

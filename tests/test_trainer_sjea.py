@@ -20,6 +20,9 @@ from trainers.batch_norm import GlobalBatchNorm, synchronize_batch_norms
 
 LEVELS = {"levels": [sjea_level(), sjea_level(covariance_weight=0.1)]}
 WITH_TOKENS = {"levels": [sjea_level(), sjea_level(stem="standard", input="tokens", backbone=TRANSFORMER)]}
+# a backbone with a mask token, which has no part in the features
+DINO = {"model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
+WITH_MASK_TOKEN = {"levels": [sjea_level(stem="standard", backbone=DINO), sjea_level()]}
 
 
 def test_log_tells_of_every_level(tmp_path):
@@ -98,10 +101,12 @@ def test_the_last_smaller_batch_is_trained_on(tmp_path):
 def test_two_processes_train_like_one(tmp_path):
     # plain gradient descent: Adam turns the rounding of a vanishing gradient into a step of full length
     descent = {"optim": "sgd", "start_learning_rate": 1e-3, "learning_rate": 1e-3, "num_train_epochs": 1}
+    gentle = descent | {"start_learning_rate": 1e-5, "learning_rate": 1e-5}
     runs = {
         "one step": descent | {"model": LEVELS, "max_steps": 1},
         "one step of tokens": descent | {"model": WITH_TOKENS, "max_steps": 1},
         "three steps": descent | {"model": LEVELS},
+        "three steps with a mask token": gentle | {"model": WITH_MASK_TOKEN},
     }
     halves = {name: run | {"per_device_train_batch_size": 8} for name, run in runs.items()}
     # 44 images do not fill the last batch: Accelerate does, with the first ones

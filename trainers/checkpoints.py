@@ -103,10 +103,24 @@ def check_same_model(checkpoint: str, config: PreTrainedConfig):
         )
     for name in model_fields(type(config)):
         if name in saved and saved[name] != ours[name]:
+            name, before, now = first_difference(name, saved[name], ours[name])
             raise InputError(
-                f"{checkpoint} was trained with {name}={saved[name]}, the recipe says {ours[name]}; resume with the "
-                "recipe it was trained with (recipe.yaml beside it)."
+                f"{checkpoint} was trained with {name}={before}, the recipe says {now}; resume with the recipe it was "
+                "trained with (recipe.yaml beside it)."
             )
+
+
+def first_difference(name: str, before, now) -> tuple:
+    """Where two values that differ do so first, such as `levels[1].stop_gradient`, and what each has there."""
+    inside = []
+    if isinstance(before, dict) and isinstance(now, dict):
+        inside = [(f"{name}.{key}", before.get(key), now.get(key)) for key in {**before, **now}]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        inside = [(f"{name}[{index}]", *pair) for index, pair in enumerate(zip(before, now, strict=True))]
+    for part, *values in inside:
+        if values[0] != values[1]:
+            return first_difference(part, *values)
+    return name, before, now
 
 
 def changed_settings(recipe: Recipe, checkpoint: str) -> str:

@@ -55,7 +55,7 @@ def run_evaluate(namespace):
     from pathlib import Path
 
     from modeling_cjepa.configuration_cjepa import pair
-    from trainers.evaluation import EvaluationArguments, evaluate_model
+    from trainers.evaluation import EvaluationArguments, check_level, evaluate_model
     from trainers.files import full_disk_named, write_json
     from trainers.flags import dataclass_from_flags
     from trainers.loading import load_encoder_config
@@ -66,10 +66,13 @@ def run_evaluate(namespace):
         raise InputError(f"--output {namespace.output} is no file in an existing folder; mend it.")
     data = dataclass_from_flags(namespace, DataArguments)
     evaluation = dataclass_from_flags(namespace, EvaluationArguments)
-    image_size = max(pair(load_encoder_config(namespace.model).image_size))
-    data, evaluation = as_in_the_run(namespace, namespace.model, data, evaluation)
-    train_source, eval_source = load_sources(data, image_size, not evaluation.disable_tqdm)
+    config = load_encoder_config(namespace.model)
+    check_level(namespace.level, config)
     beside = named_models(namespace.beside, ("encoder", "target encoder", "context encoder", "random encoder"))
+    for other in beside.values():
+        load_encoder_config(other)  # a mistake is told before images are read
+    data, evaluation = as_in_the_run(namespace, namespace.model, data, evaluation)
+    train_source, eval_source = load_sources(data, max(pair(config.image_size)), not evaluation.disable_tqdm)
     statistics = data.image_mean, data.image_std
     results = evaluate_model(
         namespace.model, train_source, eval_source, evaluation, *statistics, level=namespace.level, beside=beside
@@ -135,8 +138,9 @@ def run_visualize(namespace):
     models = {"stack": runs_of(namespace.model)}
     models |= {name: runs_of(runs) for name, runs in named_models(namespace.beside, models).items()}
     first = models["stack"][0]
+    configs = [load_encoder_config(run) for runs in models.values() for run in runs]
     data = dataclass_from_flags(namespace, DataArguments)
-    image_size = max(pair(load_encoder_config(first).image_size))
+    image_size = max(pair(configs[0].image_size))
     (data,) = as_in_the_run(namespace, first, data)
     folder = Path(namespace.output or (Path(first) / "levels" if Path(first).is_dir() else "levels"))
     results = visualize_levels(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_cjepa import CJepaForPreTraining
@@ -248,7 +248,7 @@ def evaluate_model(
         choose_images(train_source, arguments.num_probe_images), test_source
     )
     model, *statistics = load_with_statistics(model, image_mean, image_std)
-    _check_level(level, model)
+    check_level(level, model.config)
     others = {name: load_with_statistics(other, image_mean, image_std) for name, other in (beside or {}).items()}
     transform = eval_transform(pair(model.config.image_size))
     images = ImageDataset(train_source, transform), ImageDataset(test_source, transform)
@@ -279,10 +279,11 @@ def evaluate_model(
     }
 
 
-def _check_level(level: int | str | None, model: PreTrainedModel):
+def check_level(level: int | str | None, config: PreTrainedConfig):
+    """Refuses a level that a model of this configuration does not have."""
     if level == "all":
         return
     try:
-        choose_level(level, model.config.num_levels)
+        choose_level(level, config.num_levels)
     except ValueError as error:
         raise InputError(f"{error} Or say all.") from error

@@ -4,6 +4,7 @@ import math
 import os
 import shlex
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -200,11 +201,27 @@ Saved in {folder} (weights, config, image processor, curves.png, results.json, R
     embeddings = encoder(**processor(images, return_tensors="pt")).pooler_output"""
 
 
-def trained_seconds(logged: list[dict], batch_size: int) -> float:
-    """Seconds of training by the log, the parts before a resume included; 0 without one."""
+def images_seen(step: int, num_images: int, batch_size: int, num_batches: int, drop_last: bool) -> int:
+    """
+    Images that optimizer steps have read; those read again count again, the two views of one count once.
+
+    Args:
+        step (`int`): Optimizer steps done.
+        num_images (`int`): Train images.
+        batch_size (`int`): Images of a batch over all processes.
+        num_batches (`int`): Batches of an optimizer step.
+        drop_last (`bool`): Whether the last, smaller batch of an epoch is left out.
+    """
+    of_epoch = num_images // batch_size * batch_size if drop_last else num_images
+    epochs, steps = divmod(step, math.ceil(of_epoch / (batch_size * num_batches)))
+    return epochs * of_epoch + steps * batch_size * num_batches
+
+
+def trained_seconds(logged: list[dict], seen: Callable[[int], int]) -> float:
+    """Seconds of training by the log, the parts before a resume included, of so many images seen after a step."""
     steps = [0, *(entry["step"] for entry in logged)]
     return math.fsum(
-        (step - before) * batch_size / entry["images_per_second"]
+        (seen(step) - seen(before)) / entry["images_per_second"]
         for before, step, entry in zip(steps, steps[1:], logged, strict=False)
     )
 
@@ -212,15 +229,20 @@ def trained_seconds(logged: list[dict], batch_size: int) -> float:
 def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float) -> dict:
     """What is known about a finished run, for `results.json` and the card."""
     state, args = trainer.state, trainer.args
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch_size = args.train_batch_size * args.world_size
+    num_batches = args.gradient_accumulation_steps
+
+    def seen(step: int) -> int:
+        return images_seen(step, len(trainer.train_dataset), batch_size, num_batches, args.dataloader_drop_last)
+
     logged = [entry for entry in state.log_history if "rankme" in entry]
     objective = recipe.objective
     speeds = sorted(entry["images_per_second"] for entry in logged)
     training = {
         "steps": state.global_step,
-        "batch_size": batch_size,
-        "images_seen": state.global_step * batch_size,
-        "seconds": round(trained_seconds(logged, batch_size) or seconds, 1),
+        "batch_size": batch_size * num_batches,
+        "images_seen": seen(state.global_step),
+        "seconds": round(trained_seconds(logged, seen) or seconds, 1),
         "processes": args.world_size,
         "precision": "bf16" if args.bf16 else "float32",
     }

@@ -15,7 +15,8 @@ class SJeaTrainer(JepaTrainer):
     """
     Pre-trains a [`SJeaForPreTraining`].
 
-    Under several processes every batch norm of the model is replaced by one over the global batch.
+    Under several processes every batch norm of the model is replaced by one over the global batch. Parameters without
+    a part in the loss are not trained.
 
     Args:
         model ([`SJeaForPreTraining`]): What to train.
@@ -27,6 +28,10 @@ class SJeaTrainer(JepaTrainer):
     def __init__(
         self, model: SJeaForPreTraining, args: SJeaTrainingArguments, *, colors: DeviceColors | None = None, **kwargs
     ):
+        for level in model.sjea.levels:
+            for name in level.unused_parameters:
+                # several processes would wait for its gradient
+                level.backbone.get_parameter(name).requires_grad_(False)
         if args.world_size > 1:
             model = synchronize_batch_norms(model, args.device)
         # convolutions are up to twice as fast so, on CPUs and GPUs
