@@ -119,17 +119,8 @@ def test_stacked_cjepa_has_levels_too(train, test):
 def test_command(stack, folder, tmp_path, capsys):
     assert main(["evaluate", str(stack)]) == 2
     assert "does not tell which images it was made of; name some with --dataset" in capsys.readouterr().err
-    small = [
-        "--dataset",
-        "scenes",
-        "--num_train_images",
-        "60",
-        "--num_eval_images",
-        "30",
-        "--num_random_encoders",
-        "0",
-        "--disable_tqdm",
-    ]
+    small = ["--dataset", "scenes", "--num_train_images", "60", "--num_eval_images", "30",
+             "--num_random_encoders", "0", "--disable_tqdm"]  # fmt: skip
     output = tmp_path / "results.json"
     flags = ["--level", "all", "--beside", f"plain={folder}", "--output", str(output)]
     assert main(["evaluate", str(stack), *small, *flags]) == 0
@@ -137,13 +128,16 @@ def test_command(stack, folder, tmp_path, capsys):
     assert names == ["encoder, level 0", "encoder, level 1", "encoder, all levels", "plain", "raw pixels"]
     printed = capsys.readouterr().out
     assert all(f"| {name} " in printed for name in names)
-    assert main(["evaluate", str(stack), *small, "--level", "2"]) == 2
+    # mistakes are told before the images, of which there are none, are looked for
+    nowhere = ["--dataset", str(tmp_path / "no images")]
+    assert main(["evaluate", str(stack), *nowhere, "--level", "2"]) == 2
     assert "has 2 levels, 0 to 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["evaluate", str(stack), "--level", "top"])
     assert "'top' is no level; give a number from 0, or all" in capsys.readouterr().err
-    assert main(["evaluate", str(stack), *small, "--beside", str(tmp_path / "not")]) == 2
-    assert "neither a folder" in capsys.readouterr().err
+    for command in (["evaluate"], ["visualize", "levels"]):
+        assert main([*command, str(stack), *nowhere, "--beside", str(tmp_path / "not")]) == 2
+        assert "neither a folder" in capsys.readouterr().err
 
 
 def test_names_of_models():
