@@ -129,11 +129,9 @@ class CJepaConfig(PreTrainedConfig):
         self.upper_levels = list(self.upper_levels or [])
         super().__post_init__(**kwargs)
         if self.upper_levels:
-            levels = [
-                self.level_config(level) for level in range(self.num_levels)
-            ]  # which names what is wrong with one
-            if not any(level.level_weight for level in levels):
-                raise ValueError("level_weight is 0 at every level, so that nothing is trained; raise one.")
+            self.level_config(self.num_levels - 1)  # which names what is wrong with one
+            above = [entry.get("level_weight", CJepaConfig.level_weight) for entry in self.upper_levels]
+            check_level_weights([self.level_weight, *above])
         choose_level(self.level, self.num_levels)
 
     @classmethod
@@ -262,6 +260,12 @@ def _is_size(value) -> bool:
 def is_weight(value) -> bool:
     """Whether it can weigh a term of the loss: a finite number of 0 or more."""
     return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < float("inf")
+
+
+def check_level_weights(weights: list[float]):
+    """Refuses, by a `ValueError`, a stack of which no level has a loss."""
+    if not any(weights):
+        raise ValueError("level_weight is 0 at every level, so that nothing is trained; raise one.")
 
 
 def pair(size) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from transformers import PreTrainedConfig
 
-from .configuration_cjepa import choose_level, is_weight
+from .configuration_cjepa import check_level_weights, choose_level, is_weight
 
 STEMS = ("standard", "small")
 INPUTS = ("vector", "map", "tokens")
@@ -116,8 +116,7 @@ class SJeaConfig(PreTrainedConfig):
         for name in ("image_size", "num_channels"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of 1 or more.")
-        if not any(level["level_weight"] for level in self.levels):
-            raise ValueError("level_weight is 0 at every level, so that nothing is trained; raise one.")
+        check_level_weights([level["level_weight"] for level in self.levels])
         choose_level(self.level, len(self.levels))
         super().__post_init__(**kwargs)
 

@@ -62,7 +62,7 @@ class SJeaLevel(nn.Module):
         fields = {"patch_size": 1, **config.backbone} if config.input == "tokens" else config.backbone
         self.backbone_config = build_backbone_config(fields, self.input_shape)
         self.backbone = build_backbone(self.backbone_config, config.stem, attn_implementation)
-        self.features_shape, self.width, self.unused_parameters = self._try_out()
+        self.features_shape, self.width = self._output_shapes()
         self.expander = CJepaExpander(self.width, config.expander_sizes) if is_read_expanded else None
 
     def _shape_below(self, below: "SJeaLevel") -> tuple[int, int, int]:
@@ -75,30 +75,36 @@ class SJeaLevel(nn.Module):
         num_tokens, width = below.features_shape
         return (width, *_token_grid(num_tokens, below))
 
-    def _try_out(self) -> tuple[tuple[int, ...], int, list[str]]:
-        """
-        The shape of an image's features, the width of its embedding, and the names of the parameters that have
-        no part in them, such as a mask token; by a run without memory or arithmetic.
-        """
-        name = repr(self.backbone_config.model_type)
-        channels, height, width = self.input_shape
-        with (
-            mistakes_as_value_error(f"backbone {name} cannot read {channels} channels of {height}x{width}"),
-            torch.device("meta"),
-            torch.enable_grad(),
-        ):
-            backbone = build_backbone(copy.deepcopy(self.backbone_config), self.config.stem).to("meta").eval()
-            outputs = backbone(torch.empty(2, *self.input_shape))
+    def _output_shapes(self) -> tuple[tuple[int, ...], int]:
+        """The shape of an image's features and the width of its embedding."""
+        with torch.no_grad():
+            _, outputs = self._try_out()
         if getattr(outputs, "pooler_output", None) is None or getattr(outputs, "last_hidden_state", None) is None:
             raise ValueError(
-                f"backbone {name} gives no pooled features (pooler_output) beside those before the pooling, which a "
-                "level needs; choose one that does, such as resnet, vit, dinov2, convnext or cjepa."
+                f"backbone {self.backbone_config.model_type!r} gives no pooled features (pooler_output) beside those "
+                "before the pooling, which a level needs; choose one that does, such as resnet, vit, dinov2, convnext "
+                "or cjepa."
             )
+        return tuple(outputs.last_hidden_state.shape[1:]), outputs.pooler_output[0].numel()
+
+    def unused_parameters(self) -> list[nn.Parameter]:
+        """The backbone's parameters that have no part in features and embedding, such as a mask token."""
+        with torch.enable_grad():
+            backbone, outputs = self._try_out()
+            total = outputs.pooler_output.sum() + outputs.last_hidden_state.sum()
         names, parameters = zip(*backbone.named_parameters(), strict=True)
-        total = outputs.pooler_output.sum() + outputs.last_hidden_state.sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
         unused = [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
-        return tuple(outputs.last_hidden_state.shape[1:]), outputs.pooler_output[0].numel(), unused
+        return [self.backbone.get_parameter(name) for name in unused]
+
+    def _try_out(self):
+        """A backbone like this one and its outputs for two images, without memory or arithmetic."""
+        channels, height, width = self.input_shape
+        what = f"backbone {self.backbone_config.model_type!r} cannot read {channels} channels of {height}x{width}"
+        with mistakes_as_value_error(what), torch.device("meta"):
+            # a configuration of its own: a model writes its attention implementation into that it is given
+            backbone = build_backbone(copy.deepcopy(self.backbone_config), self.config.stem).to("meta").eval()
+            return backbone, backbone(torch.empty(2, *self.input_shape))
 
     def read(self, below: "LevelOutput | torch.Tensor") -> torch.Tensor:
         """What the backbone reads, (B, C, h, w), of the level below, or the image itself."""

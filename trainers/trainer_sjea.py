@@ -29,9 +29,8 @@ class SJeaTrainer(JepaTrainer):
         self, model: SJeaForPreTraining, args: SJeaTrainingArguments, *, colors: DeviceColors | None = None, **kwargs
     ):
         for level in model.sjea.levels:
-            for name in level.unused_parameters:
-                # several processes would wait for its gradient
-                level.backbone.get_parameter(name).requires_grad_(False)
+            for parameter in level.unused_parameters():
+                parameter.requires_grad_(False)  # several processes would wait for its gradient
         if args.world_size > 1:
             model = synchronize_batch_norms(model, args.device)
         # convolutions are up to twice as fast so, on CPUs and GPUs
