@@ -22,6 +22,11 @@ for config, model, pretraining, classification in (
     AutoModel.register(config, model, exist_ok=True)
     AutoModelForPreTraining.register(config, pretraining, exist_ok=True)
     AutoModelForImageClassification.register(config, classification, exist_ok=True)
+    # so that what is saved holds the code it needs where this package is not installed
+    config.register_for_auto_class()
+    model.register_for_auto_class()
+    pretraining.register_for_auto_class("AutoModelForPreTraining")
+    classification.register_for_auto_class("AutoModelForImageClassification")
 
 __all__ = [
     "CJepaConfig",

@@ -126,6 +126,8 @@ class CJepaConfig(PreTrainedConfig):
         if self.predictor_intermediate_size is None:
             self.predictor_intermediate_size = 4 * self.predictor_hidden_size
         self._check_fields()
+        if not isinstance(self.upper_levels, list | tuple | None):
+            raise ValueError(f"upper_levels={self.upper_levels!r} must be a list of mappings, one a level.")
         self.upper_levels = list(self.upper_levels or [])
         super().__post_init__(**kwargs)
         if self.upper_levels:

@@ -175,11 +175,12 @@ def _token_grid(num_tokens: int, level: SJeaLevel) -> tuple[int, int]:
     rows, columns = height // patch_height, width // patch_width
     if 0 < rows * columns <= num_tokens:
         return rows, columns
-    # stages have merged the patches: a square, perhaps beside one other token
+    # stages have merged the patches to a grid as wide and high as the input, perhaps beside one other token
     for num_others in (0, 1):
-        side = math.isqrt(num_tokens - num_others)
-        if side > 0 and side * side == num_tokens - num_others:
-            return side, side
+        patches = num_tokens - num_others
+        rows = math.isqrt(patches * height // width)
+        if rows > 0 and patches % rows == 0 and rows * width == patches // rows * height:
+            return rows, patches // rows
     raise ValueError(
         f"The {num_tokens} tokens of backbone {level.backbone_config.model_type!r} lie on no grid that is known; let "
         "the level above read input='vector'."

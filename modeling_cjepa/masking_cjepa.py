@@ -179,6 +179,22 @@ def _check_geometry(rows, columns, num_target_blocks, target_scale, target_aspec
         )
 
 
+def check_ids(name: str, ids: torch.Tensor | None, batch_size: int, grid_size: tuple[int, int]):
+    """Refuses, by a `ValueError`, positions (B, ...) of another number of images or beside the grid; None passes."""
+    if ids is None:
+        return
+    if ids.shape[0] != batch_size:
+        raise ValueError(f"{name} has masks of {ids.shape[0]} images, pixel_values {batch_size}.")
+    # to look at positions on a GPU is to wait for it, and in a graph to break it
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() > 0:
+        low, high, (rows, columns) = ids.min().item(), ids.max().item(), grid_size
+        if low < 0 or high >= rows * columns:
+            raise ValueError(
+                f"{name} has positions from {low} to {high}, and the grid of the top level has {rows}x{columns}: give "
+                f"0 to {rows * columns - 1}."
+            )
+
+
 def grids_by_level(grid_size: tuple[int, int], merges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """The grid (rows, columns) of each level from the lowest up; raises `ValueError` if one cannot be merged."""
     grids = [grid_size]

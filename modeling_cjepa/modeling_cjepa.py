@@ -133,6 +133,9 @@ class CJepaModel(CJepaPreTrainedModel):
         upper_levels = self.upper_levels[: choose_level(level, self.config.num_levels)]
         grid_size = self.embeddings.patch_embeddings.grid_size(pixel_values)
         ids = ids_by_level(patch_ids, grid_size, self.merges[: len(upper_levels)])
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name) is None:
+                kwargs[name] = getattr(self.config, name)  # which the configurations of upper levels do not have
         outputs = [self._encode_patches(pixel_values, ids[0], return_dict=True, **kwargs)]
         for upper, ids_below, ids_here in zip(upper_levels, ids, ids[1:], strict=False):
             tokens = tokens_on_grid(outputs[-1].last_hidden_state, ids_below, grid_size)

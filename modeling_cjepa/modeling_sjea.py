@@ -123,7 +123,7 @@ class SJeaModel(SJeaPreTrainedModel):
         Returns:
             `list` of [`~levels_sjea.LevelOutput`], from the image up.
         """
-        outputs, below = [], pixel_values
+        outputs, below = [], pixel_values.to(self.dtype)
         for module in self.levels[: choose_level(level, len(self.levels)) + 1]:
             below = module(below)
             outputs.append(below)
@@ -149,13 +149,15 @@ class SJeaModel(SJeaPreTrainedModel):
             [`SJeaModelOutput`].
 
         Raises:
-            ValueError: There is no such level, or the images have another number of channels.
+            ValueError: There is no such level, or the images have another number of channels or are whole numbers.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}; give images "
                 f"(B, {self.config.num_channels}, H, W)."
             )
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalised images in floating point.")
         outputs = self.encode(pixel_values, self.config.level if level is None else level)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

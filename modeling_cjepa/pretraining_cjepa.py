@@ -28,7 +28,7 @@ from .losses_cjepa import (
     variance_term,
     vicreg_terms,
 )
-from .masking_cjepa import grids_by_level, ids_by_level, sample_block_masks
+from .masking_cjepa import check_ids, grids_by_level, ids_by_level, sample_block_masks
 from .modeling_cjepa import CJepaModel, CJepaPreTrainedModel, combine
 
 
@@ -104,19 +104,20 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers; from a checkpoint that holds an encoder only, both encoders start from it."""
+        """As in transformers; what a checkpoint lacks of the context encoder starts as in the target encoder."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        contexts = {f"context_encoder.{name}" for name in model.context_encoder.state_dict()}
-        if contexts <= set(info["missing_keys"]):
-            model._copy_target_to_context()
+        prefix = "context_encoder."
+        model._copy_target_to_context(
+            [name.removeprefix(prefix) for name in info["missing_keys"] if name.startswith(prefix)]
+        )
         return (model, info) if output_loading_info else model
 
     @torch.no_grad()
-    def _copy_target_to_context(self):
+    def _copy_target_to_context(self, names=None):
         # positions included: those of a loaded encoder need not be the sines and cosines
         contexts, targets = self.context_encoder.state_dict(), self.cjepa.state_dict()
-        for name, target in targets.items():
-            contexts[name].copy_(target)
+        for name in targets if names is None else names:
+            contexts[name].copy_(targets[name])
 
     def tie_weights(self, *args, **kwargs):
         # the last call of both construction and `from_pretrained`, which makes every parameter trainable again
@@ -206,14 +207,14 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             [`CJepaForPreTrainingOutput`].
 
         Raises:
-            ValueError: One mask was given without the other, or the batch is too small for batch statistics.
+            ValueError: One mask was given without the other or does not fit the images, or the batch is too small for
+                batch statistics.
         """
         if (context_ids is None) != (target_ids is None):
             raise ValueError("Give both context_ids and target_ids, or neither to have them drawn.")
-        for name, ids in (("context_ids", context_ids), ("target_ids", target_ids)):
-            if ids is not None and ids.shape[0] != pixel_values.shape[0]:
-                raise ValueError(f"{name} has masks of {ids.shape[0]} images, pixel_values {pixel_values.shape[0]}.")
         grid_sizes = self.grid_sizes(pixel_values)
+        for name, ids in (("context_ids", context_ids), ("target_ids", target_ids)):
+            check_ids(name, ids, pixel_values.shape[0], grid_sizes[-1])
         if context_ids is None:
             context_ids, target_ids = self.sample_masks(
                 pixel_values.shape[0], grid_sizes[-1], generator, device=pixel_values.device

@@ -117,6 +117,24 @@ def test_patch_tokens_lie_on_their_grid(name):
         assert torch.equal(seen[0][:, :, patch // 4, patch % 4], tokens[:, 1 + patch])
 
 
+def test_merged_tokens_of_a_folded_vector_lie_as_it_does():
+    """Swin's stages merge the 16x32 patches of a vector of 512 to 8x16, which level 2 reads."""
+    swin = {"model_type": "swin", "patch_size": 1, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1],
+            "window_size": 4, "image_size": [16, 32], "num_channels": 1}  # fmt: skip
+    below = sjea_level(backbone=RESNET | {"hidden_sizes": [8, 8, 512]})
+    model = tiny_sjea(below, sjea_level(stem="standard", backbone=swin), sjea_level(input="map")).eval()
+    assert model.sjea.levels[1].input_shape == (1, 16, 32) and model.sjea.levels[2].input_shape == (16, 8, 16)
+
+
+def test_images_are_cast_to_the_precision_of_the_weights():
+    model = tiny_sjea().sjea.eval()
+    expected = model(images()).pooler_output
+    output = model.to(torch.bfloat16)(images()).pooler_output
+    assert output.dtype == torch.bfloat16 and (output - expected).abs().max() < 0.1 * expected.abs().max()
+    with pytest.raises(ValueError, match="pixel_values is torch.uint8; give normalised images in floating point"):
+        model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
 def test_the_level_above_reads_what_the_expander_made():
     model = tiny_sjea(*STACKS["expanded vector"][0]).eval()
     seen = []

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import FLAGS, RESNET, TRANSFORMER, images, sjea_level
+from transformers import AutoModelForImageClassification
 
 from trainers.cli import main
 from trainers.loading import load_model
@@ -54,6 +55,14 @@ found["parameters"] = sum(p.numel() for p in whole.parameters())
 found["module"] = type(whole).__module__
 print(json.dumps(found))
 """
+CLASSIFY = """
+import json, sys
+import torch
+from transformers import AutoModelForImageClassification
+
+classifier = AutoModelForImageClassification.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(json.dumps(classifier(torch.load(f"{sys.argv[1]}/images.pt")).logits.tolist()))
+"""
 
 
 @pytest.fixture(scope="module", params=RUNS)
@@ -64,19 +73,24 @@ def run(request, tmp_path_factory):
     return request.param, folder / "final"
 
 
-def test_auto_classes_load_it_in_a_process_without_the_package(run, tmp_path):
-    name, folder = run
-    torch.save(images(), folder / "images.pt")
+def run_without_the_package(code, tmp_path, *arguments) -> dict:
+    """What code prints as JSON in a process that does not find this package."""
     script = tmp_path / "load.py"
-    script.write_text(LOAD)
+    script.write_text(code)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-P", script, folder]
+    command = [sys.executable, "-P", script, *arguments]
     if sys.version_info < (3, 11):
         command.remove("-P")
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_auto_classes_load_it_in_a_process_without_the_package(run, tmp_path):
+    name, folder = run
+    torch.save(images(), folder / "images.pt")
+    found = run_without_the_package(LOAD, tmp_path, folder)
     assert found["module"].startswith("transformers_modules.")
     model = load_model(folder).eval()
     with torch.no_grad():
@@ -87,6 +101,17 @@ def test_auto_classes_load_it_in_a_process_without_the_package(run, tmp_path):
     default = 0 if name == "sjea of a transformer" else 1  # the level the recipe names, or the top
     assert found["default"] == found["levels"][default]
     assert found["parameters"] == model.num_parameters()
+
+
+def test_a_classifier_saved_from_it_loads_in_a_process_without_the_package(run, tmp_path):
+    classifier = AutoModelForImageClassification.from_pretrained(run[1], level=0, num_labels=3).eval()
+    assert not type(classifier).__module__.startswith("transformers_modules")
+    classifier.save_pretrained(tmp_path / "classifier")
+    torch.save(images(), tmp_path / "classifier" / "images.pt")
+    with torch.no_grad():
+        expected = classifier(images()).logits
+    found = run_without_the_package(CLASSIFY, tmp_path, tmp_path / "classifier")
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_folder_tells_of_its_levels(run):

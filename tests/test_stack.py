@@ -5,7 +5,7 @@ import torch
 from tiny import SIZES, gradients, images, seeded, tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
-from modeling_cjepa import CJepaConfig, CJepaModel
+from modeling_cjepa import CJepaConfig, CJepaForPreTraining, CJepaModel
 from modeling_cjepa.losses_cjepa import covariance_term, prediction_loss, variance_term
 from modeling_cjepa.masking_cjepa import ids_by_level, tokens_on_grid
 
@@ -165,6 +165,38 @@ def test_three_levels_reload_and_choose(tmp_path):
         CJepaModel(tiny_config(level=1))
 
 
+def test_the_configuration_may_ask_for_what_every_level_records(tmp_path):
+    stack(dict(UPPER), {"hidden_size": 64, "num_attention_heads": 4}, num_target_blocks=1).save_pretrained(tmp_path)
+    asked = {"output_hidden_states": True, "output_attentions": True, "attn_implementation": "eager"}
+    for level in (0, 1, 2):
+        output = AutoModel.from_pretrained(tmp_path, level=level, **asked)(images())
+        assert [states.shape[1] for states in output.hidden_states] == [64, 16, 4][: level + 1]
+        assert [attention.shape[2] for attention in output.attentions] == [64 // 4**level] * (2, 1, 2)[level]
+
+
+def test_levels_added_to_a_trained_model_start_equal(tmp_path):
+    """The trained level keeps a context encoder and a target encoder that differ, the new ones start alike."""
+    plain = tiny_model(**MASKS)
+    plain.save_pretrained(tmp_path)
+    model = CJepaForPreTraining.from_pretrained(tmp_path, upper_levels=[UPPER])
+    targets, contexts = model.cjepa.state_dict(), model.context_encoder.state_dict()
+    assert not torch.equal(contexts["layernorm.bias"], targets["layernorm.bias"])
+    trained = plain.context_encoder.state_dict()
+    assert all(torch.equal(contexts[name], trained[name]) for name in trained)
+    above = [name for name in targets if name.startswith("upper_levels.")]
+    assert above and all(torch.equal(contexts[name], targets[name]) for name in above)
+
+
+def test_masks_beside_the_grid_are_refused():
+    model = stack()
+    context_ids, target_ids = model.sample_masks(4, generator=seeded())
+    with pytest.raises(ValueError, match="target_ids has positions from -1 to .* has 4x4: give 0 to 15"):
+        model(images(), context_ids, target_ids - target_ids.min() - 1)
+    context_ids[0, -1] = 16
+    with pytest.raises(ValueError, match="context_ids has positions from .* to 16, and the grid of the top level"):
+        model(images(), context_ids, target_ids)
+
+
 def test_attention_is_set_in_every_part():
     model = stack()
     model.set_attn_implementation("eager")
@@ -191,6 +223,8 @@ def test_fields_are_those_of_the_level_below_unless_given():
     [
         ([{"hidden_size": 50}], r"upper_levels\[0\]: hidden_size=50 must be a multiple of 4"),
         ([{"width": 48}], r"upper_levels\[0\]: 'width' is no field of an upper level; it has hidden_size"),
+        (5, "upper_levels=5 must be a list of mappings, one a level"),
+        ({"hidden_size": 48}, "upper_levels={'hidden_size': 48} must be a list of mappings"),
         (["big"], r"upper_levels\[0\]='big' must be a mapping"),
         ([{}, {}, {}, {}], r"upper_levels\[3\]: the 1x1 tokens below cannot be merged by 2x2"),
         ([{"patch_size": 3}], r"upper_levels\[0\]: the 8x8 tokens below cannot be merged by 3x3"),

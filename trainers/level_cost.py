@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from trainers.errors import InputError
 from trainers.objectives import count
 from trainers.recipes import Recipe
+from trainers.reports import markdown_table
 from trainers.training_args import computes_in_bf16
 
 _MIB = 2**20
@@ -38,11 +39,15 @@ def benchmark_levels(recipe: Recipe, batch_size: int = 64, num_rounds: int = 5) 
     objective = recipe.objective
     whole = objective.build_model(recipe.model, "sdpa").config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = []
-    for number in range(1, whole.num_levels + 1):
+
+    def step_of(number: int) -> _Step:
         config = objective.lowest_levels(copy.deepcopy(whole), number)
         model = objective.model_class(config).to(device, memory_format=torch.channels_last).train()
-        steps.append(_Step(model, objective.random_batch(config, batch_size).to(device)))
+        return _Step(model, objective.random_batch(config, batch_size).to(device))
+
+    numbers = range(1, whole.num_levels + 1)
+    memories = [step_of(number).memory() for number in numbers]  # one after the other: each has the device to itself
+    steps = [step_of(number) for number in numbers]
     times = [[] for _ in steps]
     for round_number in range(num_rounds + 1):
         for step, of_step in zip(steps, times, strict=True):
@@ -50,9 +55,9 @@ def benchmark_levels(recipe: Recipe, batch_size: int = 64, num_rounds: int = 5) 
             if round_number > 0:  # the first one sets things up
                 of_step.append(1000 * seconds)
     rows = []
-    for number, (step, of_step) in enumerate(zip(steps, times, strict=True), start=1):
+    for number, of_step, memory in zip(numbers, times, memories, strict=True):
         low, median, high = statistics.quantiles(of_step, n=4)
-        rows.append({"levels": number, "median": median, "low": low, "high": high} | step.memory())
+        rows.append({"levels": number, "median": median, "low": low, "high": high} | memory)
         rows[-1]["factor"] = median / rows[0]["median"]
     return rows
 
@@ -84,7 +89,8 @@ class _Step:
             torch.cuda.synchronize()
 
     def memory(self) -> dict[str, float]:
-        """Parameters, and MiB of what a step keeps."""
+        """Parameters, and MiB of what a step keeps; the first one makes the optimizer's averages."""
+        self.run()
         kept = {}
 
         def keep(tensor):
@@ -112,13 +118,15 @@ class _Step:
 
 def format_level_cost(rows: list[dict]) -> str:
     """The measurements as a table."""
-    lines = [
-        "| levels | parameters, M | ms a step (quartiles) | times one level | activations, MiB | states, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
+    header = ["levels", "parameters, M", "ms a step (quartiles)", "times one level", "activations, MiB", "states, MiB"]
+    table = [header + ["peak, MiB"] if "peak" in rows[0] else header]
     for row in rows:
-        lines.append(
-            f"| {row['levels']} | {row['parameters'] / 1e6:.2f} | {row['median']:.0f} ({row['low']:.0f} - "
-            f"{row['high']:.0f}) | {row['factor']:.2f} | {row['activations']:.0f} | {row['states']:.0f} |"
-        )
-    return "\n".join(lines)
+        cells = [
+            str(row["levels"]),
+            f"{row['parameters'] / 1e6:.2f}",
+            f"{row['median']:.0f} ({row['low']:.0f} - {row['high']:.0f})",
+            f"{row['factor']:.2f}",
+            *(f"{row[name]:.0f}" for name in ("activations", "states", "peak") if name in row),
+        ]
+        table.append(cells)
+    return "\n".join(markdown_table(table))

@@ -35,7 +35,7 @@ class SJeaTrainer(JepaTrainer):
             model = synchronize_batch_norms(model, args.device)
         # convolutions are up to twice as fast so, on CPUs and GPUs
         super().__init__(model.to(memory_format=torch.channels_last), args, **kwargs)
-        self.colors = None if colors is None else colors.to(args.device)
+        self.colors = colors
 
     def forward_batch(self, model, inputs):
         """The output for two views of each image (B, 2, C, H, W)."""

@@ -112,11 +112,12 @@ def blur_kernel(image_size: tuple[int, int]) -> int:
     return max(min(image_size) // 20 * 2 + 1, 3)
 
 
-class DeviceColors(nn.Module):
+class DeviceColors:
     """
     The colours of [`two_view_transform`] for a batch where it is, by kornia, with parameters drawn for each view.
 
-    In which order brightness, contrast, saturation and hue change is drawn once a batch.
+    In which order brightness, contrast, saturation and hue change is drawn once a batch. No module, so that it stays
+    where it is when a model is moved: kornia draws where its steps are, and only the CPU's generator is seeded.
 
     Args:
         image_size (`(height, width)`): Pixels of a view.
@@ -124,7 +125,6 @@ class DeviceColors(nn.Module):
     """
 
     def __init__(self, image_size: tuple[int, int], data: TwoViewDataArguments):
-        super().__init__()
         import kornia.augmentation as K
 
         kernel = blur_kernel(image_size)
@@ -137,7 +137,7 @@ class DeviceColors(nn.Module):
         )
 
     @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) uint8 with changed colours, uint8."""
         with torch.autocast(images.device.type, enabled=False):
             changed = self.steps(images.float() / 255)
