@@ -122,7 +122,12 @@ class SJeaModel(SJeaPreTrainedModel):
 
         Returns:
             `list` of [`~levels_sjea.LevelOutput`], from the image up.
+
+        Raises:
+            ValueError: There is no such level, or the images are whole numbers.
         """
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalised images in floating point.")
         outputs, below = [], pixel_values.to(self.dtype)
         for module in self.levels[: choose_level(level, len(self.levels)) + 1]:
             below = module(below)
@@ -156,8 +161,6 @@ class SJeaModel(SJeaPreTrainedModel):
                 f"pixel_values has shape {tuple(pixel_values.shape)}; give images "
                 f"(B, {self.config.num_channels}, H, W)."
             )
-        if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalised images in floating point.")
         outputs = self.encode(pixel_values, self.config.level if level is None else level)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

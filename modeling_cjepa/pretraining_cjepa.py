@@ -219,10 +219,10 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             context_ids, target_ids = self.sample_masks(
                 pixel_values.shape[0], grid_sizes[-1], generator, device=pixel_values.device
             )
-        recorded = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        recorded = {name: value for name, value in recorded.items() if value is not None}  # else the configuration's
         with torch.no_grad():
-            tokens = self.cjepa.encode(pixel_values, **recorded)
+            tokens = self.cjepa.encode(
+                pixel_values, output_hidden_states=output_hidden_states, output_attentions=output_attentions
+            )
         contexts = self.context_encoder.encode(pixel_values, context_ids)
         levels = self._predict(tokens, contexts, context_ids, target_ids, grid_sizes)
         loss = terms = None

@@ -133,6 +133,8 @@ def test_images_are_cast_to_the_precision_of_the_weights():
     assert output.dtype == torch.bfloat16 and (output - expected).abs().max() < 0.1 * expected.abs().max()
     with pytest.raises(ValueError, match="pixel_values is torch.uint8; give normalised images in floating point"):
         model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="pixel_values is torch.uint8; give normalised images in floating point"):
+        tiny_sjea()(views().to(torch.uint8))
 
 
 def test_the_level_above_reads_what_the_expander_made():
