@@ -42,6 +42,12 @@ def positions_for(grid_size: tuple[int, int], stored_grid_size: tuple[int, int],
     return sincos_positions(grid_size, table.shape[-1]).unsqueeze(0).to(table)
 
 
+def check_floating_point(pixel_values: torch.Tensor):
+    """Refuses, by a `ValueError`, images of whole numbers, which no processor has normalised."""
+    if not pixel_values.is_floating_point():
+        raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalised images in floating point.")
+
+
 class CJepaPatchEmbeddings(nn.Module):
     """Linear projection of patches, stored as the convolution it equals."""
 
@@ -66,8 +72,7 @@ class CJepaPatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, patch_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Embeds all patches of images (B, C, H, W) to (B, N, D), or only those at `patch_ids` (B, Nc)."""
-        if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalised images in floating point.")
+        check_floating_point(pixel_values)
         rows, columns = self.grid_size(pixel_values)
         height, width = self.patch_size
         pixels = pixel_values[..., : rows * height, : columns * width]

@@ -23,12 +23,14 @@ class LevelOutput:
     Args:
         features (`torch.Tensor` of shape `(B, D, h, w)` or `(B, N, D)`): The backbone's map or tokens before pooling.
         embedding (`torch.Tensor` of shape `(B, D)`): Its pooled features, Y in the paper.
+        read_size (`(int, int)`): Rows and columns of what the backbone read.
         expanded (`torch.Tensor` of shape `(B, E)`, *optional*): What the expander makes of them, Z, where the level
             above reads it.
     """
 
     features: torch.Tensor
     embedding: torch.Tensor
+    read_size: tuple[int, int]
     expanded: torch.Tensor | None = None
 
 
@@ -58,7 +60,7 @@ class SJeaLevel(nn.Module):
         super().__init__()
         self.config, self.is_lowest = config, below is None
         self.input_shape = image_shape if below is None else self._shape_below(below)
-        self.num_tokens_below = None if below is None else below.features_shape[0]
+        self.size_below = None if below is None else below.input_shape[1:]
         fields = {"patch_size": 1, **config.backbone} if config.input == "tokens" else config.backbone
         self.backbone_config = build_backbone_config(fields, self.input_shape)
         self.backbone = build_backbone(self.backbone_config, config.stem, attn_implementation)
@@ -119,10 +121,11 @@ class SJeaLevel(nn.Module):
         if features.ndim == 4:
             return features
         channels, rows, columns = self.input_shape
-        if features.shape[1] != self.num_tokens_below:
+        if below.read_size != self.size_below:
+            sizes = " and not ".join("{}x{}".format(*size) for size in (below.read_size, self.size_below))
             raise ValueError(
-                f"The level below gives {features.shape[1]} tokens an image, and this one reads "
-                f"{self.num_tokens_below}; give images of the configured image_size."
+                f"The level below has read {sizes}, and the grid of its tokens is that of the latter; give images of "
+                "the configured image_size."
             )
         # the patch tokens come last; class tokens and registers, if any, before them
         return features[:, -rows * columns :].transpose(1, 2).reshape(-1, channels, rows, columns)
@@ -135,7 +138,7 @@ class SJeaLevel(nn.Module):
         outputs = self.backbone(inputs)
         embedding = outputs.pooler_output.flatten(1)  # a ResNet's is (B, D, 1, 1)
         expanded = None if self.expander is None else self.expander(embedding)
-        return LevelOutput(outputs.last_hidden_state, embedding, expanded)
+        return LevelOutput(outputs.last_hidden_state, embedding, tuple(inputs.shape[-2:]), expanded)
 
 
 def fold_size(width: int, height: int | None = None) -> tuple[int, int]:
@@ -150,7 +153,7 @@ def fold_size(width: int, height: int | None = None) -> tuple[int, int]:
         `(int, int)`: Rows, the fewer, and columns.
 
     Raises:
-        ValueError: The vector does not fill such rows, or makes a map of one row only.
+        ValueError: The vector does not fill such rows, or without `height` makes a map of one row only.
     """
     if height is None:
         height = max(rows for rows in range(1, int(width**0.5) + 1) if width % rows == 0)
@@ -169,19 +172,36 @@ def fold_size(width: int, height: int | None = None) -> tuple[int, int]:
 
 def _token_grid(num_tokens: int, level: SJeaLevel) -> tuple[int, int]:
     """Rows and columns of a transformer's patch tokens, without its class tokens and registers."""
-    patch = getattr(level.backbone_config, "patch_size", None) or 1
-    _, height, width = level.input_shape
-    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
-    rows, columns = height // patch_height, width // patch_width
-    if 0 < rows * columns <= num_tokens:
-        return rows, columns
-    # stages have merged the patches to a grid as wide and high as the input, perhaps beside one other token
-    for num_others in (0, 1):
-        patches = num_tokens - num_others
-        rows = math.isqrt(patches * height // width)
-        if rows > 0 and patches % rows == 0 and rows * width == patches // rows * height:
-            return rows, patches // rows
+    config = level.backbone_config
+    if _is_row_by_row(config):
+        for rows, columns, others in _possible_grids(num_tokens, config, *level.input_shape[1:]):
+            if rows > 0 and columns > 0 and num_tokens - rows * columns in others:
+                return rows, columns
     raise ValueError(
-        f"The {num_tokens} tokens of backbone {level.backbone_config.model_type!r} lie on no grid that is known; let "
-        "the level above read input='vector'."
+        f"The {num_tokens} tokens of backbone {config.model_type!r} lie on no grid that is known; let the level above "
+        "read input='vector'."
     )
+
+
+def _is_row_by_row(config) -> bool:
+    """Whether a backbone's tokens end with those of the patches, row by row."""
+    if getattr(config, "num_detection_tokens", 0):
+        return False
+    # hiera's lie unit by unit until each stage but the last has pooled them
+    return config.model_type != "hiera" or config.num_query_pool >= len(config.depths) - 1
+
+
+def _possible_grids(num_tokens: int, config, height: int, width: int):
+    """Rows, columns, and how many tokens of no patch may come before theirs, the likeliest first."""
+    patch = getattr(config, "patch_size", None) or 1
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    registers = getattr(config, "num_register_tokens", 0)
+    # a class token, perhaps a second one or registers
+    yield height // patch_height, width // patch_width, {0, 1, 2, 1 + registers}
+    # patches padded at the edges
+    yield math.ceil(height / patch_height), math.ceil(width / patch_width), {0}
+    # stages have merged the patches to a grid as wide and high as the input
+    for others in (0, 1):
+        rows = math.isqrt((num_tokens - others) * height // width)
+        if rows * width % height == 0:
+            yield rows, rows * width // height, {others}

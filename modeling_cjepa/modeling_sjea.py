@@ -16,6 +16,7 @@ from transformers.utils.generic import can_return_tuple
 from .backbones_sjea import has_attention
 from .configuration_cjepa import choose_level
 from .configuration_sjea import SJeaConfig
+from .encoders_cjepa import check_floating_point
 from .levels_sjea import LevelOutput, SJeaLevel
 
 
@@ -126,8 +127,7 @@ class SJeaModel(SJeaPreTrainedModel):
         Raises:
             ValueError: There is no such level, or the images are whole numbers.
         """
-        if not pixel_values.is_floating_point():
-            raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalised images in floating point.")
+        check_floating_point(pixel_values)
         outputs, below = [], pixel_values.to(self.dtype)
         for module in self.levels[: choose_level(level, len(self.levels)) + 1]:
             below = module(below)

@@ -117,6 +117,51 @@ def test_patch_tokens_lie_on_their_grid(name):
         assert torch.equal(seen[0][:, :, patch // 4, patch % 4], tokens[:, 1 + patch])
 
 
+SWIN = {"model_type": "swin", "patch_size": 4, "embed_dim": 8, "depths": [1], "num_heads": [1], "window_size": 4}
+HIERA = {"model_type": "hiera", "embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 1, 1], "patch_size": [3, 3],
+         "patch_stride": [2, 2], "patch_padding": [1, 1], "masked_unit_size": [4, 4]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("backbone", "image_size", "side", "first"),
+    [
+        (VIT | {"model_type": "dinov3_vit", "num_register_tokens": 3}, 32, 4, 4),
+        (VIT | {"model_type": "deit"}, 32, 4, 2),
+        (SWIN, 30, 8, 0),  # edges are padded
+        (SWIN | {"depths": [1, 1], "num_heads": [1, 1]}, 32, 4, 0),
+        (HIERA | {"num_query_pool": 2}, 32, 4, 0),
+    ],
+)
+def test_patch_tokens_are_found_among_others(backbone, image_size, side, first):
+    below = sjea_level(stem="standard", backbone=backbone)
+    model = tiny_sjea(below, sjea_level(input="map"), image_size=image_size).sjea.eval()
+    seen = []
+    model.levels[1].backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    tokens = model(images(2, image_size, image_size), output_hidden_states=True).hidden_states[0]
+    assert tokens.shape[1] == first + side * side
+    for patch in range(side * side):
+        assert torch.equal(seen[0][:, :, patch // side, patch % side], tokens[:, first + patch])
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        VIT | {"model_type": "yolos", "num_detection_tokens": 1},  # which come after the patches
+        HIERA | {"num_query_pool": 1},  # whose units stay apart
+    ],
+)
+def test_tokens_on_no_known_grid_are_refused(backbone):
+    with pytest.raises(ValueError, match="lie on no grid that is known; let the level above read input='vector'"):
+        tiny_sjea(sjea_level(stem="standard", backbone=backbone), sjea_level(input="map"))
+
+
+def test_images_of_another_shape_are_refused_where_their_tokens_would_lie_elsewhere():
+    model = tiny_sjea(*STACKS["tokens of tokens"][0]).sjea.eval()
+    with pytest.raises(ValueError, match="has read 16x64 and not 32x32.*give images of the configured image_size"):
+        model(images(2, 16, 64))
+    assert model(images(2, 16, 64), level=0).last_hidden_state.shape == (2, 64, 32)
+
+
 def test_merged_tokens_of_a_folded_vector_lie_as_it_does():
     """Swin's stages merge the 16x32 patches of a vector of 512 to 8x16, which level 2 reads."""
     swin = {"model_type": "swin", "patch_size": 1, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1],
@@ -164,10 +209,12 @@ def test_loss_is_the_weighted_sum_of_levels():
             torch.testing.assert_close(term, value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["vector", "map"])
+@pytest.mark.parametrize("form", ["vector", "expanded vector", "map", "tokens of a map"])
 def test_stop_gradient_leaves_the_levels_below_alone(form):
+    below, above = STACKS[form][0]
+
     def gradients_of(**changes):
-        model = tiny_sjea(sjea_level(level_weight=0.0), sjea_level(input=form, **changes))
+        model = tiny_sjea(below | {"level_weight": 0.0}, above | changes)
         model(views()).loss.backward()
         return gradients(model)
 
