@@ -4,8 +4,9 @@ import pytest
 from tiny import sjea_level
 
 from modeling_cjepa import SJeaConfig
-from trainers.checkpoints import check_same_model, first_difference
+from trainers.checkpoints import check_same_model
 from trainers.errors import InputError
+from trainers.recipes import first_difference
 
 
 @pytest.mark.parametrize(
@@ -14,7 +15,7 @@ from trainers.errors import InputError
         (4, 8, "levels", (4, 8)),
         ([{"a": 1}, {"a": 1, "b": [2, 3]}], [{"a": 1}, {"a": 1, "b": [2, 4]}], "levels[1].b[1]", (3, 4)),
         ([{"a": 1}], [{"a": 1, "b": 2}], "levels[0].b", (None, 2)),
-        ([{"a": 1}], [{"a": 1}, {}], "levels", ([{"a": 1}], [{"a": 1}, {}])),
+        ([{"a": 1}], [{"a": 1}, {}], "number of levels", (1, 2)),
         ({"a": [1]}, {"a": {"b": 1}}, "levels.a", ([1], {"b": 1})),
     ],
 )

@@ -16,6 +16,7 @@ from trainers.embedding import OneLevel
 from trainers.errors import InputError
 from trainers.evaluation import embed, evaluate_levels, evaluate_model, probe
 from trainers.loading import load_model
+from trainers.transforms import image_processor
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,20 @@ def test_models_beside_have_rows_of_their_own(stack, folder, train, test):
     assert [row["encoder"] for row in rows][2:] == ["encoder, all levels", "plain", "raw pixels"]
     (alone, _) = evaluate_model(folder, train, test, arguments)["rows"]
     assert rows[3] == alone | {"encoder": "plain"}
+
+
+def test_a_model_beside_reads_images_in_its_own_way(stack, train, test, tmp_path):
+    tiny_model(image_size=32).save_pretrained(tmp_path)
+    image_processor((32, 32), [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]).save_pretrained(tmp_path)
+    arguments = dataclasses.replace(ARGUMENTS, num_random_encoders=0)
+    rows = evaluate_model(stack, train, test, arguments, MEAN, STD, beside={"other": tmp_path})["rows"]
+    (alone, _) = evaluate_model(tmp_path, train, test, arguments)["rows"]
+    assert rows[1] == alone | {"encoder": "other"}
+
+
+def test_a_context_encoder_that_is_not_there_is_refused(stack, train, test):
+    with pytest.raises(InputError, match="context_encoder is set, and a SJeaForPreTraining has none; leave it out"):
+        evaluate_model(stack, train, test, dataclasses.replace(ARGUMENTS, context_encoder=True))
 
 
 def test_stacked_cjepa_has_levels_too(train, test):

@@ -223,6 +223,12 @@ def test_images_seen_are_those_of_a_loader(drop_last, num_batches):
     assert found == expected
 
 
+def test_images_that_fill_the_last_batch_of_several_processes_are_seen():
+    """Two processes of 4 images each: of 50 the last batch has 2, to which the first 6 are added."""
+    assert [images_seen(step, 50, 8, 1, False, num_processes=2) for step in (6, 7, 8, 14)] == [48, 56, 64, 112]
+    assert images_seen(14, 50, 8, 1, True, num_processes=2) == 112
+
+
 def test_resuming_a_run_at_its_end_trains_nothing(run, tmp_path):
     folder, _, _ = run
     begun = tmp_path / "begun"
@@ -233,7 +239,8 @@ def test_resuming_a_run_at_its_end_trains_nothing(run, tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
 
 
-@pytest.mark.parametrize("part", ["trainer_state.json", "config.json", "model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("part", ["trainer_state.json", "config.json", "model.safetensors", "optimizer.pt",
+                                  "rng_state.pth"])  # fmt: skip
 def test_broken_checkpoint_is_passed_over_for_a_whole_one(run, tmp_path, capsys, part):
     folder, _, _ = run
     begun = tmp_path / "begun"
@@ -266,7 +273,38 @@ def test_other_settings_are_said_on_resuming(run, tmp_path, capsys):
     begun = tmp_path / "begun"
     shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
     assert pretrain(begun, "--resume_from_checkpoint", "last", "--seed", "7", "--max_steps", "4") == 0
-    assert "other settings" in capsys.readouterr().out.replace("\n", " ")
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "with other settings, so not as an uninterrupted run: max_steps was 3 and is 4; seed was" in said
+
+
+def test_settings_that_no_weight_depends_on_are_not_spoken_of(run, tmp_path, capsys):
+    folder, _, _ = run
+    begun = tmp_path / "begun"
+    shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
+    flags = ["--dataloader_num_workers", "1", "--num_random_encoders", "0", "--logging_steps", "3"]
+    assert pretrain(begun, "--resume_from_checkpoint", "last", *flags) == 0
+    said = capsys.readouterr().out
+    assert "going on from" in said and "other settings" not in said
+
+
+def test_steps_of_another_number_of_images_are_refused_on_resuming(run, tmp_path, capsys):
+    """By processes, too: each leaves the state of its random numbers."""
+    folder, _, _ = run
+    begun = tmp_path / "begun"
+    shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
+
+    def resume(*flags):
+        return pretrain(begun, "--resume_from_checkpoint", "last", *flags)
+
+    halved = resume("--per_device_train_batch_size", "8")
+    fails_in_one_sentence(capsys, halved, "trained with 16 images a step", "would take 8", "--gradient_accumulation")
+    state = begun / "checkpoint-3" / "rng_state.pth"
+    shutil.copy(state, state.with_stem("rng_state_0"))
+    state.rename(state.with_stem("rng_state_1"))
+    fails_in_one_sentence(capsys, resume(), "trained with 32 images a step, in 2 process(es)", "would take 16, in 1")
+    assert resume("--gradient_accumulation_steps", "2", "--max_steps", "4") == 0
+    assert "gradient_accumulation_steps was not set and is 2" in (said := capsys.readouterr().out)
+    assert "processes was 2 and is 1" in said
 
 
 def test_classes_that_train_lacks_are_said_before_training(tmp_path, capsys):

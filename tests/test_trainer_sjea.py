@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,8 @@ def test_colors_on_the_device_are_a_function_of_the_step(tmp_path):
     torch.rand(5)
     assert torch.equal(colored(), first)
     assert not torch.equal(colored(step=1), first) and not torch.equal(colored(micro_step=1), first)
+    trainer.args.distributed_state = SimpleNamespace(process_index=1)
+    assert trainer.args.process_index == 1 and not torch.equal(colored(), first)  # images of its own, colours, too
     assert first.shape == views.shape and first.dtype == torch.float32
 
 

@@ -330,4 +330,11 @@ def test_numbers_of_several_runs_are_means_over_them(tmp_path, capsys):
         assert entry["nmi_interval"] == pytest.approx([entry["nmi"] - reach, entry["nmi"] + reach])
     tiny_sjea(sjea_level()).save_pretrained(tmp_path / "single")
     assert main(["visualize", "levels", f"{runs[0]},{tmp_path / 'single'}", *few]) == 2
-    assert "have 2 and 1 levels" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "The runs of stack are of different models" in said and "number of levels is 2" in said
+    other = tmp_path / "other"
+    tiny_sjea(sjea_level(), sjea_level(fold_height=2)).save_pretrained(other)
+    assert main(["visualize", "levels", str(other), "--beside", f"pair={runs[0]},{other}", *few]) == 2
+    assert "levels[1].fold_height is None" in capsys.readouterr().err
+    assert main(["visualize", "levels", f"{runs[0]},{runs[0]}", *few]) == 2
+    assert f"{runs[0]} is named twice among the runs of stack" in capsys.readouterr().err

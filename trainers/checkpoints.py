@@ -10,12 +10,20 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, TrainerState
 
 from trainers.errors import InputError
-from trainers.recipes import Recipe, model_fields
+from trainers.evaluation import EvaluationArguments
+from trainers.flags import type_hints
+from trainers.recipes import Recipe, first_difference, model_fields
 from trainers.training_args import JepaTrainingArguments
 
 LAST = "last"
-# keys that may differ between a run and its continuation without a word
-_PLACES = {"output_dir", "resume_from_checkpoint", "max_steps", "num_train_epochs"}
+# keys that may differ between a run and its continuation without a word: no weight depends on them
+_WITHOUT_EFFECT = {
+    "output_dir", "resume_from_checkpoint", "report_to", "run_name", "num_monitored_images",
+    *(f"dataloader_{name}" for name in ("num_workers", "persistent_workers", "prefetch_factor", "pin_memory")),
+    *(f"logging_{name}" for name in ("strategy", "steps", "first_step", "nan_inf_filter")),
+    *(f"save_{name}" for name in ("strategy", "steps", "total_limit")),
+    *(type_hints(EvaluationArguments).keys() - {"seed"}),
+}  # fmt: skip
 
 
 def find_checkpoint(args: JepaTrainingArguments) -> str | None:
@@ -77,7 +85,9 @@ def broken_part(checkpoint: Path) -> str | None:
                 pass
         except (OSError, SafetensorError):
             return f"{file.name} is broken"
-    for name in ("optimizer.pt", "scheduler.pt"):
+    # of each process the state of its random numbers
+    states = sorted(path.name for path in checkpoint.glob("rng_state*.pth")) or ["rng_state.pth"]
+    for name in ("optimizer.pt", "scheduler.pt", *states):
         if not _is_whole_zip(checkpoint / name):
             return f"{name} is missing or broken"
     return None
@@ -110,39 +120,64 @@ def check_same_model(checkpoint: str, config: PreTrainedConfig):
             )
 
 
-def first_difference(name: str, before, now) -> tuple:
-    """Where two values that differ do so first, such as `levels[1].stop_gradient`, and what each has there."""
-    inside = []
-    if isinstance(before, dict) and isinstance(now, dict):
-        inside = [(f"{name}.{key}", before.get(key), now.get(key)) for key in {**before, **now}]
-    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        inside = [(f"{name}[{index}]", *pair) for index, pair in enumerate(zip(before, now, strict=True))]
-    for part, *values in inside:
-        if values[0] != values[1]:
-            return first_difference(part, *values)
-    return name, before, now
+def check_same_batch(checkpoint: str, args: JepaTrainingArguments):
+    """Refuses steps of another number of images: what has been read is known in steps only."""
+    num_processes = _num_processes(checkpoint)
+    before = load_state(checkpoint).train_batch_size * num_processes
+    before *= (_settings_before(checkpoint) or {}).get("gradient_accumulation_steps", 1)
+    now = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    if before != now:
+        raise InputError(
+            f"{checkpoint} was trained with {before} images a step, in {num_processes} process(es), and this run "
+            f"would take {now}, in {args.world_size}, and read images of the epoch anew; mend "
+            "--per_device_train_batch_size or --gradient_accumulation_steps, or start as many processes."
+        )
 
 
-def changed_settings(recipe: Recipe, checkpoint: str) -> str:
-    """What the recipe sets otherwise than the run that wrote a checkpoint, in words."""
-    path = Path(checkpoint).parent / "recipe.yaml"
-    if not path.is_file():
+def changed_settings(recipe: Recipe, checkpoint: str, num_processes: int) -> str:
+    """What the run sets otherwise than the one that wrote a checkpoint, and weights depend on, in words."""
+    before = _settings_before(checkpoint)
+    if before is None:
         return ""
-    try:
-        before = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}, the recipe of the run to resume, cannot be read; mend or remove it.") from error
+    before, now = (
+        {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT}
+        for settings in (
+            before | {"processes": _num_processes(checkpoint)},
+            recipe.values | {"processes": num_processes},
+        )
+    )
     changed = [
-        f"{name} was {before.get(name, 'not set')} and is {recipe.values.get(name, 'not set')}"
-        for name in sorted((before.keys() | recipe.values.keys()) - _PLACES)
-        if before.get(name) != recipe.values.get(name)
+        f"{name} was {before.get(name, 'not set')} and is {now.get(name, 'not set')}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
     ]
     return f" with other settings, so not as an uninterrupted run: {'; '.join(changed)}" if changed else ""
 
 
+def _settings_before(checkpoint: str) -> dict | None:
+    """What the run that wrote a checkpoint has set, where its recipe lies beside it."""
+    path = Path(checkpoint).parent / "recipe.yaml"
+    if not path.is_file():
+        return None
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}, the recipe of the run to resume, cannot be read; mend or remove it.") from error
+
+
+def _num_processes(checkpoint: str) -> int:
+    """How many processes wrote a checkpoint: each the state of its random numbers."""
+    return len(list(Path(checkpoint).glob("rng_state*.pth")))
+
+
+def load_state(checkpoint: str) -> TrainerState:
+    """How far the run that wrote a checkpoint had come, and its log."""
+    return TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+
+
 def is_finished(checkpoint: str, args: JepaTrainingArguments) -> bool:
     """Whether a checkpoint is the last of the run asked for."""
-    state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+    state = load_state(checkpoint)
     if args.max_steps > 0:
         return state.global_step >= args.max_steps
     return state.epoch is not None and state.epoch >= args.num_train_epochs

@@ -240,8 +240,8 @@ def evaluate_model(
         class), and the settings.
 
     Raises:
-        InputError: There is no whole model, or no such level of it, images have no labels, or a test class is not in
-            the train images.
+        InputError: There is no whole model, or no such level or context encoder of it, images have no labels, or a
+            test class is not in the train images.
     """
     arguments = arguments or EvaluationArguments()
     train_source, test_source = with_common_classes(
@@ -253,9 +253,11 @@ def evaluate_model(
     transform = eval_transform(pair(model.config.image_size))
     images = ImageDataset(train_source, transform), ImageDataset(test_source, transform)
     is_cjepa = isinstance(model, CJepaForPreTraining)
+    if arguments.context_encoder and not is_cjepa:
+        raise InputError(f"context_encoder is set, and a {type(model).__name__} has none; leave it out.")
     label = "target encoder" if is_cjepa else "encoder"
     rows = evaluate_levels(model.base_model, *images, *statistics, arguments, level, label)
-    if is_cjepa and arguments.context_encoder:
+    if arguments.context_encoder:
         rows += evaluate_levels(model.context_encoder, *images, *statistics, arguments, level, "context encoder")
     for name, (other, *theirs) in others.items():
         transform = eval_transform(pair(other.config.image_size))

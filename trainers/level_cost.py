@@ -7,6 +7,7 @@ import time
 import torch
 from transformers import PreTrainedModel
 
+from trainers.datasets import seeded
 from trainers.errors import InputError
 from trainers.objectives import count
 from trainers.recipes import Recipe
@@ -14,6 +15,8 @@ from trainers.reports import markdown_table
 from trainers.training_args import computes_in_bf16
 
 _MIB = 2**20
+# steps that the activations are the mean of: masks are drawn anew, larger or smaller, for each
+_NUM_DRAWS = 8
 
 
 def benchmark_levels(recipe: Recipe, batch_size: int = 64, num_rounds: int = 5) -> list[dict]:
@@ -37,12 +40,14 @@ def benchmark_levels(recipe: Recipe, batch_size: int = 64, num_rounds: int = 5) 
     if batch_size < 2 or num_rounds < 2:
         raise InputError(f"--batch_size {batch_size} and --rounds {num_rounds} must be 2 or more.")
     objective = recipe.objective
-    whole = objective.build_model(recipe.model, "sdpa").config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    attention = recipe.run.attention(device, computes_in_bf16(device))
+    whole = objective.build_model(recipe.model, attention).config
 
     def step_of(number: int) -> _Step:
         config = objective.lowest_levels(copy.deepcopy(whole), number)
-        model = objective.model_class(config).to(device, memory_format=torch.channels_last).train()
+        model = objective.model_class._from_config(config, attn_implementation=attention)
+        model = model.to(device, memory_format=torch.channels_last).train()
         return _Step(model, objective.random_batch(config, batch_size).to(device))
 
     numbers = range(1, whole.num_levels + 1)
@@ -51,7 +56,8 @@ def benchmark_levels(recipe: Recipe, batch_size: int = 64, num_rounds: int = 5) 
     times = [[] for _ in steps]
     for round_number in range(num_rounds + 1):
         for step, of_step in zip(steps, times, strict=True):
-            seconds = step.timed()
+            with seeded(round_number):  # the masks, the same each time
+                seconds = step.timed()
             if round_number > 0:  # the first one sets things up
                 of_step.append(1000 * seconds)
     rows = []
@@ -91,19 +97,9 @@ class _Step:
     def memory(self) -> dict[str, float]:
         """Parameters, and MiB of what a step keeps; the first one makes the optimizer's averages."""
         self.run()
-        kept = {}
-
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.run()
-        activations = sum(size for pointer, size in kept.items() if pointer not in weights)
+        activations = statistics.mean(self._activations(seed) for seed in range(_NUM_DRAWS))
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         frozen = sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
         found = {
@@ -114,6 +110,20 @@ class _Step:
         if self.device.type == "cuda":
             found["peak"] = torch.cuda.max_memory_allocated() / _MIB
         return found
+
+    def _activations(self, seed: int) -> int:
+        """Bytes that the backward pass of a step needs of the forward pass."""
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        with seeded(seed), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.run()
+        return sum(size for pointer, size in kept.items() if pointer not in weights)
 
 
 def format_level_cost(rows: list[dict]) -> str:

@@ -15,6 +15,7 @@ from trainers.datasets import ImageDataset, ImageSource
 from trainers.embedding import EveryLevel, extract_embeddings
 from trainers.errors import InputError
 from trainers.loading import load_with_statistics
+from trainers.recipes import first_difference, model_fields
 from trainers.transforms import eval_transform
 
 
@@ -54,6 +55,38 @@ def load_levels(model: str | Path | PreTrainedModel, image_mean, image_std) -> L
     if not hasattr(model.config, "num_levels"):
         raise InputError(f"A {type(model).__name__} has no levels to look at; give a C-JEPA or S-JEA model.")
     return LoadedModel(model.base_model, pair(model.config.image_size), image_mean, image_std)
+
+
+def load_runs(name: str, models: Sequence[str | Path | PreTrainedModel], image_mean, image_std) -> list[LoadedModel]:
+    """
+    The encoders of several runs of one recipe.
+
+    Args:
+        name (`str`): What they are called together.
+        models (`list`): As in [`load_levels`].
+        image_mean, image_std (`list[float]`): As there.
+
+    Returns:
+        `list` of [`LoadedModel`].
+
+    Raises:
+        InputError: A model is no whole one, is named twice, or is of another kind than the first.
+    """
+    for number, model in enumerate(models):
+        if model in models[:number]:
+            raise InputError(f"{model} is named twice among the runs of {name}; name each run once.")
+    runs = [load_levels(model, image_mean, image_std) for model in models]
+    first = runs[0].encoder.config
+    for model, run in zip(models, runs, strict=True):
+        config = run.encoder.config
+        for field in ("model_type", *model_fields(type(first))):
+            what, *values = first_difference(field, getattr(first, field), getattr(config, field, None))
+            if values[0] != values[1]:
+                raise InputError(
+                    f"The runs of {name} are of different models: {what} is {values[0]} in {models[0]} and "
+                    f"{values[1]} in {model}; name models of different kinds apart, one by --beside."
+                )
+    return runs
 
 
 def embed_levels(

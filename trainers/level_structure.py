@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from trainers.datasets import ImageSource
-from trainers.errors import InputError
 from trainers.level_embeddings import LoadedModel, embed_levels
 from trainers.structure import NUM_K_MEANS, difference, structure_of, summarize
 
@@ -73,9 +72,6 @@ def measure_levels(
 
     Returns:
         `rows` and `differences` as [`~visualize.visualize_levels`] returns them.
-
-    Raises:
-        InputError: The runs of a model have different numbers of levels.
     """
     rows = [_row(level, labellings, seed) for level in tqdm(levels, desc="measuring", disable=not progress)]
     for name, of_model in runs.items():
@@ -84,7 +80,7 @@ def measure_levels(
                 embed_models({f"{name}, run {number}": run}, *sources, progress)
                 for number, run in enumerate(of_model[1:], start=2)
             )
-            _add_runs(name, [row for row in rows if row["model"] == name], others, labellings, seed)
+            _add_runs([row for row in rows if row["model"] == name], others, labellings, seed)
     return rows, _differences(rows)
 
 
@@ -102,14 +98,11 @@ def _row(level: EmbeddedLevel, labellings: Mapping, seed: int) -> dict:
     }
 
 
-def _add_runs(name: str, rows: list[dict], others: Iterable[list[EmbeddedLevel]], labellings: Mapping, seed: int):
+def _add_runs(rows: list[dict], others: Iterable[list[EmbeddedLevel]], labellings: Mapping, seed: int):
     """Replaces the numbers of a model's first run, a row a level, by those of all runs."""
     for row in rows:
         row["runs"] = [row["structure"]]
     for levels in others:
-        if len(levels) != len(rows):
-            raise InputError(f"The runs of {name} have {len(rows)} and {len(levels)} levels; name stacks of different "
-                             "height apart.")  # fmt: skip
         for row, level in zip(rows, levels, strict=True):
             row["runs"].append(_row(level, labellings, seed)["structure"])
     for row in rows:

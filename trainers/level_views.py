@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainers.reports import markdown_table
-from trainers.structure import NUM_K_MEANS, NUMBERS
+from trainers.structure import MAX_SILHOUETTE_IMAGES, NUM_K_MEANS, NUMBERS
 from trainers.subclusters import Subclusters
 
 # matplotlib's ten, then black and lighter and darker ones that differ from them
@@ -157,12 +157,15 @@ def settings_line(results: dict) -> str:
     runs = f" Of {', '.join(several)} the mean of several runs, intervals over them." if several else ""
     if results["differences"]:
         runs += " The last rows are differences of levels, run by run."
+    sample = (
+        f", of {MAX_SILHOUETTE_IMAGES:,} of the images" if results["num_test_images"] > MAX_SILHOUETTE_IMAGES else ""
+    )
     return (
         f"Measured on {results['num_test_images']:,} images of {results['test_dataset']} ({classes} classes), kNN by "
         f"the votes of {results['num_train_images']:,} of {results['train_dataset']}; seed {results['seed']}. "
-        "Silhouette: from -1 to 1, how far the classes are apart. NMI: from 0 to 1, how well k-means finds them, "
-        f"95 % interval over {NUM_K_MEANS} seeds of k-means. kNN: percent correct, 95 % interval over the choice of "
-        f"test images.{runs}"
+        f"Silhouette: from -1 to 1, how far the classes are apart{sample}. NMI: from 0 to 1, how well k-means finds "
+        f"them, 95 % interval over {NUM_K_MEANS} seeds of k-means. kNN: percent correct, 95 % interval over the "
+        f"choice of test images.{runs}"
     )
 
 

@@ -11,12 +11,19 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel, TrainerState
+from transformers import PreTrainedModel
 from transformers.trainer_utils import set_seed
 
 from modeling_cjepa.configuration_cjepa import pair
 from modeling_cjepa.losses_cjepa import level_term
-from trainers.checkpoints import changed_settings, check_same_model, find_checkpoint, is_finished
+from trainers.checkpoints import (
+    changed_settings,
+    check_same_batch,
+    check_same_model,
+    find_checkpoint,
+    is_finished,
+    load_state,
+)
 from trainers.datasets import ImageSource
 from trainers.errors import InputError
 from trainers.evaluation import evaluate_model
@@ -51,10 +58,12 @@ def pretrain(recipe: Recipe) -> Path:
     checkpoint = find_checkpoint(args)
     if checkpoint is not None:
         check_same_model(checkpoint, model.config)
+        check_same_batch(checkpoint, args)
     if args.process_index == 0:
         print(describe(recipe, model, args), flush=True)
         if checkpoint is not None:
-            print(f"going on from {checkpoint}{changed_settings(recipe, checkpoint)}", flush=True)
+            changed = changed_settings(recipe, checkpoint, args.world_size)
+            print(f"going on from {checkpoint}{changed}", flush=True)
     image_size = max(pair(model.config.image_size))
     sources = load_sources(recipe.data, image_size, not args.disable_tqdm)
     labelled = with_labels(*sources, said=args.process_index == 0)
@@ -64,7 +73,7 @@ def pretrain(recipe: Recipe) -> Path:
             write_recipe(recipe.values, Path(args.output_dir, "recipe.yaml"))
         started = time.perf_counter()
         if checkpoint is not None and is_finished(checkpoint, args):
-            trainer.state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+            trainer.state = load_state(checkpoint)
             trainer._load_from_checkpoint(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -115,9 +124,7 @@ def training_arguments(recipe: Recipe) -> JepaTrainingArguments:
 
 def build_model(recipe: Recipe, args: JepaTrainingArguments) -> PreTrainedModel:
     """The model of a recipe, initialised from its seed."""
-    attention = recipe.run.attn_implementation
-    if attention == "auto":
-        attention = "eager" if args.bf16 and args.device.type == "cpu" else "sdpa"
+    attention = recipe.run.attention(args.device, args.bf16)
     if attention == "flex_attention" and args.device.type == "cpu":
         raise InputError("attn_implementation='flex_attention' trains on a GPU only; choose sdpa or eager.")
     set_seed(args.seed)
@@ -201,7 +208,9 @@ Saved in {folder} (weights, config, image processor, curves.png, results.json, R
     embeddings = encoder(**processor(images, return_tensors="pt")).pooler_output"""
 
 
-def images_seen(step: int, num_images: int, batch_size: int, num_batches: int, drop_last: bool) -> int:
+def images_seen(
+    step: int, num_images: int, batch_size: int, num_batches: int, drop_last: bool, num_processes: int = 1
+) -> int:
     """
     Images that optimizer steps have read; those read again count again, the two views of one count once.
 
@@ -211,8 +220,12 @@ def images_seen(step: int, num_images: int, batch_size: int, num_batches: int, d
         batch_size (`int`): Images of a batch over all processes.
         num_batches (`int`): Batches of an optimizer step.
         drop_last (`bool`): Whether the last, smaller batch of an epoch is left out.
+        num_processes (`int`): If there are several, Accelerate fills the last batch with images of the first.
     """
-    of_epoch = num_images // batch_size * batch_size if drop_last else num_images
+    rest = num_images % batch_size
+    of_epoch = num_images - rest
+    if rest > 0 and not drop_last:
+        of_epoch += batch_size if num_processes > 1 else rest
     epochs, steps = divmod(step, math.ceil(of_epoch / (batch_size * num_batches)))
     return epochs * of_epoch + steps * batch_size * num_batches
 
@@ -233,7 +246,8 @@ def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float) -> di
     num_batches = args.gradient_accumulation_steps
 
     def seen(step: int) -> int:
-        return images_seen(step, len(trainer.train_dataset), batch_size, num_batches, args.dataloader_drop_last)
+        drop_last = args.dataloader_drop_last
+        return images_seen(step, len(trainer.train_dataset), batch_size, num_batches, drop_last, args.world_size)
 
     logged = [entry for entry in state.log_history if "rankme" in entry]
     objective = recipe.objective

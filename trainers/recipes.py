@@ -9,6 +9,7 @@ import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 
 from trainers.errors import InputError
@@ -41,6 +42,12 @@ class RunArguments:
             "computes in bf16 (sdpa's backward pass is slower there)"
         },
     )
+
+    def attention(self, device: torch.device, bf16: bool) -> str:
+        """The implementation for a device and a precision, `auto` decided."""
+        if self.attn_implementation != "auto":
+            return self.attn_implementation
+        return "eager" if bf16 and device.type == "cpu" else "sdpa"
 
 
 @dataclass
@@ -75,6 +82,21 @@ class Recipe:
 def model_fields(config_class: type) -> dict[str, object]:
     """Types of a configuration's own fields, without those every transformers model has."""
     return inspect.get_annotations(config_class)
+
+
+def first_difference(name: str, before, now) -> tuple:
+    """Where two values differ first, such as `levels[1].stop_gradient`, and what each has there."""
+    inside = []
+    if isinstance(before, dict) and isinstance(now, dict):
+        inside = [(f"{name}.{key}", before.get(key), now.get(key)) for key in {**before, **now}]
+    elif isinstance(before, list) and isinstance(now, list):
+        if len(before) != len(now):
+            return f"number of {name}", len(before), len(now)
+        inside = [(f"{name}[{index}]", *pair) for index, pair in enumerate(zip(before, now, strict=True))]
+    for part, *values in inside:
+        if values[0] != values[1]:
+            return first_difference(part, *values)
+    return name, before, now
 
 
 def section_fields(objective: Objective) -> dict[str, dict[str, object]]:

@@ -15,7 +15,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from trainers.datasets import ImageSource
 from trainers.errors import InputError
 from trainers.files import full_disk_named, write_json, write_text_atomically
-from trainers.level_embeddings import LoadedModel, load_levels
+from trainers.level_embeddings import LoadedModel, load_runs
 from trainers.level_figure import draw_class, draw_levels
 from trainers.level_page import render_page
 from trainers.level_structure import EmbeddedLevel, embed_models, measure_levels
@@ -101,9 +101,7 @@ def visualize_levels(
     labellings = _labellings(train, test, read_groups(coarse) if isinstance(coarse, str | Path) else coarse)
     drawn = _choose_drawn(test, num_images, class_name, seed)
     runs = {
-        name: [
-            load_levels(run, image_mean, image_std) for run in (model if isinstance(model, list | tuple) else [model])
-        ]
+        name: load_runs(name, model if isinstance(model, list | tuple) else [model], image_mean, image_std)
         for name, model in models.items()
     }
     loaded = {name: of_model[0] for name, of_model in runs.items()}
