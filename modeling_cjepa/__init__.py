@@ -1,12 +1,14 @@
 """C-JEPA and S-JEA models for transformers; importing this package registers them with the Auto classes."""
 
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
 )
 
+from .backbone_cjepa import CJepaBackbone
 from .configuration_cjepa import CJepaConfig
 from .configuration_sjea import SJeaConfig
 from .modeling_cjepa import CJepaForImageClassification, CJepaModel, CJepaPreTrainedModel
@@ -27,8 +29,11 @@ for config, model, pretraining, classification in (
     model.register_for_auto_class()
     pretraining.register_for_auto_class("AutoModelForPreTraining")
     classification.register_for_auto_class("AutoModelForImageClassification")
+AutoBackbone.register(CJepaConfig, CJepaBackbone, exist_ok=True)
+CJepaBackbone.register_for_auto_class("AutoBackbone")
 
 __all__ = [
+    "CJepaBackbone",
     "CJepaConfig",
     "CJepaForImageClassification",
     "CJepaForPreTraining",

@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
 
 REGULARIZERS = ("blocks", "context", "pair")
 PREDICTION_LOSSES = ("smooth_l1", "mse")
@@ -21,9 +22,9 @@ _LEVEL_FIELDS = (
 _MASK_FIELDS = ("num_target_blocks", "target_scale", "target_aspect_ratio", "context_scale", "min_context_patches")
 
 
-class CJepaConfig(PreTrainedConfig):
+class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
-    Configuration of [`CJepaModel`], [`CJepaForPreTraining`] and [`CJepaForImageClassification`].
+    Configuration of [`CJepaModel`], [`CJepaForPreTraining`], [`CJepaForImageClassification`] and [`CJepaBackbone`].
 
     The encoder's fields carry the names of transformers' `IJepaConfig`. C-JEPA is the *contrastive* joint-embedding
     predictive architecture of Mo & Tong (NeurIPS 2024, arXiv 2410.19560): I-JEPA with VICReg's terms.
@@ -75,6 +76,9 @@ class CJepaConfig(PreTrainedConfig):
         level_weight (`float`, defaults to 1.0): Weight of the level's loss in the sum over levels.
         stop_gradient (`bool`, defaults to `False`): In an entry of `upper_levels`: whether the level's loss leaves the
             levels below alone.
+        out_features (`list[str]`, *optional*): The stages, of `stage_names`, whose maps [`CJepaBackbone`] gives; the
+            last one when not given.
+        out_indices (`list[int]`, *optional*): The same by their places in `stage_names`.
 
     Raises:
         ValueError: A field has a value the model cannot be built with; the message names the field.
@@ -129,12 +133,16 @@ class CJepaConfig(PreTrainedConfig):
         if not isinstance(self.upper_levels, list | tuple | None):
             raise ValueError(f"upper_levels={self.upper_levels!r} must be a list of mappings, one a level.")
         self.upper_levels = list(self.upper_levels or [])
+        self._out_features = self._out_indices = None
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         super().__post_init__(**kwargs)
         if self.upper_levels:
             self.level_config(self.num_levels - 1)  # which names what is wrong with one
             above = [entry.get("level_weight", CJepaConfig.level_weight) for entry in self.upper_levels]
             check_level_weights([self.level_weight, *above])
         choose_level(self.level, self.num_levels)
+        if out_features is not None or out_indices is not None:
+            self.set_output_features_output_indices(out_features, out_indices)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -153,6 +161,16 @@ class CJepaConfig(PreTrainedConfig):
     def num_levels(self) -> int:
         """Levels of the stack; 1 is plain C-JEPA."""
         return 1 + len(self.upper_levels)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """What [`CJepaBackbone`] can give: of each level the embedded patches, `stem`, and every layer's output."""
+        names = []
+        for number, entry in enumerate([{}, *self.upper_levels]):
+            level = f"level{number}_" if number else ""
+            num_layers = entry.get("num_hidden_layers", self.num_hidden_layers)
+            names += [f"{level}stem", *(f"{level}stage{layer}" for layer in range(1, num_layers + 1))]
+        return names
 
     def level_config(self, level: int) -> "CJepaConfig":
         """

@@ -94,6 +94,7 @@ import sys, torch
 from transformers import (
     AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from PIL import Image
 assert not any(name.startswith(("modeling_cjepa", "trainers")) for name in sys.modules)
 folder = sys.argv[1]
@@ -104,11 +105,14 @@ encoder, info = AutoModel.from_pretrained(folder, output_loading_info=True, **tr
 assert not info["missing_keys"] and not info["unexpected_keys"], info
 pretraining = AutoModelForPreTraining.from_pretrained(folder, **trust)
 classifier = AutoModelForImageClassification.from_pretrained(folder, num_labels=5, **trust)
+# AutoBackbone.from_pretrained reads no folders
+backbone = get_class_from_dynamic_module("backbone_cjepa.CJepaBackbone", folder).from_pretrained(folder)
 assert AutoConfig.from_pretrained(folder, **trust).hidden_size == 32
 assert classifier(**inputs).logits.shape == (1, 5)
 with torch.no_grad():
     embedding = encoder(**inputs).pooler_output
     assert torch.equal(embedding, pretraining.cjepa(**inputs).pooler_output)
+    torch.testing.assert_close(backbone(**inputs).feature_maps[-1].mean(dim=(2, 3)), embedding)
 torch.save(embedding, sys.argv[2])
 """
 

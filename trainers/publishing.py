@@ -20,6 +20,7 @@ AUTO_MAPS = {
         "AutoModel": "modeling_cjepa.CJepaModel",
         "AutoModelForPreTraining": "pretraining_cjepa.CJepaForPreTraining",
         "AutoModelForImageClassification": "modeling_cjepa.CJepaForImageClassification",
+        "AutoBackbone": "backbone_cjepa.CJepaBackbone",
     },
     "sjea": {
         "AutoConfig": "configuration_sjea.SJeaConfig",
