@@ -1,6 +1,7 @@
-"""Heads of pre-training: the predictor of target blocks, and the expander in front of the regulariser.
+"""Heads on the encoder: the predictor of target blocks and the regulariser's expander in pre-training, and the
+attentive pooling of classifiers.
 
-Shapes: B images, Nc context patches, M target blocks, K patches a block, D encoder width, P predictor width.
+Shapes: B images, N tokens, Nc context patches, M target blocks, K patches a block, D encoder width, P predictor width.
 """
 
 import torch
@@ -78,3 +79,43 @@ class CJepaExpander(nn.Sequential):
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Expands embeddings (B, D) to (B, E) in the weights' precision; returns float32."""
         return super().forward(embeddings.to(self[0].weight.dtype)).float()
+
+
+class CJepaAttentivePooling(nn.Module):
+    """
+    One embedding an image from all of its tokens: a learned query attends to them, then an MLP, both residual.
+
+    The pooling of the attentive probe (V-JEPA, arXiv 2404.08471), for tokens that have no class token among them.
+
+    Args:
+        width (`int`): Features D of a token.
+        num_heads (`int`): Attention heads; a divisor of `width`.
+        eps (`float`): Of the norms.
+    """
+
+    def __init__(self, width: int, num_heads: int, eps: float = 1e-6):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Parameter(torch.zeros(1, 1, width))
+        self.layernorm_tokens = nn.LayerNorm(width, eps=eps)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.o_proj = nn.Linear(width, width)
+        self.layernorm_mlp = nn.LayerNorm(width, eps=eps)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Pools tokens (B, N, D) to embeddings (B, D)."""
+        keys = self.layernorm_tokens(tokens)
+        query, key, value = (
+            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection, states in (
+                (self.q_proj, self.query.expand(len(tokens), -1, -1)), (self.k_proj, keys), (self.v_proj, keys)
+            )
+        )  # fmt: skip
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        pooled = self.query + self.o_proj(attended.transpose(1, 2).flatten(2))
+        pooled = pooled + self.fc2(nn.functional.gelu(self.fc1(self.layernorm_mlp(pooled))))
+        return pooled.squeeze(1)

@@ -145,6 +145,26 @@ class CJepaModel(CJepaPreTrainedModel):
             grid_size = upper.embeddings.patch_embeddings.grid_size(tokens)
         return outputs
 
+    def embed_last_layers(
+        self, pixel_values: torch.Tensor, num_layers: int = 4, level: int | None = None
+    ) -> torch.Tensor:
+        """
+        The mean tokens of a level's last layers, side by side: I-JEPA's second protocol of evaluation.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalised images.
+            num_layers (`int`, defaults to 4): How many layers; all of the level's if it has fewer.
+            level (`int`, *optional*): As in [`~CJepaModel.forward`].
+
+        Returns:
+            `torch.Tensor` of shape `(B, num_layers * D)`: From the lower to the last layer, each after the final norm.
+        """
+        level = choose_level(self.config.level if level is None else level, self.config.num_levels)
+        of_level = self.encode(pixel_values, level=level, output_hidden_states=True)[-1]
+        layernorm = self.upper_levels[level - 1].layernorm if level else self.layernorm
+        layers = of_level.hidden_states[1:][-num_layers:]  # the first is what the layers read
+        return torch.cat([layernorm(tokens).mean(dim=1) for tokens in layers], dim=1)
+
     @can_return_tuple
     def forward(
         self, pixel_values: torch.Tensor, patch_ids: torch.Tensor | None = None, level: int | None = None, **kwargs

@@ -12,10 +12,10 @@ from tiny import RESNET, sjea_level, tiny_model, tiny_sjea
 
 from trainers.cli import main
 from trainers.cli_models import named_models
-from trainers.embedding import OneLevel
 from trainers.errors import InputError
 from trainers.evaluation import embed, evaluate_levels, evaluate_model, probe
 from trainers.loading import load_model
+from trainers.pooling import OneLevel
 from trainers.transforms import image_processor
 
 

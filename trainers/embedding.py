@@ -1,4 +1,4 @@
-"""Embeddings of many images: by a model, by each of its levels, or by nothing but the pixels.
+"""Embeddings of many images: by an encoder, or by nothing but the pixels.
 
 Shapes: B images, n images in all, D width of an embedding.
 """
@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from trainers.transforms import normalize
@@ -74,47 +73,3 @@ class RawPixels(nn.Module):
         """Images (B, C, H, W) as embeddings (B, C * H * W)."""
         size = [min(side, MAX_RAW_PIXELS) for side in pixel_values.shape[-2:]]
         return BaseModelOutputWithPooling(pooler_output=F.interpolate(pixel_values, size, mode="area").flatten(1))
-
-
-class EveryLevel(nn.Module):
-    """
-    An "encoder" whose embedding is those of a model's levels, one after the other.
-
-    Args:
-        model (`PreTrainedModel`): Gives `level_embeddings`, such as [`SJeaModel`].
-    """
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.model = model
-        self.widths: list[int] = []
-        self.train(model.training)  # which a wrapper is at first, and whoever wraps does not mean to change
-
-    def forward(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
-        """Images (B, C, H, W) as embeddings (B, sum of the levels' widths)."""
-        embeddings = self.model(pixel_values, level=-1).level_embeddings
-        self.widths = [embedding.shape[1] for embedding in embeddings]
-        return BaseModelOutputWithPooling(pooler_output=torch.cat(embeddings, dim=1))
-
-    def split(self, embeddings: torch.Tensor) -> list[torch.Tensor]:
-        """The embeddings (n, D) of each level."""
-        return list(embeddings.split(self.widths, dim=1))
-
-
-class OneLevel(nn.Module):
-    """
-    An encoder that gives the embedding of one level.
-
-    Args:
-        model (`PreTrainedModel`): As in [`EveryLevel`].
-        level (`int`): Which.
-    """
-
-    def __init__(self, model: PreTrainedModel, level: int):
-        super().__init__()
-        self.model, self.level = model, level
-        self.train(model.training)
-
-    def forward(self, pixel_values: torch.Tensor):
-        """The output of the model at the level, for images (B, C, H, W)."""
-        return self.model(pixel_values, level=self.level)

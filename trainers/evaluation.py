@@ -17,9 +17,10 @@ from modeling_cjepa import CJepaForPreTraining
 from modeling_cjepa.configuration_cjepa import choose_level, pair
 from trainers.datasets import ImageDataset, ImageSource, sample_seed, seeded
 from trainers.diagnostics import feature_std, rankme
-from trainers.embedding import MAX_RAW_PIXELS, EveryLevel, OneLevel, RawPixels, device_of, extract_embeddings
+from trainers.embedding import MAX_RAW_PIXELS, RawPixels, device_of, extract_embeddings
 from trainers.errors import InputError
 from trainers.loading import load_with_statistics
+from trainers.pooling import EveryLevel, OneLevel
 from trainers.probes import accuracy_interval, knn_predict, linear_predict
 from trainers.sources import choose_images, with_common_classes
 from trainers.transforms import eval_transform

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from modeling_cjepa.configuration_cjepa import pair
 from trainers.datasets import ImageDataset, ImageSource
-from trainers.embedding import EveryLevel, extract_embeddings
+from trainers.embedding import extract_embeddings
 from trainers.errors import InputError
 from trainers.loading import load_with_statistics
+from trainers.pooling import EveryLevel
 from trainers.recipes import first_difference, model_fields
 from trainers.transforms import eval_transform
 
