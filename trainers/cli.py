@@ -1,11 +1,12 @@
-"""The `cjepa` command; `cli_models.py` has the commands on saved models."""
+"""The `cjepa` command; `cli_models.py` and `cli_visualize.py` have the commands on saved models."""
 
 import argparse
 import sys
 
 from transformers.utils import logging
 
-from trainers.cli_models import add_evaluate, add_visualize
+from trainers.cli_models import add_evaluate
+from trainers.cli_visualize import add_visualize
 from trainers.errors import InputError, plain_message
 from trainers.flags import closest
 

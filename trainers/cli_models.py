@@ -1,4 +1,4 @@
-"""The commands on saved models: `cjepa evaluate` and `cjepa visualize`."""
+"""`cjepa evaluate`, and what the commands on saved models share; `cli_visualize.py` has the pictures."""
 
 import argparse
 import dataclasses
@@ -83,74 +83,6 @@ def run_evaluate(namespace):
             write_json(namespace.output, results)
 
 
-def add_visualize(commands):
-    """`cjepa visualize levels MODEL`."""
-    from trainers.flags import add_flags, type_hints
-    from trainers.sources import AUGMENTATIONS, DataArguments
-
-    parser = commands.add_parser(
-        "visualize",
-        help="draw and measure what the levels of a stack tell apart",
-        description="Draw what each level of a stack tells apart, and of other models beside it: t-SNE and PCA of the "
-        "embeddings of evaluation images coloured by class, one class zoomed in with the nearest images of its "
-        "sub-clusters, and numbers: silhouette, NMI of k-means and kNN for fine and coarse classes. Writes "
-        "levels.html (a page to explore, on its own), levels.png, levels_class.png and levels.json. Without --dataset "
-        "the images are those of the run that made the model.",
-        epilog="examples:  cjepa visualize levels runs/stack/final --beside vicreg=runs/vicreg/final\n"
-        "           cjepa visualize levels runs/a1/final,runs/a2/final --beside vicreg=runs/b1/final,runs/b2/final\n"
-        "           (several runs, such as one a seed: the first is drawn, the numbers are means with intervals)",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="cjepa visualize levels MODEL [--key value ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument("what", choices=["levels"], help="what to draw")
-    parser.add_argument(
-        "model", metavar="MODEL", help="a folder such as runs/mine/final, or the id of a model on the Hub"
-    )
-    parser.add_argument(
-        "--beside",
-        metavar="[NAME=]MODEL",
-        nargs="*",
-        default=[],
-        help="other models to draw, such as single-level ones",
-    )
-    parser.add_argument("--output", metavar="FOLDER", help="where to (default: `levels` in the first model's folder)")
-    parser.add_argument("--num_images", type=int, default=2000, help="images to draw (default 2000)")
-    parser.add_argument("--class_name", metavar="NAME", help="class to zoom in (default: the one that changes most)")
-    parser.add_argument("--coarse", metavar="FILE", help="YAML file with the fine classes of each coarse one")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of images, t-SNE and k-means (default 0)")
-    hints = {name: hint for name, hint in type_hints(DataArguments).items() if name not in AUGMENTATIONS}
-    add_flags(parser, "data", DataArguments(), hints)
-    parser.set_defaults(run=run_visualize, parser=parser)
-
-
-def run_visualize(namespace):
-    """Writes page, pictures and numbers, and prints the numbers."""
-    from pathlib import Path
-
-    from modeling_cjepa.configuration_cjepa import pair
-    from trainers.flags import dataclass_from_flags
-    from trainers.level_views import format_structure
-    from trainers.loading import load_encoder_config
-    from trainers.sources import DataArguments, load_sources
-    from trainers.visualize import visualize_levels
-
-    models = {"stack": runs_of(namespace.model)}
-    models |= {name: runs_of(runs) for name, runs in named_models(namespace.beside, models).items()}
-    first = models["stack"][0]
-    configs = [load_encoder_config(run) for runs in models.values() for run in runs]
-    data = dataclass_from_flags(namespace, DataArguments)
-    image_size = max(pair(configs[0].image_size))
-    (data,) = as_in_the_run(namespace, first, data)
-    folder = Path(namespace.output or (Path(first) / "levels" if Path(first).is_dir() else "levels"))
-    results = visualize_levels(
-        models, *load_sources(data, image_size), folder, namespace.num_images, namespace.class_name,
-        data.image_mean, data.image_std, namespace.coarse, namespace.seed,
-    )  # fmt: skip
-    print(format_structure(results))
-    print(f"\nWritten to {folder}: open levels.html in a browser.")
-
-
 def level_value(text: str) -> int | str:
     """A level as a number, or `all`."""
     if text == "all":
@@ -174,14 +106,6 @@ def named_models(given: list[str], taken=()) -> dict[str, str]:
             raise InputError(f"--beside {text}: there is a {name!r} already; give another name, as in other={path}.")
         named[name] = path
     return named
-
-
-def runs_of(text: str) -> list[str]:
-    """The runs of a model, such as one a seed, which commas separate."""
-    runs = text.split(",")
-    if not all(runs):
-        raise InputError(f"{text!r} names a run of no name; give folders with one comma between two.")
-    return runs
 
 
 def as_in_the_run(namespace, model: str, *arguments) -> list:
