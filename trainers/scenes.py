@@ -33,6 +33,10 @@ KIND_NAMES: tuple[str, ...] = tuple(kind for kinds in FAMILIES.values() for kind
 MAX_COUNT = 4
 """The most objects in a scene."""
 MIN_IMAGE_SIZE = 16
+SCENE_LABELS = ("kind", "family", "count", "distance")
+"""What [`scene_labels`] can make classes of."""
+NUM_DISTANCES = 6
+"""Classes of `distance`, as many scenes in each."""
 
 _DRAWINGS = tuple(drawing for drawings in FAMILY_DRAWINGS.values() for drawing in drawings)
 _FAMILY_OF_KIND = tuple(family for family, kinds in enumerate(FAMILIES.values()) for _ in kinds)
@@ -172,6 +176,29 @@ def render_scenes(
         "distance": np.float32,
     }
     return {name: np.array([getattr(scene, name) for scene in scenes], dtype) for name, dtype in dtypes.items()}
+
+
+def scene_labels(scenes: dict[str, np.ndarray], label: str) -> tuple[np.ndarray, list[str]]:
+    """Classes of rendered scenes.
+
+    Args:
+        scenes (`dict[str, np.ndarray]`):
+            What [`render_scenes`] returned.
+        label (`str`):
+            One of `SCENE_LABELS`. The classes of `distance` are ranges of the nearest object's, which are equally
+            frequent.
+
+    Returns:
+        `(np.ndarray, list[str])`: Class indices (num_scenes,) int64, and the classes' names.
+    """
+    if label == "count":
+        return scenes["count"] - 1, [f"{count} of a kind" for count in range(1, MAX_COUNT + 1)]
+    if label == "distance":
+        # 1 / distance is uniform, see `_draw_distances`
+        ends = 1 / np.linspace(*_NEAREST_SIZES[::-1], NUM_DISTANCES + 1)
+        names = [f"{low:.2f} to {high:.2f}" for low, high in zip(ends, ends[1:], strict=False)]
+        return np.searchsorted(ends[1:-1], scenes["distance"], side="right"), names
+    return scenes[label], list({"kind": KIND_NAMES, "family": FAMILY_NAMES}[label])
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

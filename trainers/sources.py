@@ -10,10 +10,11 @@ import pyarrow as pa
 from datasets import ClassLabel, Image, load_dataset
 from datasets.exceptions import DatasetsError
 
+from trainers.clevr import is_clevr, load_clevr
 from trainers.datasets import ImageSource, StoredImages
 from trainers.errors import InputError, first_line
 from trainers.probes import spare_positions
-from trainers.scenes import FAMILY_NAMES, KIND_NAMES, render_scenes
+from trainers.scenes import SCENE_LABELS, render_scenes, scene_labels
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 EVAL_SPLITS = ("test", "validation", "val", "valid")
@@ -45,7 +46,10 @@ class DataArguments:
     image_column: str | None = field(
         default=None, metadata={"help": "column of images; found by its type if not given"}
     )
-    label_column: str | None = field(default=None, metadata={"help": "column of labels; scenes: `kind` or `family`"})
+    label_column: str | None = field(
+        default=None,
+        metadata={"help": "column of labels; scenes: `kind`, `family`, `count` or `distance`; CLEVR: the latter two"},
+    )
     num_train_images: int | None = field(
         default=None, metadata={"help": "use only so many train images, a fixed choice"}
     )
@@ -96,6 +100,9 @@ def load_sources(
     """
     if arguments.dataset == "scenes":
         return tuple(_scenes(arguments, split, image_size, progress) for split in NUM_SCENES)
+    if is_clevr(folder := Path(arguments.dataset).expanduser()):
+        train, evaluation = load_clevr(folder, arguments.label_column)
+        return choose_images(train, arguments.num_train_images), choose_images(evaluation, arguments.num_eval_images)
     splits = _load_splits(arguments)
     if len(splits) == 1 and arguments.train_split == "train":
         # whatever the file names made of it, such as a folder of photographs called test_1.png and so on
@@ -182,11 +189,11 @@ def _class_names(source: ImageSource) -> list[str]:
 def _scenes(arguments: DataArguments, split: str, image_size: int, progress: bool) -> ImageSource:
     asked = arguments.num_train_images if split == "train" else arguments.num_eval_images
     label = arguments.label_column or "kind"
-    if label not in ("kind", "family"):
-        raise InputError(f"Scenes have no labels {label!r}; give --label_column kind or family.")
+    if label not in SCENE_LABELS:
+        raise InputError(f"Scenes have no labels {label!r}; give --label_column {', '.join(SCENE_LABELS)}.")
     scenes = render_scenes(asked or NUM_SCENES[split], SCENES_SEED[split], image_size, progress)
-    names = {"kind": KIND_NAMES, "family": FAMILY_NAMES}[label]
-    return ImageSource(scenes["image"], scenes[label], list(names), f"scenes ({split})")
+    labels, names = scene_labels(scenes, label)
+    return ImageSource(scenes["image"], labels, names, f"scenes ({split})")
 
 
 def choose_images(source: ImageSource, number: int | None) -> ImageSource:
