@@ -63,7 +63,8 @@ def _default_config(model_type: str) -> PreTrainedConfig:
 def _check_stages(config: PreTrainedConfig, defaults: PreTrainedConfig):
     """A ResNet of as many depths as widths: transformers leaves out stages of which one is not given."""
     lists = [[getattr(each, name, None) for name in ("hidden_sizes", "depths")] for each in (config, defaults)]
-    if not all(isinstance(entry, list | tuple) for entry in lists[0] + lists[1]):
+    has_own_widths = hasattr(defaults, "embed_dim")  # from which it makes them, whatever hidden_sizes says
+    if has_own_widths or not all(isinstance(entry, list | tuple) for entry in lists[0] + lists[1]):
         return
     (widths, depths), (default_widths, default_depths) = lists
     if len(default_widths) == len(default_depths) and len(widths) != len(depths):

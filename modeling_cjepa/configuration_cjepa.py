@@ -74,8 +74,8 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
         level (`int`, *optional*): The level whose features [`CJepaModel`] gives, from 0, or counted from the top as
             -1, -2; the top one when not given.
         level_weight (`float`, defaults to 1.0): Weight of the level's loss in the sum over levels.
-        stop_gradient (`bool`, defaults to `False`): In an entry of `upper_levels`: whether the level's loss leaves the
-            levels below alone.
+        stop_gradient (`bool`, defaults to `False`): In an entry of `upper_levels`: whether the level's loss in
+            pre-training leaves the levels below alone.
         out_features (`list[str]`, *optional*): The stages, of `stage_names`, whose maps [`CJepaBackbone`] gives; the
             last one when not given.
         out_indices (`list[int]`, *optional*): The same by their places in `stage_names`.

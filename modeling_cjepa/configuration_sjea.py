@@ -35,7 +35,8 @@ class SJeaLevelConfig:
         invariance_weight (`float`, defaults to 25.0): VICReg's weight of the squared distance.
         variance_weight (`float`, defaults to 25.0): VICReg's weight of the variance.
         covariance_weight (`float`, defaults to 1.0): VICReg's weight of the covariance.
-        stop_gradient (`bool`, defaults to `False`): Whether the level's loss leaves the levels below alone.
+        stop_gradient (`bool`, defaults to `False`): Whether the level's loss in pre-training leaves the levels
+            below alone.
 
     Raises:
         ValueError: A field has a value a level cannot be built with; the message names the field.

@@ -130,10 +130,10 @@ class SJeaLevel(nn.Module):
         # the patch tokens come last; class tokens and registers, if any, before them
         return features[:, -rows * columns :].transpose(1, 2).reshape(-1, channels, rows, columns)
 
-    def forward(self, below: "LevelOutput | torch.Tensor") -> LevelOutput:
-        """The output of the level for images (B, C, H, W), or for the output of the level below."""
+    def forward(self, below: "LevelOutput | torch.Tensor", stop_gradients: bool = False) -> LevelOutput:
+        """The output of the level for images (B, C, H, W) or the output of the level below, as of [`SJeaModel`]."""
         inputs = self.read(below)
-        if self.config.stop_gradient:
+        if stop_gradients and self.config.stop_gradient:
             inputs = inputs.detach()
         outputs = self.backbone(inputs)
         embedding = outputs.pooler_output.flatten(1)  # a ResNet's is (B, D, 1, 1)

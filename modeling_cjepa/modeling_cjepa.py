@@ -115,7 +115,12 @@ class CJepaModel(CJepaPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=hidden_states.mean(dim=1))
 
     def encode(
-        self, pixel_values: torch.Tensor, patch_ids: torch.Tensor | None = None, level: int | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        patch_ids: torch.Tensor | None = None,
+        level: int | None = None,
+        stop_gradients: bool = False,
+        **kwargs,
     ) -> list[BaseModelOutputWithPooling]:
         """
         Encodes images level by level.
@@ -125,6 +130,8 @@ class CJepaModel(CJepaPreTrainedModel):
             patch_ids (`torch.Tensor` of shape `(B, Nc)`, *optional*): Positions, on the grid of the last level that is
                 run, of the patches to encode; the lower levels see the patches below these.
             level (`int`, *optional*): The last level to run; all of them when not given.
+            stop_gradients (`bool`): Whether gradients end at levels with `stop_gradient`, as in pre-training, and do
+                not reach those below.
             kwargs: `output_hidden_states`, `output_attentions`, as in transformers.
 
         Returns:
@@ -139,7 +146,7 @@ class CJepaModel(CJepaPreTrainedModel):
         outputs = [self._encode_patches(pixel_values, ids[0], return_dict=True, **kwargs)]
         for upper, ids_below, ids_here in zip(upper_levels, ids, ids[1:], strict=False):
             tokens = tokens_on_grid(outputs[-1].last_hidden_state, ids_below, grid_size)
-            if upper.config.stop_gradient:
+            if stop_gradients and upper.config.stop_gradient:
                 tokens = tokens.detach()
             outputs.append(upper._encode_patches(tokens, ids_here, return_dict=True, **kwargs))
             grid_size = upper.embeddings.patch_embeddings.grid_size(tokens)

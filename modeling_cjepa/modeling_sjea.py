@@ -113,24 +113,33 @@ class SJeaModel(SJeaPreTrainedModel):
         used = [*(module.backbone for module in self.levels[: level + 1]), *expanders]
         return sum(parameter.numel() for module in used for parameter in module.parameters())
 
-    def encode(self, pixel_values: torch.Tensor, level: int | None = None) -> list[LevelOutput]:
+    def encode(
+        self, pixel_values: torch.Tensor, level: int | None = None, stop_gradients: bool = False
+    ) -> list[LevelOutput]:
         """
         Encodes images level by level.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalised images.
             level (`int`, *optional*): The last level to run; all of them when not given.
+            stop_gradients (`bool`): Whether gradients end at levels with `stop_gradient`, as in pre-training, and do
+                not reach those below.
 
         Returns:
             `list` of [`~levels_sjea.LevelOutput`], from the image up.
 
         Raises:
-            ValueError: There is no such level, or the images are whole numbers.
+            ValueError: There is no such level, or the images have another number of channels or are whole numbers.
         """
         check_floating_point(pixel_values)
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; give images "
+                f"(B, {self.config.num_channels}, H, W)."
+            )
         outputs, below = [], pixel_values.to(self.dtype)
         for module in self.levels[: choose_level(level, len(self.levels)) + 1]:
-            below = module(below)
+            below = module(below, stop_gradients)
             outputs.append(below)
         return outputs
 
@@ -156,11 +165,6 @@ class SJeaModel(SJeaPreTrainedModel):
         Raises:
             ValueError: There is no such level, or the images have another number of channels or are whole numbers.
         """
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; give images "
-                f"(B, {self.config.num_channels}, H, W)."
-            )
         outputs = self.encode(pixel_values, self.config.level if level is None else level)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

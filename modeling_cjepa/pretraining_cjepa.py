@@ -170,8 +170,8 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             if fewest == self.config.min_context_patches:
                 raise
             raise ValueError(
-                f"Masks are drawn on the top level's grid, on which min_context_patches="
-                f"{self.config.min_context_patches} are {fewest} merged ones: {error}"
+                f"Masks are drawn on the top level's grid, where min_context_patches="
+                f"{self.config.min_context_patches} of level 0 make {fewest}: {error}"
             ) from error
 
     @can_return_tuple
@@ -223,7 +223,7 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             tokens = self.cjepa.encode(
                 pixel_values, output_hidden_states=output_hidden_states, output_attentions=output_attentions
             )
-        contexts = self.context_encoder.encode(pixel_values, context_ids)
+        contexts = self.context_encoder.encode(pixel_values, context_ids, stop_gradients=True)
         levels = self._predict(tokens, contexts, context_ids, target_ids, grid_sizes)
         loss = terms = None
         if return_loss:

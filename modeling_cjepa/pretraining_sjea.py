@@ -86,7 +86,7 @@ class SJeaForPreTraining(SJeaPreTrainedModel):
         if self.training and pixel_values.shape[0] * _num_processes() < 2:
             raise ValueError("The statistics over a batch of 1 image are undefined; use a batch of 2 images or more.")
         # one view at a time, so that a batch norm's statistics are those of one view, as in VICReg
-        views = [self.sjea.encode(view) for view in pixel_values.unbind(dim=1)]
+        views = [self.sjea.encode(view, stop_gradients=True) for view in pixel_values.unbind(dim=1)]
         expanded = [[self._expand(number, output) for number, output in enumerate(view)] for view in views]
         loss = terms = None
         if return_loss:

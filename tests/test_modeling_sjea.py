@@ -225,6 +225,19 @@ def test_stop_gradient_leaves_the_levels_below_alone(form):
     assert all(torch.equal(flowing[name], stopped[name]) for name in flowing if name.startswith("sjea.levels.1."))
 
 
+def test_a_classifier_trains_the_levels_below_whatever_pre_training_stopped():
+    model = SJeaForImageClassification(tiny_sjea(sjea_level(), sjea_level(stop_gradient=True)).config)
+    model(images(), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    below = model.sjea.levels[0].backbone.named_parameters()
+    assert all(weight.grad.abs().max() > 0 for name, weight in below if name.endswith("convolution.weight"))
+
+
+def test_widths_that_a_backbone_makes_itself_are_not_compared():
+    focalnet = {"model_type": "focalnet", "embed_dim": 8, "depths": [1, 1], "patch_size": 4}
+    model = tiny_sjea(sjea_level(stem="standard", backbone=focalnet))
+    assert model.sjea(images()).pooler_output.shape == (4, 16)
+
+
 def test_views_have_their_own_batch_statistics():
     model = tiny_sjea(sjea_level())
     norm = next(module for module in model.sjea.modules() if isinstance(module, nn.BatchNorm2d))

@@ -413,7 +413,10 @@ def test_two_processes_make_one_run(run, tmp_path):
         (["--target_scale", "0.2"], ["target_scale"]),
         (["--patch_size", "0"], ["patch_size"]),
         (["--dataset", "*.parquet"], ["*.parquet"]),
-        (["--num_train_images", "49", "--dataloader_drop_last", "false"], ["batch of 1 image", "drop_last"]),
+        (
+            ["--num_train_images", "49", "--dataloader_drop_last", "false"],
+            ["last batch of an epoch would have 1 image", "49 being 1 more than a multiple of 16", "drop_last"],
+        ),
         (["--accelerator_config", "{foo: 1}"], ["foo"]),
         (["--attn_implementation", "flex_attention"], ["flex_attention", "sdpa"]),
         (["--seed", "-1"], ["seed=-1"]),

@@ -5,7 +5,7 @@ import torch
 from tiny import SIZES, gradients, images, seeded, tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
-from modeling_cjepa import CJepaConfig, CJepaForPreTraining, CJepaModel
+from modeling_cjepa import CJepaConfig, CJepaForImageClassification, CJepaForPreTraining, CJepaModel
 from modeling_cjepa.losses_cjepa import covariance_term, prediction_loss, variance_term
 from modeling_cjepa.masking_cjepa import ids_by_level, tokens_on_grid
 
@@ -140,6 +140,12 @@ def test_upper_gradient_reaches_the_level_below_unless_stopped():
     assert gradient_below(stop_gradient=True).abs().max() == 0
 
 
+def test_a_classifier_trains_the_levels_below_whatever_pre_training_stopped():
+    model = CJepaForImageClassification(stack({**UPPER, "stop_gradient": True}).config)
+    model(images(), labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+    assert model.cjepa.layers[0].mlp.fc1.weight.grad.abs().max() > 0
+
+
 def test_three_levels_reload_and_choose(tmp_path):
     model = stack(dict(UPPER), {"hidden_size": 64, "num_attention_heads": 4}, num_target_blocks=1).eval()
     assert [encoded.last_hidden_state.shape for encoded in model.cjepa.encode(images())] == [
@@ -257,7 +263,7 @@ def test_some_level_has_a_loss():
 
 def test_masks_that_do_not_fit_the_top_grid_are_told_in_the_words_of_the_recipe():
     model = tiny_model(upper_levels=[UPPER], min_context_patches=60)
-    with pytest.raises(ValueError, match="min_context_patches=60 are 15 merged ones: A 4x4 grid has 16 patches"):
+    with pytest.raises(ValueError, match="min_context_patches=60 of level 0 make 15: A 4x4 grid has 16 patches"):
         model.sample_masks(2)
 
 

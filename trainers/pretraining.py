@@ -142,12 +142,16 @@ def build_trainer(recipe: Recipe, model, args, train_source: ImageSource) -> Jep
             f"{train_source.name} has {len(train_source)} images, fewer than the {batch_size} of a batch over all "
             "processes; lower --per_device_train_batch_size or give more images."
         )
-    last = batch_size if args.dataloader_drop_last else len(train_source) % batch_size or batch_size
-    if min(batch_size, last) < 2 and recipe.objective.batch_of_one_is_error(model.config):
-        raise InputError(
-            "A batch of 1 image has no variance; raise --per_device_train_batch_size to 2 or more and leave the last, "
-            "smaller batch out (--dataloader_drop_last)."
-        )
+    if recipe.objective.batch_of_one_is_error(model.config):
+        if batch_size < 2:
+            raise InputError("A batch of 1 image has no variance; raise --per_device_train_batch_size to 2 or more.")
+        # with several processes Accelerate fills the last batch
+        is_smaller = args.world_size == 1 and not args.dataloader_drop_last
+        if is_smaller and len(train_source) % batch_size == 1:
+            raise InputError(
+                f"The last batch of an epoch would have 1 image, {len(train_source)} being 1 more than a multiple of "
+                f"{batch_size}, and so no variance; leave it out (--dataloader_drop_last true)."
+            )
     can_checkpoint = any(hasattr(module, "gradient_checkpointing") for module in model.modules())
     if args.gradient_checkpointing and not can_checkpoint:
         raise InputError("gradient_checkpointing: no layer of this model can do it; leave it out.")
