@@ -8,8 +8,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-from datasets import Image
 
 from trainers.datasets import ImageSource, StoredImages
 from trainers.errors import InputError, first_line
@@ -49,7 +47,7 @@ def _load_split(folder: Path, split: str, label: str) -> ImageSource:
     file = folder / "scenes" / f"CLEVR_{split}_scenes.json"
     try:
         scenes = json.loads(file.read_text(encoding="utf-8"))["scenes"]
-        paths = [str(folder / "images" / split / scene["image_filename"]) for scene in scenes]
+        paths = [folder / "images" / split / scene["image_filename"] for scene in scenes]
         if label == "count":
             labels = [_COUNTS.index(len(scene["objects"])) for scene in scenes]
             names = [f"{count} objects" for count in _COUNTS]
@@ -63,6 +61,4 @@ def _load_split(folder: Path, split: str, label: str) -> ImageSource:
         ) from error
     if not paths:
         raise InputError(f"{file} lists no scene; download it again.")
-    rows = pa.array([{"bytes": None, "path": path} for path in paths], Image().pa_type)
-    images = StoredImages(pa.chunked_array([rows]))
-    return ImageSource(images, np.asarray(labels, dtype=np.int64), names, f"{folder} ({split})")
+    return ImageSource(StoredImages.of_files(paths), np.asarray(labels, dtype=np.int64), names, f"{folder} ({split})")

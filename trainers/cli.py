@@ -1,4 +1,4 @@
-"""The `cjepa` command; `cli_models.py` and `cli_visualize.py` have the commands on saved models."""
+"""The `cjepa` command; the other `cli_*.py` have those on saved models."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ import sys
 from transformers.utils import logging
 
 from trainers.cli_models import add_evaluate
+from trainers.cli_probe import add_probe
 from trainers.cli_visualize import add_visualize
 from trainers.errors import InputError, plain_message
 from trainers.flags import closest
@@ -60,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         "S-JEA (stacked joint embedding architectures).",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (add_pretrain, add_evaluate, add_visualize, add_benchmark):
+    for add in (add_pretrain, add_evaluate, add_probe, add_visualize, add_benchmark):
         add(commands)
     return parser
 

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import torch
+from datasets import Image
 from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
@@ -40,15 +42,21 @@ class ImageSource:
 
     def image(self, index: int) -> PILImage.Image:
         """The image at a position as RGB; raises `InputError` naming the file if it cannot be read."""
+        if isinstance(self.images, np.ndarray):
+            return PILImage.fromarray(self.images[index])
+        with self.open(index) as image:
+            return to_rgb(ImageOps.exif_transpose(image))
+
+    @contextmanager
+    def open(self, index: int):
+        """The stored image at a position as it is; an error in reading it becomes an `InputError` naming the file."""
         item = self.images[index]
-        if isinstance(item, np.ndarray):
-            return PILImage.fromarray(item)
         if item is None or (item.get("bytes") is None and item.get("path") is None):
             raise InputError(f"Image number {index} of {self.name} is missing; remove its row.")
         try:
             data = io.BytesIO(item["bytes"]) if item.get("bytes") is not None else item["path"]
             with PILImage.open(data) as image:
-                return to_rgb(ImageOps.exif_transpose(image))
+                yield image
         except (OSError, SyntaxError, ValueError, zlib.error, PILImage.DecompressionBombError) as error:
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
             where = item.get("path") or f"number {index}"
@@ -69,6 +77,12 @@ class StoredImages(Sequence):
         # the arrow column itself: indexing a `datasets` column costs more than decoding a small image
         self.column = column
         self.indices = np.arange(len(column)) if indices is None else indices
+
+    @classmethod
+    def of_files(cls, files) -> "StoredImages":
+        """The images of files, by their paths."""
+        rows = pa.array([{"bytes": None, "path": str(file)} for file in files], Image().pa_type)
+        return cls(pa.chunked_array([rows]))
 
     def __len__(self) -> int:
         return len(self.indices)

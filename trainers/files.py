@@ -12,22 +12,37 @@ from safetensors import SafetensorError
 from trainers.errors import InputError, first_line
 
 
-def write_text_atomically(path: str | Path, text: str):
+@contextmanager
+def whole_file(path: str | Path):
     """
-    Writes a text file beside its place, then moves it there, so that no reader sees half of it.
+    A file that appears whole or not at all: it is written beside its place, then moved there.
 
     Args:
         path (`str` or `Path`): The file; its folder is made if there is none.
-        text (`str`): What to write, as UTF-8.
+
+    Yields:
+        `Path`: What to write, under another suffix.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        yield unfinished
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_text_atomically(path: str | Path, text: str):
+    """
+    Writes a text file whole, so that no reader sees half of it.
+
+    Args:
+        path (`str` or `Path`): The file; its folder is made if there is none.
+        text (`str`): What to write, as UTF-8.
+    """
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 @contextmanager

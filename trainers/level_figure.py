@@ -4,7 +4,6 @@ Shapes: n images, H and W a thumbnail's height and width.
 """
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from trainers.files import whole_file
 from trainers.level_views import ClassPlot, ClassView, LevelView, class_colors
 from trainers.projections import METHODS
 from trainers.subclusters import NUM_NEAREST, NUM_SUBCLUSTERS
@@ -127,10 +127,5 @@ def _short(text: str, longest: int) -> str:
 
 
 def _save(figure: Figure, path: Path):
-    """Writes a PNG whole, as files.py does with text."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as unfinished:
         figure.savefig(unfinished, dpi=_DPI, format="png")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

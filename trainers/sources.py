@@ -276,7 +276,10 @@ def _labels(rows, asked: str | None, name: str) -> tuple[np.ndarray | None, list
     if asked is not None and asked not in rows.column_names:
         raise InputError(f"{name} has no column {asked!r}, only {', '.join(rows.column_names)}; mend --label_column.")
     classes = [column for column, feature in rows.features.items() if isinstance(feature, ClassLabel)]
-    usual = [column for column in ("label", "labels", "fine_label") if column in rows.column_names]
+    usual = [
+        column for column in ("label", "labels", "fine_label")
+        if column in rows.column_names and not isinstance(rows.features[column], Image)
+    ]  # fmt: skip
     column = asked or next(iter(classes + usual), None)
     if column is None:
         return None, None
