@@ -6,6 +6,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 REGULARIZERS = ("blocks", "context", "pair")
 PREDICTION_LOSSES = ("smooth_l1", "mse")
+CLASSIFIER_POOLINGS = ("mean", "last4", "attentive")
 _COUNTS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size",
     "num_channels", "predictor_hidden_size", "predictor_num_hidden_layers", "predictor_num_attention_heads",
@@ -14,7 +15,8 @@ _COUNTS = (
 # what a level of a stack has of its own, and what all have in common
 _LEVEL_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps", "qkv_bias",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range",
+    "layer_norm_eps", "qkv_bias",
     "predictor_hidden_size", "predictor_num_hidden_layers", "predictor_num_attention_heads",
     "predictor_intermediate_size", "prediction_loss", "regularizer", "regularizer_weight", "invariance_weight",
     "variance_weight", "covariance_weight", "expander_hidden_size",
@@ -37,6 +39,8 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
         hidden_act (`str`, defaults to `"gelu"`): Activation in the MLPs.
         hidden_dropout_prob (`float`, defaults to 0.0): Dropout after attention and MLP, in [0, 1).
         attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout of attention weights, in [0, 1).
+        drop_path_rate (`float`, defaults to 0.0): Share of images for which the last layer's attention or MLP is left
+            out in training (stochastic depth, arXiv 1603.09382), in [0, 1); it grows from 0 in the first layer.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the truncated normal initialisation.
         layer_norm_eps (`float`, defaults to 1e-6): The authors' value (`IJepaConfig` has 1e-12).
         image_size (`int` or `[height, width]`, defaults to 224): Pixels of a training image. Any other size works too.
@@ -76,6 +80,9 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
         level_weight (`float`, defaults to 1.0): Weight of the level's loss in the sum over levels.
         stop_gradient (`bool`, defaults to `False`): In an entry of `upper_levels`: whether the level's loss in
             pre-training leaves the levels below alone.
+        classifier_pooling (`"mean"`, `"last4"` or `"attentive"`, defaults to `"mean"`): What the classifier of
+            [`CJepaForImageClassification`] reads: the mean token, the mean tokens of the last four layers side by
+            side, or what a learned query finds by attending to all tokens.
         out_features (`list[str]`, *optional*): The stages, of `stage_names`, whose maps [`CJepaBackbone`] gives; the
             last one when not given.
         out_indices (`list[int]`, *optional*): The same by their places in `stage_names`.
@@ -97,6 +104,7 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.0
     attention_probs_dropout_prob: float = 0.0
+    drop_path_rate: float = 0.0
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
     image_size: int | list[int] | tuple[int, int] = 224
@@ -123,6 +131,7 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
     level: int | None = None
     level_weight: float = 1.0
     stop_gradient: bool = False
+    classifier_pooling: str = "mean"
 
     def __post_init__(self, **kwargs):
         if self.predictor_num_attention_heads is None:
@@ -247,6 +256,7 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(choices)}.")
+        check_classifier_pooling(self.classifier_pooling, CLASSIFIER_POOLINGS)
         for name in ("regularizer_weight", "invariance_weight", "variance_weight", "covariance_weight",
                      "level_weight"):  # fmt: skip
             if not is_weight(getattr(self, name)):
@@ -259,7 +269,7 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("initializer_range", "layer_norm_eps"):
             if not (is_weight(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a number above 0, such as 1.0e-6.")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not (is_weight(getattr(self, name)) and getattr(self, name) < 1):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a number in [0, 1).")
         for name in ("target_scale", "target_aspect_ratio", "context_scale"):
@@ -286,6 +296,12 @@ def check_level_weights(weights: list[float]):
     """Refuses, by a `ValueError`, a stack of which no level has a loss."""
     if not any(weights):
         raise ValueError("level_weight is 0 at every level, so that nothing is trained; raise one.")
+
+
+def check_classifier_pooling(pooling: str, choices: tuple[str, ...]):
+    """Refuses, by a `ValueError`, what a classifier cannot read; called by models, too, for settings at loading."""
+    if pooling not in choices:
+        raise ValueError(f"classifier_pooling={pooling!r} is not known; choose one of {', '.join(choices)}.")
 
 
 def pair(size) -> tuple[int, int]:

@@ -4,11 +4,12 @@ from dataclasses import asdict, dataclass, field, fields
 
 from transformers import PreTrainedConfig
 
-from .configuration_cjepa import check_level_weights, choose_level, is_weight
+from .configuration_cjepa import check_classifier_pooling, check_level_weights, choose_level, is_weight
 
 STEMS = ("standard", "small")
 INPUTS = ("vector", "map", "tokens")
 READS = ("embedding", "expanded")
+CLASSIFIER_POOLINGS = ("mean", "attentive")
 
 
 @dataclass
@@ -99,6 +100,9 @@ class SJeaConfig(PreTrainedConfig):
             -2; the top one when not given.
         image_size (`int`, defaults to 32): Pixels of a training image's side.
         num_channels (`int`, defaults to 3): Channels of an image.
+        classifier_pooling (`"mean"` or `"attentive"`, defaults to `"mean"`): What the classifier of
+            [`SJeaForImageClassification`] reads: the level's embedding, as its backbone pools it, or what a learned
+            query finds by attending to the level's map or tokens.
 
     Raises:
         ValueError: A field has a value the model cannot be built with; the message names level and field.
@@ -111,12 +115,14 @@ class SJeaConfig(PreTrainedConfig):
     level: int | None = None
     image_size: int = 32
     num_channels: int = 3
+    classifier_pooling: str = "mean"
 
     def __post_init__(self, **kwargs):
         self.levels = [asdict(level) for level in self._read_levels()]
         for name in ("image_size", "num_channels"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of 1 or more.")
+        check_classifier_pooling(self.classifier_pooling, CLASSIFIER_POOLINGS)
         check_level_weights([level["level_weight"] for level in self.levels])
         choose_level(self.level, len(self.levels))
         super().__post_init__(**kwargs)

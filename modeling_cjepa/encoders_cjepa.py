@@ -48,6 +48,28 @@ def check_floating_point(pixel_values: torch.Tensor):
         raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalised images in floating point.")
 
 
+def forget_other_grids(model: nn.Module, mismatched_keys: set[tuple]):
+    """Takes position tables of another image size off a loading report: the model has computed its own."""
+    tables = [key for key in mismatched_keys if key[0].rpartition(".")[2] == "position_embeddings"]
+    mismatched_keys.difference_update(key for key in tables if key[0] in dict(model.named_buffers()))
+
+
+def drop_path(branch: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
+    """
+    Stochastic depth (arXiv 1603.09382): the branch of some images becomes zero, that of the others is scaled so that
+    the mean stays.
+
+    Args:
+        branch (`torch.Tensor` of shape `(B, N, D)`): What is added to the residual stream.
+        rate (`float`): Share of images that lose it, in [0, 1).
+        training (`bool`): Nothing is dropped otherwise.
+    """
+    if rate == 0 or not training:
+        return branch
+    kept = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - rate)
+    return branch * kept / (1 - rate)
+
+
 class CJepaPatchEmbeddings(nn.Module):
     """Linear projection of patches, stored as the convolution it equals."""
 
@@ -157,8 +179,11 @@ class CJepaMLP(nn.Module):
 class CJepaLayer(GradientCheckpointingLayer):
     """Pre-norm transformer layer, of the encoder's size or of the predictor's."""
 
-    def __init__(self, config: CJepaConfig, width: int, num_heads: int, intermediate_size: int):
+    def __init__(
+        self, config: CJepaConfig, width: int, num_heads: int, intermediate_size: int, drop_path_rate: float = 0.0
+    ):
         super().__init__()
+        self.drop_path_rate = drop_path_rate
         self.layernorm_before = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.attention = CJepaAttention(config, width, num_heads)
         self.layernorm_after = nn.LayerNorm(width, eps=config.layer_norm_eps)
@@ -167,8 +192,9 @@ class CJepaLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        hidden_states = hidden_states + drop_path(self.dropout(attended), self.drop_path_rate, self.training)
+        transformed = self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        return hidden_states + drop_path(transformed, self.drop_path_rate, self.training)
 
 
 def init_weights(module: nn.Module, config: CJepaConfig):

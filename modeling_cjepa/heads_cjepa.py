@@ -6,6 +6,7 @@ Shapes: B images, N tokens, Nc context patches, M target blocks, K patches a blo
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from .configuration_cjepa import CJepaConfig
 from .encoders_cjepa import CJepaLayer, positions_for, sincos_positions
@@ -105,6 +106,10 @@ class CJepaAttentivePooling(nn.Module):
         self.layernorm_mlp = nn.LayerNorm(width, eps=eps)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
+
+    def init_query(self, std: float):
+        """Draws the query, which is no module's of its own, from a truncated normal distribution."""
+        init.trunc_normal_(self.query, mean=0.0, std=std)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Pools tokens (B, N, D) to embeddings (B, D)."""

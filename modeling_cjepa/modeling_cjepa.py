@@ -12,8 +12,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_cjepa import CJepaConfig, choose_level
-from .encoders_cjepa import CJepaAttention, CJepaEmbeddings, CJepaLayer, init_weights
+from .configuration_cjepa import CLASSIFIER_POOLINGS, CJepaConfig, check_classifier_pooling, choose_level
+from .encoders_cjepa import CJepaAttention, CJepaEmbeddings, CJepaLayer, forget_other_grids, init_weights
+from .heads_cjepa import CJepaAttentivePooling
 from .masking_cjepa import ids_by_level, tokens_on_grid
 
 # the parts of a pre-training checkpoint that are not the target encoder's
@@ -58,6 +59,12 @@ class CJepaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         init_weights(module, self.config)
+        if isinstance(module, CJepaAttentivePooling):
+            module.init_query(self.config.initializer_range)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info):
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        forget_other_grids(self, loading_info.mismatched_keys)
 
     def set_attn_implementation(self, *args, **kwargs):
         """As in transformers, and in every level of a stack."""
@@ -78,14 +85,14 @@ class CJepaModel(CJepaPreTrainedModel):
     """
 
     # what a pre-training checkpoint holds beside the target encoder
-    _keys_to_ignore_on_load_unexpected = [*_ONLY_PRE_TRAINED, r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected = [*_ONLY_PRE_TRAINED, r"^(classifier|pooling)\."]
 
     def __init__(self, config: CJepaConfig):
         super().__init__(config)
         self.embeddings = CJepaEmbeddings(config)
         self.layers = nn.ModuleList(
-            CJepaLayer(config, config.hidden_size, config.num_attention_heads, config.intermediate_size)
-            for _ in range(config.num_hidden_layers)
+            CJepaLayer(config, config.hidden_size, config.num_attention_heads, config.intermediate_size, rate)
+            for rate in drop_path_rates(config)
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.upper_levels = nn.ModuleList(
@@ -168,8 +175,15 @@ class CJepaModel(CJepaPreTrainedModel):
         """
         level = choose_level(self.config.level if level is None else level, self.config.num_levels)
         of_level = self.encode(pixel_values, level=level, output_hidden_states=True)[-1]
+        return self.join_last_layers(of_level.hidden_states, num_layers, level)
+
+    def join_last_layers(
+        self, hidden_states: tuple[torch.Tensor, ...], num_layers: int = 4, level: int | None = None
+    ) -> torch.Tensor:
+        """The same of a level's `hidden_states`, the first of which is what its layers read."""
+        level = choose_level(self.config.level if level is None else level, self.config.num_levels)
         layernorm = self.upper_levels[level - 1].layernorm if level else self.layernorm
-        layers = of_level.hidden_states[1:][-num_layers:]  # the first is what the layers read
+        layers = hidden_states[1:][-num_layers:]
         return torch.cat([layernorm(tokens).mean(dim=1) for tokens in layers], dim=1)
 
     @can_return_tuple
@@ -221,27 +235,46 @@ def combine(outputs: list[BaseModelOutputWithPooling], num_levels: int) -> CJepa
     )
 
 
+def drop_path_rates(config: CJepaConfig) -> list[float]:
+    """Stochastic depth of each layer: from 0 in the first linearly to `drop_path_rate` in the last."""
+    last = max(config.num_hidden_layers - 1, 1)
+    return [config.drop_path_rate * layer / last for layer in range(config.num_hidden_layers)]
+
+
 class CJepaForImageClassification(CJepaPreTrainedModel):
     """
-    The encoder with a linear classifier on its mean patch token.
+    The encoder with a linear classifier on its mean patch token, on those of its last four layers side by side, or on
+    an attentive pooling of its tokens, as `classifier_pooling` says.
 
     Args:
         config ([`CJepaConfig`]): Its configuration; `num_labels` is the number of classes.
     """
 
+    # the loss is the mean over a batch: Trainer shall divide it by the accumulation steps
+    accepts_loss_kwargs = False
     _keys_to_ignore_on_load_unexpected = _ONLY_PRE_TRAINED
 
     def __init__(self, config: CJepaConfig):
         super().__init__(config)
+        check_classifier_pooling(config.classifier_pooling, CLASSIFIER_POOLINGS)
         self.num_labels = config.num_labels
         self.cjepa = CJepaModel(config)
-        width = config.level_config(choose_level(config.level, config.num_levels)).hidden_size
+        chosen = config.level_config(choose_level(config.level, config.num_levels))
+        width = chosen.hidden_size
+        if config.classifier_pooling == "last4":
+            width *= min(4, chosen.num_hidden_layers)
+        elif config.classifier_pooling == "attentive":
+            self.pooling = CJepaAttentivePooling(width, chosen.num_attention_heads, config.layer_norm_eps)
         self.classifier = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
     ) -> ImageClassifierOutput:
         """
         Classifies images.
@@ -249,13 +282,29 @@ class CJepaForImageClassification(CJepaPreTrainedModel):
         Args:
             pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalised images.
             labels (`torch.Tensor` of shape `(B,)`, *optional*): Class indices; with them the loss is computed.
+            output_hidden_states, output_attentions (`bool`, *optional*): As in [`~CJepaModel.forward`].
 
         Returns:
             `ImageClassifierOutput`: `logits` (B, num_labels), `loss` when labels were given.
         """
-        outputs = self.cjepa(pixel_values, **kwargs, return_dict=True)
-        logits = self.classifier(outputs.pooler_output)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        records = output_hidden_states or self.config.classifier_pooling == "last4"
+        levels = self.cjepa.encode(pixel_values, level=self.config.level, output_hidden_states=records, **kwargs)
+        logits = self.classifier(self._pool(levels[-1]))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        outputs = combine(levels, self.config.num_levels)
         return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
+            attentions=outputs.attentions,
         )
+
+    def _pool(self, encoded: BaseModelOutputWithPooling) -> torch.Tensor:
+        """What the classifier reads (B, D) of the chosen level's output."""
+        if self.config.classifier_pooling == "last4":
+            return self.cjepa.join_last_layers(encoded.hidden_states)
+        if self.config.classifier_pooling == "attentive":
+            return self.pooling(encoded.last_hidden_state)
+        return encoded.pooler_output

@@ -14,9 +14,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.utils.generic import can_return_tuple
 
 from .backbones_sjea import has_attention
-from .configuration_cjepa import choose_level
-from .configuration_sjea import SJeaConfig
-from .encoders_cjepa import check_floating_point
+from .configuration_cjepa import check_classifier_pooling, choose_level
+from .configuration_sjea import CLASSIFIER_POOLINGS, SJeaConfig
+from .encoders_cjepa import check_floating_point, forget_other_grids
+from .heads_cjepa import CJepaAttentivePooling
 from .levels_sjea import LevelOutput, SJeaLevel
 
 
@@ -60,6 +61,12 @@ class SJeaPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.in_features)
                 init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, CJepaAttentivePooling):
+            module.init_query(std=0.02)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info):
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        forget_other_grids(self, loading_info.mismatched_keys)
 
     def set_attn_implementation(self, attn_implementation: str, *args, **kwargs):
         """As in transformers, in every level whose backbone has attention; the others take no notice."""
@@ -87,7 +94,7 @@ class SJeaModel(SJeaPreTrainedModel):
     """
 
     # what a pre-training checkpoint holds beside the encoders
-    _keys_to_ignore_on_load_unexpected = [r"^expanders\.", r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected = [r"^expanders\.", r"^(classifier|pooling)\."]
 
     def __init__(self, config: SJeaConfig):
         super().__init__(config)
@@ -178,19 +185,27 @@ class SJeaModel(SJeaPreTrainedModel):
 
 class SJeaForImageClassification(SJeaPreTrainedModel):
     """
-    The stack with a linear classifier on the embedding of one level, `config.level`.
+    The stack with a linear classifier on the embedding of one level, `config.level`, or on an attentive pooling of its
+    features, as `classifier_pooling` says.
 
     Args:
         config ([`SJeaConfig`]): Its configuration; `num_labels` is the number of classes.
     """
 
+    # the loss is the mean over a batch: Trainer shall divide it by the accumulation steps
+    accepts_loss_kwargs = False
     _keys_to_ignore_on_load_unexpected = [r"^expanders\."]
 
     def __init__(self, config: SJeaConfig):
         super().__init__(config)
+        check_classifier_pooling(config.classifier_pooling, CLASSIFIER_POOLINGS)
         self.num_labels = config.num_labels
         self.sjea = SJeaModel(config)
-        width = self.sjea.levels[choose_level(config.level, len(config.levels))].width
+        level = self.sjea.levels[choose_level(config.level, len(config.levels))]
+        width = level.width
+        if config.classifier_pooling == "attentive":
+            width = level.features_shape[0 if len(level.features_shape) == 3 else 1]
+            self.pooling = CJepaAttentivePooling(width, math.gcd(width, 8))
         self.classifier = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
@@ -210,6 +225,12 @@ class SJeaForImageClassification(SJeaPreTrainedModel):
             `ImageClassifierOutput`: `logits` (B, num_labels), `loss` when labels were given.
         """
         outputs = self.sjea(pixel_values, **kwargs, return_dict=True)
-        logits = self.classifier(outputs.pooler_output)
+        if self.config.classifier_pooling == "attentive":
+            features = outputs.last_hidden_state
+            # a map becomes tokens
+            tokens = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+            logits = self.classifier(self.pooling(tokens))
+        else:
+            logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
