@@ -184,7 +184,7 @@ def test_linear_probe_chooses_C_on_train_embeddings_alone():
     num_correct = {
         C: sum(
             round(LogisticRegression(C=C).fit(scaled[kept], y[kept]).score(scaled[held_out], y[held_out]) * 20)
-            for kept, held_out in probes._folds(y, seed=0)
+            for kept, held_out in probes.folds_of(y, seed=0)
         )
         for C in probes.C_GRID
     }
@@ -203,14 +203,14 @@ def test_linear_probe_of_few_labels_does_not_stop_at_chance():
 @pytest.mark.parametrize("num_images, num_folds", [(20, 9), (3000, 7), (30_000, 1)])
 def test_folds_leave_one_of_each_class(num_images, num_folds):
     targets = torch.tensor([0] * (num_images - 2) + [1, 2])
-    folds = probes._folds(targets, seed=0)
+    folds = probes.folds_of(targets, seed=0)
     assert len(folds) == num_folds
     for kept, held_out in folds:
         assert set(targets[kept].tolist()) == {0, 1, 2}
         assert sorted([*kept.tolist(), *held_out.tolist()]) == list(range(num_images))
     together = torch.cat([held_out for _, held_out in folds])
     assert len(together.unique()) == len(together) <= max(num_images // 10 * num_folds, 17)
-    assert folds[0][1].tolist() != probes._folds(targets, seed=1)[0][1].tolist()
+    assert folds[0][1].tolist() != probes.folds_of(targets, seed=1)[0][1].tolist()
 
 
 def test_one_image_of_each_class_is_too_few():

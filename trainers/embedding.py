@@ -3,6 +3,8 @@
 Shapes: B images, n images in all, D width of an embedding.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,6 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from trainers.errors import InputError
 from trainers.transforms import normalize
 
 MAX_RAW_PIXELS = 32
@@ -42,6 +45,35 @@ def extract_embeddings(
     Returns:
         The embeddings, float32 (n, D), and the labels, int64 (n,) or None; both on the CPU.
     """
+    embeddings, labels = [], []
+    batches = encode_batches(encoder, dataset, mean, std, batch_size, device, progress, num_workers, description)
+    for outputs, batch_labels in batches:
+        embeddings.append(outputs.pooler_output.float().cpu())
+        labels.append(batch_labels)
+    return torch.cat(embeddings), None if labels[0] is None else torch.cat(labels)
+
+
+def encode_batches(
+    encoder: nn.Module,
+    dataset: torch.utils.data.Dataset,
+    mean,
+    std,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    num_workers: int = 0,
+    description: str = "encoding images",
+) -> Iterator[tuple]:
+    """
+    What an encoder makes of all images, batch by batch, without gradients; in bfloat16 arithmetic on a GPU.
+
+    Args:
+        encoder (`nn.Module`): Takes normalised images (B, C, H, W).
+        dataset, mean, std, batch_size, device, progress, num_workers, description: As in [`extract_embeddings`].
+
+    Yields:
+        `(outputs, labels)`: The encoder's, where it is, and the labels (B,) int64 or None.
+    """
     device = device_of(encoder) if device is None else torch.device(device)
     on_gpu = device.type == "cuda"
     # a generator of its own: the loader draws a seed for its workers, and shall not draw it from the caller's
@@ -49,21 +81,26 @@ def extract_embeddings(
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=on_gpu, generator=generator)
     was_training = encoder.training
     encoder.to(device).eval()
-    embeddings, labels = [], []
     try:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-            for batch in tqdm(loader, desc=description, unit="batch", disable=not progress):
+        for batch in tqdm(loader, desc=description, unit="batch", disable=not progress):
+            # left before each yield: whoever takes the outputs may compute gradients
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                 pixel_values = normalize(batch["pixel_values"].to(device, non_blocking=True), mean, std)
-                embeddings.append(encoder(pixel_values).pooler_output.float().cpu())
-                labels.append(batch.get("labels"))
+                outputs = encoder(pixel_values)
+            yield outputs, batch.get("labels")
     finally:
         encoder.train(was_training)
-    return torch.cat(embeddings), None if labels[0] is None else torch.cat(labels)
 
 
 def device_of(encoder: nn.Module) -> torch.device:
     """Where an encoder's parameters are; the CPU if it has none."""
     return next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
+
+
+def check_finite(embeddings: torch.Tensor, label: str):
+    """Refuses embeddings that are not finite, of an encoder of that name."""
+    if not embeddings.isfinite().all():
+        raise InputError(f"The embeddings of the {label} are not finite; its training diverged, take an earlier one.")
 
 
 class RawPixels(nn.Module):

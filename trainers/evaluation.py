@@ -15,9 +15,10 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_cjepa import CJepaForPreTraining
 from modeling_cjepa.configuration_cjepa import choose_level, pair
-from trainers.datasets import ImageDataset, ImageSource, sample_seed, seeded
+from trainers.baselines import random_encoders, raw_pixels_label
+from trainers.datasets import ImageDataset, ImageSource
 from trainers.diagnostics import feature_std, rankme
-from trainers.embedding import MAX_RAW_PIXELS, RawPixels, device_of, extract_embeddings
+from trainers.embedding import RawPixels, check_finite, device_of, extract_embeddings
 from trainers.errors import InputError
 from trainers.loading import load_with_statistics
 from trainers.pooling import EveryLevel, OneLevel
@@ -85,8 +86,8 @@ def embed(encoder: nn.Module, train: ImageDataset, test: ImageDataset, mean, std
             encoder, dataset, mean, std, description=f"{label}: {images} images", **settings
         )
     )
-    if not (embedded[0].isfinite().all() and embedded[2].isfinite().all()):
-        raise InputError(f"The embeddings of the {label} are not finite; its training diverged, take an earlier one.")
+    for embeddings in (embedded[0], embedded[2]):
+        check_finite(embeddings, label)
     return embedded
 
 
@@ -201,14 +202,9 @@ def evaluate_baselines(
         `list[dict]`: Rows for each of `num_random_encoders`, then one for the pixels.
     """
     rows = []
-    for index in range(arguments.num_random_encoders):
-        with seeded(sample_seed(arguments.seed, index)):
-            encoder = type(model)(model.config)
-        label = "random encoder" if arguments.num_random_encoders == 1 else f"random encoder {index + 1}"
+    for label, encoder in random_encoders(model, arguments.num_random_encoders, arguments.seed):
         rows += evaluate_levels(encoder, train, test, mean, std, arguments, level, label, model.device)
-    sizes = pair(model.config.image_size)
-    reduced = "x".join(str(min(side, MAX_RAW_PIXELS)) for side in sizes)
-    label = "raw pixels" if max(sizes) <= MAX_RAW_PIXELS else f"raw pixels, reduced to {reduced}"
+    label = raw_pixels_label(pair(model.config.image_size))
     pixels = evaluate_encoder(RawPixels(), train, test, [0.0] * 3, [1.0] * 3, arguments, label, model.device)
     return [*rows, pixels]
 

@@ -98,13 +98,13 @@ def linear_predict(
         InputError: No class has a second train image to hold out.
     """
     classes, targets = train_y.unique(return_inverse=True)
-    folds = _folds(targets, seed)
+    folds = folds_of(targets, seed)
     is_small = min(train_x.shape) * len(train_x) * len(classes) < _NUMBERS_FOR_THREADS
     with threads(1 if is_small else torch.get_num_threads()):
         std, mean = torch.std_mean(train_x.float(), dim=0, correction=0)
         std = std.where(std > 0, 1)
         x = (train_x.float() - mean) / std
-        variances, axes = _principal_axes(x)
+        variances, axes = principal_axes(x)
         x = x @ axes
         C = _choose_C(x, targets, len(classes), variances, folds, progress)
         weight, bias, converged = _fit(x, targets, len(classes), C, variances)
@@ -147,8 +147,20 @@ def spare_positions(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarr
     return np.delete(order, first_of_class), order[first_of_class]
 
 
-def _folds(targets: torch.Tensor, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Random tenths to choose C on and, of each, the rest to fit; of each class at least one image is fitted."""
+def folds_of(targets: torch.Tensor, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Random tenths of train images to choose settings on: one of 2,000 images or more, or up to ten.
+
+    Args:
+        targets (`torch.Tensor` of shape `(n,)`): Class indices.
+        seed (`int`): Of the choice.
+
+    Returns:
+        `list`: For each tenth the positions of the rest, to fit on, in which are all classes, and its own.
+
+    Raises:
+        InputError: No class has a second image to hold out.
+    """
     spare, needed = spare_positions(targets.cpu().numpy(), seed)
     if len(spare) == 0:
         raise InputError("There is one train image of each class, and the linear probe needs more; give more images.")
@@ -161,7 +173,7 @@ def _folds(targets: torch.Tensor, seed: int) -> list[tuple[torch.Tensor, torch.T
     return folds
 
 
-def _principal_axes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def principal_axes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Variances (R,) and directions (D, R) of the principal axes of x (n, D), with R = min(n, D)."""
     if len(x) < x.shape[1]:
         _, singular_values, axes = torch.linalg.svd(x, full_matrices=False)
@@ -218,3 +230,21 @@ def accuracy_interval(num_correct: int, num_total: int) -> tuple[float, float]:
     centre = (share + weight / 2) / (1 + weight)
     half = math.sqrt(share * (1 - share) * weight + weight * weight / 4) / (1 + weight)
     return 100 * max(centre - half, 0.0), 100 * min(centre + half, 1.0)
+
+
+def bootstrap_interval(num_correct: int, num_total: int, seed: int = 0, num_resamples: int = 1000):
+    """
+    The 95 % interval of an accuracy by bootstrap over the test images: percentiles of what resamples of them give.
+
+    Args:
+        num_correct (`int`), num_total (`int`): Correct predictions of how many, at least 1.
+        seed (`int`): Of the resamples.
+        num_resamples (`int`): How many.
+
+    Returns:
+        `(float, float)`: Low and high, in percent.
+    """
+    # images drawn with replacement are correct or not independently of each other: a binomial number of them is
+    correct = np.random.default_rng(seed).binomial(num_total, num_correct / num_total, num_resamples)
+    low, high = np.percentile(100 * correct / num_total, [2.5, 97.5])
+    return float(low), float(high)
