@@ -6,6 +6,7 @@ each of a few learning rates, all on the same batches; the best on held-out trai
 Shapes: n images, B images of a batch, N tokens, D width of a token, K classes.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -122,9 +123,7 @@ def _train(tokens, targets: torch.Tensor, kept: torch.Tensor, num_classes: int, 
     first = next(tokens.batches(kept[:1], 1))
     with seeded(sample_seed(seed)):
         probe = new_probe(first.shape[2], num_classes).to(first.device)
-    probes = nn.ModuleList(new_probe(first.shape[2], num_classes).to(first.device) for _ in LEARNING_RATES)
-    for other in probes:
-        other.load_state_dict(probe.state_dict())
+    probes = nn.ModuleList(copy.deepcopy(probe) for _ in LEARNING_RATES)
     groups = [{"params": probe.parameters(), "lr": rate} for probe, rate in zip(probes, LEARNING_RATES, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=_WEIGHT_DECAY)
     steps_per_epoch = math.ceil(len(kept) / _BATCH_SIZE)

@@ -24,8 +24,9 @@ def add_evaluate(commands):
         description="Evaluate the frozen encoder of a model (C-JEPA: the target encoder; a stack: one level or "
         "all) by weighted kNN and a linear probe, beside other models, a randomly initialised encoder and raw pixels, "
         "with 95 % intervals; the table goes to the screen, all figures to --output. Without --dataset the images "
-        "are those of the run that made the model.",
+        "are those of the run that made the model. With --suite every usual probe is run on every kind of features.",
         epilog="examples:  cjepa evaluate runs/mine/final --dataset my/photos --output results.json\n"
+        "           cjepa evaluate runs/mine/final --suite small --card runs/mine/final/README.md\n"
         "           cjepa evaluate runs/stack/final --level all --beside vicreg=runs/vicreg/final",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="cjepa evaluate MODEL [--key value ...]",
@@ -44,6 +45,16 @@ def add_evaluate(commands):
     parser.add_argument(
         "--beside", metavar="[NAME=]MODEL", nargs="*", default=[], help="other models to evaluate in the same table"
     )
+    parser.add_argument(
+        "--suite", metavar="NAME", help="run the protocol suite: kNN with k 20 and 200, linear probe, linear probe on "
+        "1 %% and 10 %% of the labels, attentive probe; of target and context encoder, of the last and the last four "
+        "layers; 95 %% intervals by bootstrap. `small` fits linear probes exactly; `imagenet` sweeps over learning "
+        "rates and weight decays at once, for features too many for that",
+    )  # fmt: skip
+    parser.add_argument(
+        "--card", metavar="FILE", help="with --suite: write the figures into the metadata (model-index) of this model "
+        "card, too, such as runs/mine/final/README.md",
+    )  # fmt: skip
     hints = {name: hint for name, hint in type_hints(DataArguments).items() if name not in AUGMENTATIONS}
     add_flags(parser, "data", DataArguments(), hints)
     add_flags(parser, "evaluation", EvaluationArguments(), type_hints(EvaluationArguments))
@@ -55,15 +66,18 @@ def run_evaluate(namespace):
     from pathlib import Path
 
     from modeling_cjepa.configuration_cjepa import pair
+    from trainers.eval_results import write_eval_results
     from trainers.evaluation import EvaluationArguments, check_level, evaluate_model
     from trainers.files import full_disk_named, write_json
     from trainers.flags import dataclass_from_flags
     from trainers.loading import load_encoder_config
-    from trainers.reports import format_table
+    from trainers.reports import format_suite, format_table
     from trainers.sources import DataArguments, load_sources
+    from trainers.suite import evaluate_suite
 
     if namespace.output and (Path(namespace.output).is_dir() or not Path(namespace.output).parent.is_dir()):
         raise InputError(f"--output {namespace.output} is no file in an existing folder; mend it.")
+    check_suite_flags(namespace)
     data = dataclass_from_flags(namespace, DataArguments)
     evaluation = dataclass_from_flags(namespace, EvaluationArguments)
     config = load_encoder_config(namespace.model)
@@ -73,14 +87,43 @@ def run_evaluate(namespace):
         load_encoder_config(other)  # a mistake is told before images are read
     data, evaluation = as_in_the_run(namespace, namespace.model, data, evaluation)
     train_source, eval_source = load_sources(data, max(pair(config.image_size)), not evaluation.disable_tqdm)
-    statistics = data.image_mean, data.image_std
-    results = evaluate_model(
-        namespace.model, train_source, eval_source, evaluation, *statistics, level=namespace.level, beside=beside
-    )
-    print(format_table(results))
+    images = train_source, eval_source
+    settings = {
+        "arguments": evaluation, "image_mean": data.image_mean, "image_std": data.image_std,
+        "level": namespace.level, "beside": beside,
+    }  # fmt: skip
+    if namespace.suite:
+        results = evaluate_suite(namespace.model, *images, namespace.suite, **settings)
+        print(format_suite(results))
+    else:
+        results = evaluate_model(namespace.model, *images, **settings)
+        print(format_table(results))
     if namespace.output:
         with full_disk_named(Path(namespace.output).parent):
             write_json(namespace.output, results)
+    if namespace.card:
+        write_eval_results(results, namespace.card, own_name(namespace.model))
+
+
+def check_suite_flags(namespace):
+    """Refuses a suite or a card that is not there, and flags that do not go together, before images are read."""
+    from trainers.eval_results import check_card
+    from trainers.suite import NUM_NEIGHBORS, check_suite
+
+    if namespace.card and not namespace.suite:
+        raise InputError(f"--card {namespace.card} holds what a suite finds; give --suite small, too.")
+    if not namespace.suite:
+        return
+    check_suite(namespace.suite)
+    if "num_neighbors" in vars(namespace):
+        raise InputError(f"--num_neighbors: a suite's are {NUM_NEIGHBORS[0]} and {NUM_NEIGHBORS[1]}; leave it out.")
+    if namespace.card:
+        check_card(namespace.card)
+
+
+def own_name(model: str) -> str:
+    """What a model is called that nobody named: by its run's folder."""
+    return str(model).rstrip("/").removesuffix("/final").rpartition("/")[2]
 
 
 def level_value(text: str) -> int | str:
@@ -99,7 +142,7 @@ def named_models(given: list[str], taken=()) -> dict[str, str]:
     for text in given:
         name, equals, path = text.partition("=")
         path = path if equals else text
-        name = name if equals else str(path).rstrip("/").removesuffix("/final").rpartition("/")[2]
+        name = name if equals else own_name(path)
         if not name or not path:
             raise InputError(f"--beside {text}: give a name and a model, as in vicreg=runs/vicreg/final.")
         if name in named or name in taken:

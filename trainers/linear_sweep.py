@@ -7,6 +7,7 @@ held-out train images is trained anew on all of them.
 Shapes: n images to fit, m to test, D width of a feature, R principal axes, H heads, K classes, B images of a batch.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -73,16 +74,16 @@ def sweep_predict(
     x = (train_x.float() - mean) / std
     variances, axes = principal_axes(x)
     x = x @ axes
-    heads = torch.cartesian_prod(torch.tensor(LEARNING_RATES), torch.tensor(PENALTIES)).to(x)
+    heads = list(itertools.product(LEARNING_RATES, PENALTIES))
     best = _best_head(x, targets, heads, variances, folds, seed, progress)
-    weight, bias = _train(x, targets, torch.arange(len(x), device=x.device), best[None], variances, seed, progress)
+    weight, bias = _train(x, targets, torch.arange(len(x), device=x.device), [best], variances, seed, progress)
     logits = ((test_x.float() - mean) / std) @ (axes @ weight[:, 0]) + bias[0]
-    return SweptProbe(classes[logits.argmax(dim=1)], *best.tolist())
+    return SweptProbe(classes[logits.argmax(dim=1)], *best)
 
 
 def _train(x, targets, kept, heads, variances, seed: int, progress: bool):
     """
-    Trains heads (H, 2) of learning rate and penalty on the rows `kept` of x (n, R), whose columns are along principal
+    Trains heads, each of a learning rate and a penalty, on the rows `kept` of x (n, R), whose columns are along principal
     axes with the given variances (R,).
 
     A weight is its step length times what SGD moves: with the steps below, the loss is as curved in every direction as
@@ -92,7 +93,7 @@ def _train(x, targets, kept, heads, variances, seed: int, progress: bool):
         Weights (R, H, K) and biases (H, K).
     """
     num_classes = int(targets.max()) + 1
-    rates, penalties = heads.unbind(1)
+    rates, penalties = x.new_tensor(heads).unbind(1)
     curvature = max(num_classes - 1, 1) / num_classes**2
     step = torch.rsqrt(curvature * variances.clamp_min(0)[:, None] + penalties)[..., None]  # (R, H, 1)
     moved, bias = x.new_zeros(x.shape[1], len(heads), num_classes), x.new_zeros(len(heads), num_classes)
@@ -130,7 +131,7 @@ def _logits(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tor
     return (rows @ weight.flatten(1)).view(len(rows), *bias.shape) + bias
 
 
-def _best_head(x, targets, heads, variances, folds, seed: int, progress: bool) -> torch.Tensor:
+def _best_head(x, targets, heads, variances, folds, seed: int, progress: bool) -> tuple[float, float]:
     """The head that is right most often on the rows held out; of several the one with the least loss."""
     num_correct, losses = x.new_zeros(len(heads)), x.new_zeros(len(heads))
     for kept, held_out in folds:
@@ -143,4 +144,4 @@ def _best_head(x, targets, heads, variances, folds, seed: int, progress: bool) -
             losses -= torch.log_softmax(logits, dim=2).gather(2, chosen).sum(dim=(0, 2))
     # a head whose steps were too long for it is not finite
     num_correct = num_correct.where(losses.isfinite(), -1)
-    return heads[losses.where(num_correct == num_correct.max(), math.inf).argmin()]
+    return heads[int(losses.where(num_correct == num_correct.max(), math.inf).argmin())]

@@ -130,18 +130,55 @@ def markdown_table(cells: list[list[str]]) -> list[str]:
 
 
 def _table_row(row: dict) -> list[str]:
-    percents = [f"{row[name]:.1f} ({'-'.join(f'{end:.1f}' for end in row[f'{name}_interval'])})" for name in (
-        "knn", "linear")]  # fmt: skip
+    percents = [f"{row[name]:.1f} ({_ends(row[f'{name}_interval'])})" for name in ("knn", "linear")]
     percents[1] += "" if row["linear_converged"] else " \\*"
     parameters = f"{row['num_parameters'] / 1e6:.2f} M" if row.get("num_parameters") else "-"
     return [row["encoder"], parameters, *percents, f"{row['rankme']:.1f} of {row['dim']}"]
 
 
 def _settings_line(results: dict) -> str:
+    knn = f"kNN k {results['num_neighbors']}, T {results['temperature']:g}"
+    return f"{_images_line(results)}; {knn}; seed {results['seed']}."
+
+
+def _images_line(results: dict) -> str:
     height, width = results["image_size"]
     return (
         f"{results['num_test_images']:,} images of {results['test_dataset']}, {results['num_classes']} classes "
         f"(chance {results['chance']:.1f} %), {height}x{width} pixels; fitted on {results['num_train_images']:,} of "
-        f"{results['train_dataset']}; kNN k {results['num_neighbors']}, T {results['temperature']:g}; seed "
-        f"{results['seed']}."
+        f"{results['train_dataset']}"
     )
+
+
+def format_suite(results: dict) -> str:
+    """
+    The results of the protocol suite as text that is valid Markdown, too.
+
+    Args:
+        results (`dict`): What [`~suite.evaluate_suite`] returned.
+
+    Returns:
+        `str`: A line with sizes and settings, then the table; a last line if a probe did not converge.
+    """
+    header = ["encoder", "features", "probe", "correct % (95 % interval)", "labels", "chosen on train images"]
+    lines = markdown_table([header] + [_suite_row(row) for row in results["rows"]])
+    if any(row["settings"].get("converged") is False for row in results["rows"]):
+        lines += ["", "\\* The linear probe did not converge."]
+    settings = (
+        f"{_images_line(results)}; suite {results['suite']}; kNN T {results['temperature']:g}; intervals by bootstrap "
+        f"over the test images ({results['num_resamples']:,} resamples); seed {results['seed']}."
+    )
+    return "\n".join([settings, "", *lines])
+
+
+def _suite_row(row: dict) -> list[str]:
+    settings = dict(row["settings"])
+    mark = "" if settings.pop("converged", True) else " \\*"
+    chosen = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items())
+    correct = "-" if row["accuracy"] is None else f"{row['accuracy']:.1f} ({_ends(row['interval'])}){mark}"
+    features = f"{row['features']} ({row['dim']})"
+    return [row["encoder"], features, row["probe"], correct, f"{row['num_labels']:,}", row.get("note") or chosen]
+
+
+def _ends(interval: list[float]) -> str:
+    return "-".join(f"{end:.1f}" for end in interval)

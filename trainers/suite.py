@@ -1,0 +1,232 @@
+"""The protocol suite: what a frozen encoder is good for by every usual probe, in one table.
+
+Weighted kNN (k 20 and 200), a linear probe, an attentive probe on the tokens, and linear probes on 1 % and 10 % of the
+labels (I-JEPA's low-shot protocol), of the target and the context encoder and of last and last four layers, beside
+random encoders and raw pixels. No setting is chosen on test images.
+
+Shapes: n images to fit on, m to test on, D width of an embedding.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from modeling_cjepa import CJepaForPreTraining
+from modeling_cjepa.configuration_cjepa import choose_level, pair
+from trainers.attentive_probe import attentive_predict
+from trainers.baselines import random_encoders, raw_pixels_label
+from trainers.datasets import ImageSource
+from trainers.errors import InputError
+from trainers.evaluation import EvaluationArguments, check_level
+from trainers.flags import closest
+from trainers.linear_sweep import sweep_predict
+from trainers.loading import load_with_statistics
+from trainers.probes import bootstrap_interval, knn_predict, linear_predict
+from trainers.sources import choose_images, with_common_classes
+from trainers.suite_features import Features, ImageReader
+
+NUM_NEIGHBORS = (20, 200)
+LABEL_SHARES = (0.01, 0.1)
+NUM_RESAMPLES = 1000
+_TOO_FEW = "not run: one train image a class leaves none to choose settings on"
+
+
+def exact_linear(train_x, train_y, test_x, seed: int, progress: bool) -> tuple[torch.Tensor, dict]:
+    """Predictions of [`~probes.linear_predict`], and what it chose."""
+    probe = linear_predict(train_x, train_y, test_x, seed, progress)
+    return probe.predictions, {"C": probe.C} | ({} if probe.converged else {"converged": False})
+
+
+def swept_linear(train_x, train_y, test_x, seed: int, progress: bool) -> tuple[torch.Tensor, dict]:
+    """Predictions of [`~linear_sweep.sweep_predict`], and what it chose."""
+    probe = sweep_predict(train_x, train_y, test_x, seed, progress)
+    return probe.predictions, {"learning_rate": probe.learning_rate, "weight_decay": probe.penalty}
+
+
+SUITES = {"small": exact_linear, "imagenet": swept_linear}
+"""The linear probe of each suite: fitted exactly, or swept."""
+
+
+def check_suite(name: str):
+    """Refuses a suite that is not known."""
+    if name not in SUITES:
+        meant = closest(name, SUITES)
+        advice = f"did you mean {meant}?" if meant else f"choose one of {', '.join(SUITES)}."
+        raise InputError(f"suite {name!r} is not known; {advice}")
+
+
+def evaluate_suite(
+    model: "str | Path | PreTrainedModel",
+    train_source: ImageSource,
+    test_source: ImageSource,
+    suite: str = "small",
+    arguments: EvaluationArguments | None = None,
+    image_mean=IMAGENET_DEFAULT_MEAN,
+    image_std=IMAGENET_DEFAULT_STD,
+    level: int | str | None = None,
+    beside: "dict[str, str | Path | PreTrainedModel] | None" = None,
+) -> dict:
+    """
+    Every probe on every kind of features of a model's encoders, of models beside it, of random encoders and of pixels.
+
+    Args:
+        model, train_source, test_source, image_mean, image_std, level, beside: As in [`~evaluation.evaluate_model`].
+        suite (`str`): `"small"` fits linear probes exactly; `"imagenet"` sweeps over learning rates and penalties.
+        arguments ([`EvaluationArguments`], *optional*): How; `num_neighbors` and `context_encoder` are not read.
+
+    Returns:
+        `dict`: `rows`, one for each encoder, features and probe: `encoder`, `role` (`model`, `beside`, `baseline`),
+        `features` (`mean`, `last4`, `patches`, `pixels`), `probe`, `accuracy` in percent (None if the probe could not
+        be run), `interval` (95 %), `num_labels`, `settings` (chosen on train images), `dim`, `num_parameters`, and
+        `note` where a probe was not run; and the data sets' names and sizes, `chance` and the settings of all rows.
+
+    Raises:
+        InputError: As [`~evaluation.evaluate_model`]; the suite is not known.
+    """
+    check_suite(suite)
+    arguments = arguments or EvaluationArguments()
+    train_source, test_source = with_common_classes(
+        choose_images(train_source, arguments.num_probe_images), test_source
+    )
+    model, *statistics = load_with_statistics(model, image_mean, image_std)
+    check_level(level, model.config)
+    others = {name: load_with_statistics(other, image_mean, image_std) for name, other in (beside or {}).items()}
+    sources = train_source, test_source
+    rows = []
+    for role, features in _all_features(model, statistics, others, sources, arguments, level):
+        rows += [{"role": role} | row for row in probe_features(features, *sources, SUITES[suite], arguments)]
+    return {
+        "suite": suite,
+        "train_dataset": train_source.name,
+        "test_dataset": test_source.name,
+        "num_train_images": len(train_source),
+        "num_test_images": len(test_source),
+        "num_classes": len(train_source.label_names),
+        "chance": 100 * float(np.bincount(test_source.labels).max()) / len(test_source),
+        "temperature": arguments.temperature,
+        "num_resamples": NUM_RESAMPLES,
+        "seed": arguments.seed,
+        "image_size": list(pair(model.config.image_size)),
+        "image_mean": list(statistics[0]),
+        "image_std": list(statistics[1]),
+        "rows": rows,
+    }
+
+
+def _all_features(model, statistics, others: dict, sources, arguments, level) -> Iterator[tuple[str, Features]]:
+    """The role and the features of each encoder in turn, so that those of one are in memory."""
+    device, image_size = model.device, model.config.image_size
+    reader = ImageReader(sources, image_size, *statistics, arguments, device)
+    levels = _levels(model, level)
+    is_cjepa = isinstance(model, CJepaForPreTraining)
+    encoders = [("model", "target encoder" if is_cjepa else "encoder", model.base_model, reader, levels)]
+    if is_cjepa:
+        encoders.append(("model", "context encoder", model.context_encoder, reader, levels))
+    for name, (other, *theirs) in others.items():
+        other_reader = ImageReader(sources, other.config.image_size, *theirs, arguments, other.device)
+        other_levels = _levels(other, "all" if level == "all" else None)
+        encoders.append(("beside", name, other.base_model, other_reader, other_levels))
+    for role, label, encoder, images, chosen in encoders:
+        for features in images.read(encoder, chosen, label):
+            yield role, features
+    for label, encoder in random_encoders(model.base_model, arguments.num_random_encoders, arguments.seed):
+        for features in reader.read(encoder, levels, label):
+            yield "baseline", features
+    yield "baseline", reader.read_pixels(raw_pixels_label(pair(image_size)))
+
+
+def _levels(model: PreTrainedModel, level: int | str | None) -> list[int]:
+    """The levels of a model that are asked for: one, or all."""
+    num_levels = model.config.num_levels
+    if level == "all":
+        return list(range(num_levels))
+    return [choose_level(model.config.level if level is None else level, num_levels)]
+
+
+def probe_features(
+    features: Features, train: ImageSource, test: ImageSource, linear, arguments: EvaluationArguments
+) -> Iterator[dict]:
+    """
+    The rows of one encoder: every probe on each of its features.
+
+    Args:
+        features ([`Features`]): Its features.
+        train, test ([`ImageSource`]): The images with their labels, whose classes are alike.
+        linear (`Callable`): The linear probe, one of `SUITES`.
+        arguments ([`EvaluationArguments`]): Temperature, seed, progress.
+
+    Yields:
+        `dict`: As in [`evaluate_suite`], without `role`.
+    """
+    device = next(iter(features.embeddings.values()))[0].device
+    train_y, test_y = (torch.from_numpy(source.labels).to(device) for source in (train, test))
+    common = {"encoder": features.label, "num_parameters": features.num_parameters}
+    seed, progress = arguments.seed, not arguments.disable_tqdm
+    for name, (train_x, test_x) in features.embeddings.items():
+        here = common | {"features": name, "dim": test_x.shape[1]}
+        for k in dict.fromkeys(min(k, len(train_y)) for k in NUM_NEIGHBORS):
+            found = knn_predict(train_x, train_y, test_x, len(train.label_names), k, arguments.temperature)
+            yield here | {"probe": f"kNN, k {k}"} | _score(found, test_y, len(train_y), seed)
+        for share in (1, *reversed(LABEL_SHARES)):
+            ids = few_labels(train_y, share, seed)
+            probe = "linear" if share == 1 else f"linear, {100 * share:g} % of labels"
+            row = here | {"probe": probe}
+            if _is_too_few(train_y[ids]):
+                yield row | _not_run(len(ids))
+                continue
+            found, settings = linear(train_x[ids], train_y[ids], test_x, seed, progress)
+            yield row | _score(found, test_y, len(ids), seed, settings)
+    if features.tokens is not None:
+        row = common | {"features": "patches", "dim": features.embeddings["mean"][0].shape[1], "probe": "attentive"}
+        if _is_too_few(train_y):
+            yield row | _not_run(len(train_y))
+            return
+        train_tokens, test_tokens = features.tokens
+        probe = attentive_predict(train_tokens, train_y, test_tokens, len(test_y), seed, progress)
+        settings = {"learning_rate": probe.learning_rate}
+        yield row | _score(probe.predictions, test_y, len(train_y), seed, settings)
+
+
+def few_labels(targets: torch.Tensor, share: float, seed: int) -> torch.Tensor:
+    """
+    A random choice of a share of the images of each class, at least one of each.
+
+    Args:
+        targets (`torch.Tensor` of shape `(n,)`): Class indices.
+        share (`float`): Above 0, up to 1: all of them.
+        seed (`int`): Of the choice.
+
+    Returns:
+        `torch.Tensor`: Positions, in order.
+    """
+    order = np.random.default_rng(seed).permutation(len(targets))
+    labels = targets.cpu().numpy()[order]
+    chosen = []
+    for label in np.unique(labels):
+        of_class = order[labels == label]
+        chosen.append(of_class[: max(round(share * len(of_class)), 1)])
+    return torch.from_numpy(np.sort(np.concatenate(chosen))).to(targets.device)
+
+
+def _is_too_few(targets: torch.Tensor) -> bool:
+    return len(targets.unique()) == len(targets)
+
+
+def _score(
+    found: torch.Tensor, test_y: torch.Tensor, num_labels: int, seed: int, settings: dict | None = None
+) -> dict:
+    num_correct, total = int((found == test_y).sum()), len(test_y)
+    return {
+        "accuracy": 100 * num_correct / total,
+        "interval": list(bootstrap_interval(num_correct, total, seed, NUM_RESAMPLES)),
+        "num_labels": num_labels,
+        "settings": settings or {},
+    }
+
+
+def _not_run(num_labels: int) -> dict:
+    return {"accuracy": None, "interval": None, "num_labels": num_labels, "settings": {}, "note": _TOO_FEW}
