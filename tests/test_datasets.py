@@ -116,6 +116,16 @@ def test_a_split_without_published_labels_has_none(tmp_path):
     assert train.labels is not None and test.labels is None
 
 
+@pytest.mark.parametrize("column", [None, "label"])
+def test_numbers_that_are_no_classes_are_refused(tmp_path, column):
+    images = [{"bytes": png(picture(i)), "path": None} for i in range(4)]
+    features = Features({"image": ImageFeature(), "label": Value("float32")})
+    rows = Dataset.from_dict({"image": images, "label": [0.25, 1.0, 2.0, 3.5]}, features=features)
+    rows.to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(InputError, match="Column 'label' of .* holds numbers such as 0.25, not classes; name another"):
+        load_sources(DataArguments(dataset=str(tmp_path), label_column=column))
+
+
 def test_a_photograph_stands_upright():
     sideways = picture(3, (20, 10))
     buffer = io.BytesIO()

@@ -83,8 +83,8 @@ def sweep_predict(
 
 def _train(x, targets, kept, heads, variances, seed: int, progress: bool):
     """
-    Trains heads, each of a learning rate and a penalty, on the rows `kept` of x (n, R), whose columns are along principal
-    axes with the given variances (R,).
+    Trains heads, each of a learning rate and a penalty, on the rows `kept` of x (n, R), whose columns are along
+    principal axes with the given variances (R,).
 
     A weight is its step length times what SGD moves: with the steps below, the loss is as curved in every direction as
     in every other, 1 at the start, whatever the variances and penalties.
