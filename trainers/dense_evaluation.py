@@ -14,7 +14,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_cjepa import CJepaForPreTraining
 from modeling_cjepa.configuration_cjepa import pair
-from trainers.datasets import sample_seed, seeded
+from trainers.baselines import random_encoders, raw_pixels_label
 from trainers.embedding import device_of
 from trainers.loading import load_with_statistics
 from trainers.mask_sources import MaskDataset, MaskSource
@@ -90,16 +90,13 @@ def evaluate_segmentation(
     arguments = arguments or SegmentationArguments()
     model, *statistics = load_with_statistics(model, image_mean, image_std)
     encoder, size = model.base_model, pair(model.config.image_size)
+    label = "target encoder" if isinstance(model, CJepaForPreTraining) else "encoder"
+    random = random_encoders(encoder, arguments.num_random_encoders, arguments.seed)
     encoders = [
-        ("target encoder" if isinstance(model, CJepaForPreTraining) else "encoder", encoder, statistics),
-        *(
-            ("random encoder" if arguments.num_random_encoders == 1 else f"random encoder {number + 1}",
-             _random_encoder(encoder, sample_seed(arguments.seed, number)), statistics)
-            for number in range(arguments.num_random_encoders)
-        ),
-    ]  # fmt: skip
-    encoders = [(label, pooled_encoder(each, "patches", level), *of_each) for label, each, of_each in encoders]
-    encoders.append(("raw pixels", _pixel_patches(encoders[0][1], size), [0.0] * 3, [1.0] * 3))
+        (name, pooled_encoder(each.to(encoder.device), "patches", level), *statistics)
+        for name, each in [(label, encoder), *random]
+    ]
+    encoders.append((raw_pixels_label(size), _pixel_patches(encoders[0][1], size), [0.0] * 3, [1.0] * 3))
     datasets = [MaskDataset(source, size, len(names)) for source in (train, test)]
     rows, segmenters = [], []
     for label, each, *of_each in encoders:
@@ -125,12 +122,6 @@ def evaluate_segmentation(
         "rows": rows,
     }
     return results, segmenters
-
-
-def _random_encoder(model, seed: int):
-    """A randomly initialised encoder of a model's kind, where the model is."""
-    with seeded(seed):
-        return type(model)(model.config).to(model.device)
 
 
 @torch.no_grad()

@@ -62,7 +62,10 @@ class LevelFeatures(nn.Module):
             outputs = self.model.encode(pixel_values, level=max(self.levels), output_hidden_states=True)
             return [
                 (
-                    {"mean": outputs[k].pooler_output, "last4": self.model.pool_last_layers(outputs[k], 4, k)},
+                    {
+                        "mean": outputs[k].pooler_output,
+                        "last4": self.model.join_last_layers(outputs[k].hidden_states, 4, k),
+                    },
                     outputs[k].last_hidden_state,
                 )
                 for k in self.levels
