@@ -91,3 +91,15 @@ def test_knn_is_that_of_scikit_learn():
         assert module.compute(**given, **bank, k=7, temperature=0.2) == {"knn": pytest.approx(expected)}
         with pytest.raises(ValueError, match="60 train_embeddings and 59 train_labels do not go together"):
             module.compute(**given, **(bank | {"train_labels": y[:59].numpy()}))
+
+
+def test_top_accuracy_is_that_of_scikit_learn():
+    from sklearn.metrics import accuracy_score, top_k_accuracy_score
+
+    scores, labels = torch.randn(40, 8, generator=seeded()).numpy(), np.arange(40) % 8
+    ranked = np.argsort(-scores, axis=1)
+    for module in both_ways("top_accuracy", "TopAccuracy"):
+        found = module.compute(predictions=ranked[:, :5], references=labels)
+        assert found["accuracy"] == pytest.approx(accuracy_score(labels, ranked[:, 0]))
+        assert found["top5_accuracy"] == pytest.approx(top_k_accuracy_score(labels, scores, k=5))
+        assert module.compute(predictions=ranked[:, :1], references=labels).keys() == {"accuracy"}

@@ -48,14 +48,25 @@ class CropEpochCallback(TrainerCallback):
 
 
 class ImagesPerSecondBar(ProgressCallback):
-    """One progress bar over the run with the speed, the loss and the effective rank; no lines in between."""
+    """
+    One progress bar over the run with the speed and the latest figures; no lines in between.
+
+    Args:
+        description (`str`): What the bar is called.
+        figures (`dict[str, str]`, *optional*): Keys of the log that it shows, and what it calls them; the loss and the
+            effective rank when not given.
+    """
+
+    def __init__(self, description: str = "pre-training", figures: dict[str, str] | None = None):
+        super().__init__()
+        self.description, self.figures = description, figures or {"loss": "loss", "rankme": "RankMe"}
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         self.images_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.started, self.first_step, self.shown = time.perf_counter(), state.global_step, {}
         if self.training_bar is not None:
-            self.training_bar.set_description("pre-training")
+            self.training_bar.set_description(self.description)
 
     def on_step_end(self, args, state, control, **kwargs):
         super().on_step_end(args, state, control, **kwargs)
@@ -65,8 +76,7 @@ class ImagesPerSecondBar(ProgressCallback):
             self.training_bar.set_postfix({"images/s": f"{speed:.0f}", **self.shown}, refresh=False)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        names = {"loss": "loss", "rankme": "RankMe"}
-        self.shown |= {title: f"{logs[name]:.4g}" for name, title in names.items() if name in logs}
+        self.shown |= {title: f"{logs[name]:.4g}" for name, title in self.figures.items() if name in logs}
 
 
 def weight_decay(args, step: int, num_steps: int) -> float:

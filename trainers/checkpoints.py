@@ -17,7 +17,7 @@ from trainers.training_args import JepaTrainingArguments
 
 LAST = "last"
 # keys that may differ between a run and its continuation without a word: no weight depends on them
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     "output_dir", "resume_from_checkpoint", "report_to", "run_name", "num_monitored_images",
     *(f"dataloader_{name}" for name in ("num_workers", "persistent_workers", "prefetch_factor", "pin_memory")),
     *(f"logging_{name}" for name in ("strategy", "steps", "first_step", "nan_inf_filter")),
@@ -71,12 +71,13 @@ def _step(checkpoint: Path) -> int:
 
 def broken_part(checkpoint: Path) -> str | None:
     """Why a folder is no whole checkpoint, or None if it is one."""
-    for name in ("trainer_state.json", "config.json"):
+    is_adapter = (checkpoint / "adapter_config.json").exists()  # of weights that are saved elsewhere
+    for name in ("trainer_state.json", "adapter_config.json" if is_adapter else "config.json"):
         try:
             json.loads((checkpoint / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return f"{name} is missing or broken"
-    weights = sorted(checkpoint.glob("model*.safetensors"))
+    weights = sorted(checkpoint.glob("adapter_model*.safetensors" if is_adapter else "model*.safetensors"))
     if not weights:
         return "it has no weights"
     for file in weights:
@@ -140,7 +141,7 @@ def changed_settings(recipe: Recipe, checkpoint: str, num_processes: int) -> str
     if before is None:
         return ""
     before, now = (
-        {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT}
+        {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
         for settings in (
             before | {"processes": _num_processes(checkpoint)},
             recipe.values | {"processes": num_processes},

@@ -5,6 +5,7 @@ import sys
 
 from transformers.utils import logging
 
+from trainers.cli_finetune import add_finetune
 from trainers.cli_models import add_evaluate
 from trainers.cli_probe import add_probe
 from trainers.cli_visualize import add_visualize
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         "S-JEA (stacked joint embedding architectures).",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (add_pretrain, add_evaluate, add_probe, add_visualize, add_benchmark):
+    for add in (add_pretrain, add_evaluate, add_probe, add_finetune, add_visualize, add_benchmark):
         add(commands)
     return parser
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from modeling_cjepa.configuration_cjepa import pair
@@ -96,22 +96,41 @@ def with_labels(train: ImageSource, test: ImageSource, said: bool) -> tuple[Imag
 
 
 def training_arguments(recipe: Recipe) -> JepaTrainingArguments:
-    """The run's arguments; without an output folder a new one under `runs/` is named after recipe and time."""
-    values = dict(recipe.training)
+    """The run's arguments."""
+    return start_arguments(recipe.objective.training_class, recipe.training, recipe.name)
+
+
+def start_arguments(training_class: type[TrainingArguments], values: dict, name: str) -> TrainingArguments:
+    """
+    Training arguments for the processes that were launched.
+
+    Args:
+        training_class (`type`): Their class.
+        values (`dict`): The fields that are set; without `output_dir` a new folder under `runs/` is named after the
+            run and the time.
+        name (`str`): What the run is called.
+
+    Returns:
+        An instance of `training_class`.
+
+    Raises:
+        InputError: A value is out of its range, or the devices do not suffice for the processes.
+    """
+    values = dict(values)
     values.setdefault("report_to", "none")
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     if num_processes > 1 and not torch.accelerator.is_available():
         # without it, transformers starts a run in each process
         values.setdefault("use_cpu", True)
     if "output_dir" not in values:
-        name = [f"runs/{recipe.name}-{datetime.now():%Y%m%d-%H%M%S}"]
+        folder = [f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"]
         if num_processes > 1:
             # the clocks of the processes may differ by the second that matters
             PartialState(cpu=bool(values.get("use_cpu", False)))
-            broadcast_object_list(name)
-        values["output_dir"] = name[0]
+            broadcast_object_list(folder)
+        values["output_dir"] = folder[0]
     try:
-        args = recipe.objective.training_class(**values)
+        args = training_class(**values)
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(" ".join(str(error).split())) from error
     if args.world_size != num_processes:

@@ -215,6 +215,24 @@ def _fit(x: torch.Tensor, targets: torch.Tensor, num_classes: int, C: float, var
     return *unpack(result.x), bool(result.success)
 
 
+def top_accuracies(ranked: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """
+    The share of images whose class is the likeliest one, and among the likeliest five where as many are given.
+
+    Args:
+        ranked (`np.ndarray` of shape `(m, k)`): Class indices of each image, the likeliest first.
+        labels (`np.ndarray` of shape `(m,)`): The right ones.
+
+    Returns:
+        `dict`: `accuracy`, and with five columns or more `top5_accuracy`, from 0 to 1.
+    """
+    is_right = np.asarray(ranked) == np.asarray(labels)[:, None]
+    found = {"accuracy": float(is_right[:, 0].mean())}
+    if is_right.shape[1] >= 5:
+        found["top5_accuracy"] = float(is_right[:, :5].any(axis=1).mean())
+    return found
+
+
 def accuracy_interval(num_correct: int, num_total: int) -> tuple[float, float]:
     """
     The 95 % Wilson score interval of an accuracy: what chance in the choice of the test images leaves open.

@@ -19,7 +19,7 @@ from trainers.flags import add_flags, check_value, closest, enum_values, given_f
 from trainers.objectives import OBJECTIVES, Objective
 from trainers.resources import recipe_path
 from trainers.sources import DataArguments
-from trainers.training_args import JepaTrainingArguments
+from trainers.training_args import PrecisionTrainingArguments
 
 # fields of transformers' TrainingArguments worth a line of `--help`; all others are accepted, too
 COMMON_TRAINING_FIELDS = {
@@ -184,7 +184,7 @@ def check_values(values: dict, hints: dict[str, object], where: str):
 def add_recipe_flags(parser: argparse.ArgumentParser):
     """Adds a flag for every field of a recipe; `--help` leaves out the rarer ones of `TrainingArguments`."""
     listed = {name for objective in OBJECTIVES.values() for cls in objective.training_class.__mro__
-              if issubclass(cls, JepaTrainingArguments) for name in inspect.get_annotations(cls)}  # fmt: skip
+              if issubclass(cls, PrecisionTrainingArguments) for name in inspect.get_annotations(cls)}  # fmt: skip
     taken: set[str] = set()
     for model_type, objective in OBJECTIVES.items():
         defaults = {

@@ -65,16 +65,21 @@ def _commit() -> str | None:
         return None
 
 
-def draw_curves(log_history: list[dict], path: Path):
+def draw_curves(log_history: list[dict], path: Path, panels: tuple[tuple, ...] = _PANELS):
     """
     Draws the curves of a run.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`.
         path (`Path`): The PNG to write.
+        panels (`tuple`): Of each panel the title, the keys of the log, and whether its axis is logarithmic; one to
+            four, or a multiple of four.
     """
-    figure = matplotlib.figure.Figure(figsize=(15, 6.5), layout="constrained")
-    for axes, (title, names, logarithmic) in zip(figure.subplots(2, 4).flat, _PANELS, strict=True):
+    num_columns = min(len(panels), 4)
+    num_rows = len(panels) // num_columns
+    figure = matplotlib.figure.Figure(figsize=(3.75 * num_columns, 3.25 * num_rows), layout="constrained")
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
+    for axes, (title, names, logarithmic) in zip(grid.flat, panels, strict=True):
         for key, label in _series(log_history, names):
             points = [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None]
             if not logarithmic or any(value > 0 for _, value in points):

@@ -297,6 +297,8 @@ def _labels(rows, asked: str | None, name: str) -> tuple[np.ndarray | None, list
         return None, None
     if values.ndim != 1:
         raise InputError(f"Column {column!r} of {name} holds lists, not one label each; name another --label_column.")
+    if values.dtype.kind == "f" and asked is None:
+        return None, None
     if values.dtype.kind == "f":
         raise InputError(f"Column {column!r} of {name} holds numbers such as {values[0]:g}, not classes; name another "
                          "--label_column, or make whole numbers or words of it.")  # fmt: skip

@@ -1,4 +1,6 @@
-"""Arguments of a pre-training run: transformers' `TrainingArguments` with schedules and each objective's defaults."""
+"""Arguments of training runs: transformers' `TrainingArguments` with the device's precision, and of pre-training with
+schedules and each objective's defaults.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -11,9 +13,41 @@ PRECISIONS = ("auto", "bf16", "float32")
 
 
 @dataclass
-class JepaTrainingArguments(TrainingArguments):
+class PrecisionTrainingArguments(TrainingArguments):
     """
-    `TrainingArguments` with what all ways of pre-training share.
+    `TrainingArguments` for images, in the precision that suits the device.
+
+    Args:
+        precision (`"auto"`, `"bf16"` or `"float32"`): Autocast; `auto` is bf16 where the device computes in it.
+
+    Raises:
+        ValueError: The precision is not known.
+    """
+
+    precision: str = field(
+        default="auto", metadata={"help": "`auto` (bf16 where the device computes in it), `bf16` or `float32`"}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "it would wait for the device each step"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "images have no column to keep"})
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
+        if self.bf16:
+            self.precision = "bf16"
+        self.bf16 = False  # decided below, when the device is known
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False
+        self.bf16 = self.precision == "bf16" or (self.precision == "auto" and computes_in_bf16(self.device))
+        # the field that Trainer hands to Accelerate, which the parent has set before the device was known
+        self.mixed_precision = "bf16" if self.bf16 else "no"
+
+
+@dataclass
+class JepaTrainingArguments(PrecisionTrainingArguments):
+    """
+    [`PrecisionTrainingArguments`] with what all ways of pre-training share.
 
     The schedules run over `schedule_scale` times the run's steps, so that the run can end before they do (I-JEPA's
     code: 1.25): the learning rate (linear warm-up of `warmup_steps` from `start_learning_rate`, cosine to
@@ -24,7 +58,6 @@ class JepaTrainingArguments(TrainingArguments):
         final_learning_rate (`float`): Learning rate at the schedules' end.
         final_weight_decay (`float`): Weight decay at the schedules' end.
         schedule_scale (`float`): Length of the schedules in units of the run; 1 or more.
-        precision (`"auto"`, `"bf16"` or `"float32"`): Autocast; `auto` is bf16 where the device computes in it.
         num_monitored_images (`int`): Latest images whose embeddings the logged standard deviation and RankMe are
             computed on.
 
@@ -41,9 +74,6 @@ class JepaTrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.04, metadata={"help": "weight decay of the first step"})
     final_weight_decay: float = field(default=0.4, metadata={"help": "weight decay at the schedules' end"})
     schedule_scale: float = field(default=1.25, metadata={"help": "length of the schedules in units of the run"})
-    precision: str = field(
-        default="auto", metadata={"help": "`auto` (bf16 where the device computes in it), `bf16` or `float32`"}
-    )
     num_monitored_images: int = field(
         default=2048, metadata={"help": "latest images that the logged feature statistics are computed on"}
     )
@@ -52,17 +82,13 @@ class JepaTrainingArguments(TrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to this norm; 0 never clips"})
     logging_steps: float = field(default=20, metadata={"help": "log every so many optimizer steps"})
     logging_first_step: bool = field(default=True, metadata={"help": "log the first step, too"})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "it would wait for the device each step"})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "leave out the last, smaller batch"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "images have no column to keep"})
     prediction_loss_only: bool = field(default=True, metadata={"help": "do not gather predictions in evaluation"})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "every parameter is used"})
 
     def __post_init__(self):
         if self.schedule_scale < 1:
             raise ValueError(f"schedule_scale={self.schedule_scale} is below 1; the schedules must outlast the run.")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
         positive = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "adam_epsilon",
                     "num_monitored_images")  # fmt: skip
         for name in positive:
@@ -86,15 +112,7 @@ class JepaTrainingArguments(TrainingArguments):
                 f"lr_scheduler_type={self.lr_scheduler_type!r} has no effect: the schedule is set by warmup_steps, "
                 "start_learning_rate, final_learning_rate and schedule_scale."
             )
-        if self.bf16:
-            self.precision = "bf16"
-        self.bf16 = False  # decided below, when the device is known
         super().__post_init__()
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False
-        self.bf16 = self.precision == "bf16" or (self.precision == "auto" and computes_in_bf16(self.device))
-        # the field that Trainer hands to Accelerate, which the parent has set before the device was known
-        self.mixed_precision = "bf16" if self.bf16 else "no"
 
 
 @dataclass

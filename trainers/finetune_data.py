@@ -1,0 +1,159 @@
+"""Labelled images for fine-tuning: the share whose labels are used, what is held out of it, and batches of both.
+
+Shapes: B images, C classes.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torchvision.transforms import v2
+
+from trainers.datasets import ImageDataset, ImageSource, sample_seed, seeded
+from trainers.errors import InputError
+from trainers.finetune_args import FinetuneDataArguments
+from trainers.probes import spare_positions
+from trainers.sources import load_sources, with_common_classes
+from trainers.transforms import normalize, train_transform
+
+# of the images whose labels are used, and of those held out
+_CHOICE_SEED = 0
+
+
+def load_splits(
+    arguments: FinetuneDataArguments, image_size: int, progress: bool = True
+) -> tuple[ImageSource, ImageSource | None, ImageSource]:
+    """
+    Images to train on, held-out ones to choose the best checkpoint on, and those to report the accuracy on.
+
+    Args:
+        arguments ([`FinetuneDataArguments`]): Which.
+        image_size (`int`): Pixels of a rendered scene's side.
+        progress (`bool`): Whether to show a bar while scenes are rendered.
+
+    Returns:
+        Three sources, their classes numbered alike; the second is None with `validation_share` 0.
+
+    Raises:
+        InputError: There are no labels, a test class is not in the train images, or no class has a second image to
+            hold out.
+    """
+    train, test = with_common_classes(*load_sources(arguments, image_size, progress))
+    if len(train.label_names) < 2:
+        raise InputError(f"{train.name} has one class only, {train.label_names[0]!r}; give images of two or more.")
+    train = share_of_labels(train, arguments.label_share)
+    if arguments.validation_share == 0:
+        return train, None, test
+    train, validation = hold_out_share(train, arguments.validation_share)
+    return train, validation, test
+
+
+def share_of_labels(source: ImageSource, share: float) -> ImageSource:
+    """
+    A fixed choice of a source's images: of each class so large a share, at least one; a smaller share is part of a
+    larger one.
+
+    Args:
+        source ([`ImageSource`]): Labelled images.
+        share (`float`): In (0, 1].
+    """
+    if share == 1:
+        return source
+    order = np.random.default_rng(_CHOICE_SEED).permutation(len(source))
+    of_class = [order[source.labels[order] == label] for label in np.unique(source.labels)]
+    chosen = [positions[: max(round(share * len(positions)), 1)] for positions in of_class]
+    return source.take(np.sort(np.concatenate(chosen)))
+
+
+def hold_out_share(source: ImageSource, share: float) -> tuple[ImageSource, ImageSource]:
+    """
+    A fixed random share held out, at least one image; of each class at least one image stays.
+
+    Args:
+        source ([`ImageSource`]): Labelled images.
+        share (`float`): In (0, 1).
+
+    Returns:
+        The images that stay, and those held out, each in their own order.
+
+    Raises:
+        InputError: No class has a second image.
+    """
+    spare, needed = spare_positions(source.labels, _CHOICE_SEED)
+    if len(spare) == 0:
+        raise InputError(
+            f"{source.name} has one image of each class to train on, none to choose the best checkpoint on; give more "
+            "(--label_share), or set --validation_share 0, which takes the last checkpoint."
+        )
+    num_held_out = max(round(share * len(source)), 1)
+    held_out, kept = spare[:num_held_out], np.concatenate([spare[num_held_out:], needed])
+    return source.take(np.sort(kept)), source.take(np.sort(held_out))
+
+
+class TrainImages(ImageDataset):
+    """An [`ImageDataset`] whose items say with which seed a batch that begins with them is mixed."""
+
+    def __getitem__(self, index: int) -> dict:
+        # the third number tells it from the seed of the image's crop
+        return super().__getitem__(index) | {"mix_seed": sample_seed(self.seed, int(self.epoch), index, 1)}
+
+
+def finetune_transform(image_size: tuple[int, int], arguments: FinetuneDataArguments):
+    """PIL image to the uint8 tensor (3, H, W) of a random crop, mirrored and augmented as the arguments say."""
+    crop = train_transform(image_size, arguments.crop_scale, arguments.horizontal_flip)
+    if arguments.rand_augment == 0:
+        return crop
+    return v2.Compose([crop, v2.RandAugment(magnitude=arguments.rand_augment)])
+
+
+class ClassificationCollator:
+    """
+    Batches of normalised images with their labels; those of [`TrainImages`] are mixed by MixUp or CutMix in turn.
+
+    Args:
+        mean, std (`list[float]`): Of the channels, for pixels in [0, 1].
+        num_classes (`int`): Classes C.
+        mixup, cutmix (`float`): Their alphas; 0 leaves one out.
+    """
+
+    def __init__(self, mean, std, num_classes: int, mixup: float = 0.0, cutmix: float = 0.0):
+        self.mean, self.std = list(mean), list(std)
+        kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+        mixers = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
+        self.mix = v2.RandomChoice(mixers) if mixers else None
+
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        """`pixel_values` (B, 3, H, W) float32 and `labels`, (B,) class indices, or (B, C) shares of the mixed."""
+        pixel_values = normalize(torch.stack([item["pixel_values"] for item in items]), self.mean, self.std)
+        labels = torch.tensor([item["labels"] for item in items])
+        if self.mix is not None and "mix_seed" in items[0]:
+            with seeded(items[0]["mix_seed"]):
+                pixel_values, labels = self.mix(pixel_values, labels)
+        return {"pixel_values": pixel_values, "labels": labels}
+
+
+class ClassificationLoss:
+    """
+    Cross-entropy as `compute_loss_func` of transformers' `Trainer`: the mean over the images of an optimizer step.
+
+    Args:
+        label_smoothing (`float`): Share of each label that is spread over all classes, in [0, 1).
+    """
+
+    def __init__(self, label_smoothing: float = 0.0):
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        """The loss of logits (B, C) and labels (B,) or (B, C); `num_items_in_batch` counts the latters' entries."""
+        entries = 1 if labels.ndim == 1 else labels.shape[1]
+        num_images = len(labels) if num_items_in_batch is None else num_items_in_batch / entries
+        total = torch.nn.functional.cross_entropy(
+            outputs.logits.float(), labels, reduction="sum", label_smoothing=self.label_smoothing
+        )
+        return total / num_images
+
+
+def changed_fields(arguments) -> dict:
+    """The fields of a dataclass that are not as their defaults."""
+    defaults = type(arguments)()
+    return {name: value for name, value in dataclasses.asdict(arguments).items() if value != getattr(defaults, name)}
