@@ -381,7 +381,7 @@ def test_labels_that_are_none_or_no_classes_are_refused(encoder, photos, tmp_pat
     for number, (label, flags, words) in enumerate([
         (None, [], ["has no labels"]),
         (0.5, [], ["has no labels"]),
-        (0.5, ["--label_column", "label"], ["numbers with a point", "0.5"]),
+        (0.5, ["--label_column", "label"], ["holds numbers such as", "0.5"]),
         (3, [], ["one class only"]),
     ]):  # fmt: skip
         rows = {"image": [{"bytes": data, "path": None}] * 20}
