@@ -5,6 +5,7 @@ import sys
 
 from transformers.utils import logging
 
+from trainers.cli_features import add_features
 from trainers.cli_finetune import add_finetune
 from trainers.cli_models import add_evaluate
 from trainers.cli_probe import add_probe
@@ -62,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
         "S-JEA (stacked joint embedding architectures).",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (add_pretrain, add_evaluate, add_probe, add_finetune, add_visualize, add_benchmark):
+    for add in (
+        add_pretrain, add_evaluate, add_probe, add_finetune, add_features, add_visualize, add_benchmark
+    ):  # fmt: skip
         add(commands)
     return parser
 

@@ -42,27 +42,18 @@ class ImageSource:
 
     def image(self, index: int) -> PILImage.Image:
         """The image at a position as RGB; raises `InputError` naming the file if it cannot be read."""
-        if isinstance(self.images, np.ndarray):
-            return PILImage.fromarray(self.images[index])
-        with self.open(index) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+        return self.read(index, upright_rgb)
 
-    @contextmanager
-    def open(self, index: int):
-        """The stored image at a position as it is; an error in reading it becomes an `InputError` naming the file."""
+    def read(self, index: int, convert: Callable):
+        """What `convert` makes of the stored image at a position, with the errors of [`~ImageSource.image`]."""
         item = self.images[index]
-        if item is None or (item.get("bytes") is None and item.get("path") is None):
-            raise InputError(f"Image number {index} of {self.name} is missing; remove its row.")
         try:
-            data = io.BytesIO(item["bytes"]) if item.get("bytes") is not None else item["path"]
-            with PILImage.open(data) as image:
-                yield image
-        except (OSError, SyntaxError, ValueError, zlib.error, PILImage.DecompressionBombError) as error:
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-            where = item.get("path") or f"number {index}"
-            raise InputError(
-                f"Image {where} of {self.name} cannot be read ({reason}); repair or remove it."
-            ) from error
+            return decode_image(item, convert)
+        except UnreadableImage as error:
+            where = (isinstance(item, dict) and item.get("path")) or f"number {index}"
+            if error.is_missing:
+                raise InputError(f"Image {where} of {self.name} is missing; remove its row.") from error
+            raise InputError(f"Image {where} of {self.name} cannot be read ({error}); repair or remove it.") from error
 
     def take(self, indices: np.ndarray) -> "ImageSource":
         """The images at some positions."""
@@ -138,6 +129,53 @@ def seeded(seed: int):
 def sample_seed(*numbers: int) -> int:
     """One 64-bit seed from several whole numbers, such as (seed, epoch, index) or (seed, step)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+class UnreadableImage(ValueError):
+    """
+    An image that cannot be read.
+
+    Args:
+        reason (`str`): Why.
+        is_missing (`bool`): Whether there is no image at all.
+    """
+
+    def __init__(self, reason: str, is_missing: bool = False):
+        super().__init__(reason)
+        self.is_missing = is_missing
+
+
+def upright_rgb(image: PILImage.Image) -> PILImage.Image:
+    """An image as RGB, turned as its camera was held."""
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
+def decode_image(item: "np.ndarray | dict | None", convert: Callable = upright_rgb):
+    """
+    A stored image.
+
+    Args:
+        item (`np.ndarray` of shape `(H, W, 3)`, uint8, or `dict`): Pixels, which are taken as they are, or an undecoded
+            image with `bytes` or `path`.
+        convert (`Callable`): What is made of the opened image while its file is open; it is made RGB when not given.
+
+    Returns:
+        `PIL.Image.Image`, or what `convert` gives.
+
+    Raises:
+        UnreadableImage: There is none, or it is broken.
+    """
+    if isinstance(item, np.ndarray):
+        return PILImage.fromarray(item)
+    if item is None or (item.get("bytes") is None and item.get("path") is None):
+        raise UnreadableImage("missing", is_missing=True)
+    try:
+        data = io.BytesIO(item["bytes"]) if item.get("bytes") is not None else item["path"]
+        with PILImage.open(data) as image:
+            return convert(image)
+    except (OSError, SyntaxError, ValueError, zlib.error, PILImage.DecompressionBombError) as error:
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise UnreadableImage(reason) from error
 
 
 def to_rgb(image: PILImage.Image) -> PILImage.Image:

@@ -4,6 +4,7 @@ Shapes: B images, n images in all, D width of an embedding.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -79,15 +80,34 @@ def encode_batches(
     # a generator of its own: the loader draws a seed for its workers, and shall not draw it from the caller's
     generator = torch.Generator()
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=on_gpu, generator=generator)
+    with encoding(encoder, mean, std, device) as encode:
+        for batch in tqdm(loader, desc=description, unit="batch", disable=not progress):
+            yield encode(batch["pixel_values"]), batch.get("labels")
+
+
+@contextmanager
+def encoding(encoder: nn.Module, mean, std, device: torch.device):
+    """
+    A function that encodes a batch without gradients, in bfloat16 arithmetic on a GPU; the encoder is in evaluation
+    mode meanwhile.
+
+    Args:
+        encoder, mean, std, device: As in [`extract_embeddings`].
+
+    Yields:
+        `Callable`: From `pixel_values` (B, C, H, W) uint8 to the encoder's output, where it is.
+    """
+    on_gpu = device.type == "cuda"
     was_training = encoder.training
     encoder.to(device).eval()
+
+    def encode(pixel_values: torch.Tensor):
+        # left before it returns: whoever takes the outputs may compute gradients
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+            return encoder(normalize(pixel_values.to(device, non_blocking=True), mean, std))
+
     try:
-        for batch in tqdm(loader, desc=description, unit="batch", disable=not progress):
-            # left before each yield: whoever takes the outputs may compute gradients
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                pixel_values = normalize(batch["pixel_values"].to(device, non_blocking=True), mean, std)
-                outputs = encoder(pixel_values)
-            yield outputs, batch.get("labels")
+        yield encode
     finally:
         encoder.train(was_training)
 

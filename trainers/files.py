@@ -23,6 +23,21 @@ def whole_file(path: str | Path):
     Yields:
         `Path`: What to write, under another suffix.
     """
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: str | Path):
+    """
+    A place to write a file to, from which it is moved to its own when all is written.
+
+    Args:
+        path (`str` or `Path`): The file; its folder is made if there is none.
+
+    Returns:
+        `Path`: Where to write: a hidden file beside it, `.NAME.PROCESS.tmp`, which is removed if the writing fails.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -60,8 +60,8 @@ class MaskSource:
         if isinstance(self.masks, np.ndarray):
             item = self.masks[index]
         else:
-            with ImageSource(self.masks, name=f"the masks of {self.images.name}").open(index) as image:
-                mode, item = image.mode, np.asarray(image)
+            stored = ImageSource(self.masks, name=f"the masks of {self.images.name}")
+            mode, item = stored.read(index, lambda image: (image.mode, np.asarray(image)))
             if mode not in ("L", "P", "1"):
                 raise InputError(
                     f"Mask number {index} of {self.images.name} has mode {mode}; give masks of one channel of 8 bits, "

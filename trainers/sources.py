@@ -23,6 +23,8 @@ NUM_SCENES = {"train": 10_000, "test": 5_000}
 SCENES_SEED = {"train": 0, "test": 1}
 # of the images that are used or held out where not all are
 _CHOICE_SEED = 0
+# files that hold many images each: by their names' ends, what `datasets` and we call them
+_TABLES = {".parquet": ("parquet", "parquet files"), ".tar": ("webdataset", "tar files")}
 # fields that only training reads
 AUGMENTATIONS = ("crop_scale", "horizontal_flip")
 
@@ -99,11 +101,11 @@ def load_sources(
         InputError: There is no such data set, split or column, or no image in it.
     """
     if arguments.dataset == "scenes":
-        return tuple(_scenes(arguments, split, image_size, progress) for split in NUM_SCENES)
+        return tuple(scenes_source(arguments, split, image_size, progress) for split in NUM_SCENES)
     if is_clevr(folder := Path(arguments.dataset).expanduser()):
         train, evaluation = load_clevr(folder, arguments.label_column)
         return choose_images(train, arguments.num_train_images), choose_images(evaluation, arguments.num_eval_images)
-    splits = _load_splits(arguments)
+    splits = load_splits(arguments)
     if len(splits) == 1 and arguments.train_split == "train":
         # whatever the file names made of it, such as a folder of photographs called test_1.png and so on
         splits = {"train": next(iter(splits.values()))}
@@ -186,7 +188,8 @@ def _class_names(source: ImageSource) -> list[str]:
     return source.label_names or [str(label) for label in range(max(source.labels) + 1)]
 
 
-def _scenes(arguments: DataArguments, split: str, image_size: int, progress: bool) -> ImageSource:
+def scenes_source(arguments: DataArguments, split: str, image_size: int, progress: bool) -> ImageSource:
+    """The rendered scenes of `train` or `test`."""
     asked = arguments.num_train_images if split == "train" else arguments.num_eval_images
     label = arguments.label_column or "kind"
     if label not in SCENE_LABELS:
@@ -204,20 +207,34 @@ def choose_images(source: ImageSource, number: int | None) -> ImageSource:
     return source.take(np.sort(order[:number]))
 
 
-def _load_splits(arguments: DataArguments) -> dict:
-    """The splits of a folder, of parquet files, or of a data set on the Hub, images undecoded."""
+def load_splits(arguments: DataArguments, streaming: bool = False) -> dict:
+    """
+    The splits of a folder, of parquet files, of webdataset's tars, or of a data set on the Hub.
+
+    Args:
+        arguments ([`DataArguments`]): Which data set.
+        streaming (`bool`): Whether rows are read one after the other when they are asked for, and never stored.
+
+    Returns:
+        `dict` of `datasets.Dataset`, or of `datasets.IterableDataset` if streamed, by the name of the split.
+
+    Raises:
+        InputError: There is no such data set.
+    """
     name, path = arguments.dataset, Path(arguments.dataset).expanduser()
-    parquet = sorted(glob.glob(glob.escape(str(path)) + "/**/*.parquet" if path.is_dir() else name, recursive=True))
-    if parquet and all(file.endswith(".parquet") for file in parquet):
-        return _load(f"the parquet files {name}", "parquet", data_files=_parquet_splits(parquet, arguments))
+    for suffix, (builder, what) in _TABLES.items():
+        files = sorted(glob.glob(glob.escape(str(path)) + f"/**/*{suffix}" if path.is_dir() else name, recursive=True))
+        if files and all(file.endswith(suffix) for file in files):
+            data_files = _table_splits(files, arguments)
+            return _load(f"the {what} {name}", builder, data_files=data_files, streaming=streaming)
     if path.is_dir():
         if not any(_is_image(file.relative_to(path)) for file in path.rglob("*")):
             raise InputError(f"Folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)}); mend --dataset.")
-        return _load(f"the folder {path}", "imagefolder", data_dir=str(path))
-    if path.exists() or name.endswith(".parquet") or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise InputError(f"{name} is neither a folder of images nor parquet files; mend --dataset.")
+        return _load(f"the folder {path}", "imagefolder", data_dir=str(path), streaming=streaming)
+    if path.exists() or name.endswith(tuple(_TABLES)) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise InputError(f"{name} is neither a folder of images nor parquet or tar files; mend --dataset.")
     advice = "it is no folder here; check the name, the network, and whether you are logged in"
-    return _load(f"{name} of the Hub", name, arguments.dataset_config, advice=advice)
+    return _load(f"{name} of the Hub", name, arguments.dataset_config, advice=advice, streaming=streaming)
 
 
 def _load(what: str, *args, advice: str = "repair or remove what is not an image or a table of images", **kwargs):
@@ -233,8 +250,8 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith((".", "__")) for part in path.parts)
 
 
-def _parquet_splits(files: list[str], arguments: DataArguments) -> dict[str, list[str]]:
-    """Parquet files by split, read off names such as `test-00000-of-00001.parquet`; all others are `train`."""
+def _table_splits(files: list[str], arguments: DataArguments) -> dict[str, list[str]]:
+    """Files by split, read off names such as `test-00000-of-00001.parquet`; all others are `train`."""
     known = {"train", *EVAL_SPLITS, arguments.train_split, arguments.eval_split}
     splits: dict[str, list[str]] = {}
     for file in files:
@@ -245,7 +262,7 @@ def _parquet_splits(files: list[str], arguments: DataArguments) -> dict[str, lis
 
 def _source(rows, arguments: DataArguments, split: str) -> ImageSource:
     name = f"{arguments.dataset} ({split})"
-    image_column = arguments.image_column or _find_image_column(rows, name)
+    image_column = arguments.image_column or find_image_column(rows, name)
     if image_column not in rows.column_names:
         raise InputError(f"{name} has no column {image_column!r}, only {', '.join(rows.column_names)}; mend "
                          "--image_column.")  # fmt: skip
@@ -260,7 +277,8 @@ def _source(rows, arguments: DataArguments, split: str) -> ImageSource:
     return ImageSource(images, labels, label_names, name)
 
 
-def _find_image_column(rows, name: str) -> str:
+def find_image_column(rows, name: str) -> str:
+    """The column of images: by its type, or by its name."""
     for column, feature in rows.features.items():
         if isinstance(feature, Image):
             return column
@@ -271,16 +289,21 @@ def _find_image_column(rows, name: str) -> str:
                      "--image_column.")  # fmt: skip
 
 
-def _labels(rows, asked: str | None, name: str) -> tuple[np.ndarray | None, list[str] | None]:
-    """Class indices and names: of the column asked for, or of the first column of classes; None without one."""
+def find_label_column(rows, asked: str | None, name: str) -> str | None:
+    """The column of labels: that asked for, the first one of classes, or by its name; None without one."""
     if asked is not None and asked not in rows.column_names:
         raise InputError(f"{name} has no column {asked!r}, only {', '.join(rows.column_names)}; mend --label_column.")
     classes = [column for column, feature in rows.features.items() if isinstance(feature, ClassLabel)]
     usual = [
-        column for column in ("label", "labels", "fine_label")
+        column for column in ("label", "labels", "fine_label", "cls")
         if column in rows.column_names and not isinstance(rows.features[column], Image)
     ]  # fmt: skip
-    column = asked or next(iter(classes + usual), None)
+    return asked or next(iter(classes + usual), None)
+
+
+def _labels(rows, asked: str | None, name: str) -> tuple[np.ndarray | None, list[str] | None]:
+    """Class indices and names: of the column asked for, or of the first column of classes; None without one."""
+    column = find_label_column(rows, asked, name)
     if column is None:
         return None, None
     feature, values = rows.features[column], rows[column][:]
