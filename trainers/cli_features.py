@@ -22,7 +22,7 @@ def add_features(commands):
         "call goes on where it was when it is repeated. Without --dataset the images are those of the run that made "
         "the model.",
         epilog="examples:  cjepa features runs/mine/final --dataset my/photos --output features\n"
-        "           cjepa features runs/mine/final --dataset my/photos --output maps --pooling patches --dtype float16\n"
+        "           cjepa features runs/mine/final --pooling patches --dtype float16 --output maps\n"
         '           cjepa features runs/mine/final --dataset "shards/train-*.tar" --streaming --output features\n'
         "           torchrun --nproc_per_node 2 -m trainers.cli features runs/mine/final --output features\n"
         '           then in Python:  datasets.load_dataset("parquet", data_dir="features")',

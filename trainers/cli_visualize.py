@@ -14,7 +14,7 @@ def add_visualize(commands):
         description="Draw what a model has learned; `cjepa visualize WHAT --help` explains each picture.",
     )
     pictures = parser.add_subparsers(title="pictures", required=True, metavar="WHAT")
-    for add in (add_levels,):
+    for add in (add_levels, add_neighbours):
         add(pictures)
 
 
@@ -83,6 +83,47 @@ def run_levels(namespace):
     )  # fmt: skip
     print(format_structure(results))
     print(f"\nWritten to {folder}: open levels.html in a browser.")
+
+
+def add_neighbours(pictures):
+    """`cjepa visualize neighbours MODEL IMAGE... --features DIR`."""
+    parser = pictures.add_parser(
+        "neighbours",
+        help="the images of a features folder that are nearest to some images",
+        description="Show the images of a features folder (of `cjepa features`) that are nearest to some images by "
+        "cosine similarity of their embeddings. Writes neighbours.html (on its own, images included), neighbours.png "
+        "and neighbours.json.",
+        epilog="example:  cjepa features runs/mine/final --dataset my/photos --output features\n"
+        "          cjepa visualize neighbours runs/mine/final cat.jpg dog.jpg --features features",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="cjepa visualize neighbours MODEL IMAGE... --features DIR [--key value ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="the model that made the features")
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="files to look for")
+    parser.add_argument("--features", metavar="DIR", required=True, help="folder that `cjepa features` has written")
+    parser.add_argument("--k", type=int, default=8, help="nearest images to show of each (default 8)")
+    parser.add_argument("--split", help="split of the features (default: train if there is one, else the first)")
+    parser.add_argument("--output", metavar="FOLDER", help="where to (default: `neighbours` in the model's folder)")
+    parser.set_defaults(run=run_neighbours, parser=parser)
+
+
+def run_neighbours(namespace):
+    """Writes page, picture and numbers, and prints the nearest one of each image."""
+    from pathlib import Path
+
+    from trainers.neighbours import visualize_neighbours
+
+    model = Path(namespace.model)
+    folder = Path(namespace.output or (model / "neighbours" if model.is_dir() else "neighbours"))
+    results = visualize_neighbours(
+        namespace.model, namespace.images, namespace.features, folder, namespace.k, namespace.split
+    )
+    for query in results["queries"]:
+        near = query["neighbours"][0]
+        label = f", {near['label']}" if near["label"] else ""
+        print(f"{query['image']}: nearest is image {near['index']} ({near['similarity']:.3f}{label})")
+    print(f"\nWritten to {folder}: open neighbours.html in a browser.")
 
 
 def runs_of(text: str) -> list[str]:

@@ -155,8 +155,8 @@ def decode_image(item: "np.ndarray | dict | None", convert: Callable = upright_r
     A stored image.
 
     Args:
-        item (`np.ndarray` of shape `(H, W, 3)`, uint8, or `dict`): Pixels, which are taken as they are, or an undecoded
-            image with `bytes` or `path`.
+        item (`np.ndarray` of shape `(H, W, 3)`, uint8, or `dict`): Pixels, which are taken as they are, or undecoded
+            `bytes` or `path`.
         convert (`Callable`): What is made of the opened image while its file is open; it is made RGB when not given.
 
     Returns:

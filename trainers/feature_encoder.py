@@ -27,7 +27,7 @@ class FeatureArguments:
     num_images: int | None = field(default=None, metadata={"help": "embed only the first so many of each split"})
     pooling: str = field(
         default="mean",
-        metadata={"help": "`mean` (the level's embedding), `last4` (mean tokens of the last four layers side by side), "
+        metadata={"help": "`mean` (the level's embedding), `last4` (mean tokens of its last four layers), "
                           "`levels` (all levels side by side) or `patches` (the map of features)"},
     )  # fmt: skip
     level: int | None = field(default=None, metadata={"help": "level of a stack, from 0; the model's if not given"})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
@@ -201,13 +202,12 @@ class _SplitWriter:
         return sum(min(size, total - number * size) for number in numbers if number not in self.found)
 
     def _part(self, batch: RowBatch, views: Views, encode, features, bar: tqdm) -> tuple[pa.Table, Shard]:
-        images = batch.rows[self.table.image_column].to_pylist()
-        paths = [image and image.get("path") for image in images]
+        paths = pc.struct_field(batch.rows[self.table.image_column], "path").to_pylist()
         skipped = [
             {"index": batch.start + position, "path": paths[position], "reason": reason}
             for position, reason in views.unreadable.items()
         ]
-        readable = [position for position in range(len(images)) if position not in views.unreadable]
+        readable = [position for position in range(len(paths)) if position not in views.unreadable]
         if readable:
             embeddings = encode(views.pixel_values).pooler_output.float().cpu().numpy()
         else:
@@ -218,11 +218,11 @@ class _SplitWriter:
             advice = ("are too large for float16; store --dtype float32" if np.isfinite(embeddings).all() else
                       "are not finite; its training diverged, take an earlier one")  # fmt: skip
             raise InputError(f"Embeddings of the encoder {advice}.")
-        rows = batch.rows.take(readable)
+        rows = batch.rows.take(pa.array(readable, pa.int64()))
         indices = batch.start + np.asarray(readable, dtype=np.int64)
-        bar.update(len(images))
+        bar.update(len(paths))
         table = shard_rows(rows, indices, [paths[position] for position in readable], stored, features)
-        return table, Shard(batch.start, batch.start + len(images), skipped)
+        return table, Shard(batch.start, batch.start + len(paths), skipped)
 
     def _check_skipped(self, shard: Shard):
         """Stops when more images were unreadable than may be; of a stream, of those seen."""
@@ -255,8 +255,8 @@ def _check_share(
         where = first["path"] or f"number {first['index']}"
         raise InputError(
             f"{num_skipped:,} of {num_images:,} images of {table.name} cannot be read, such as {where} "
-            f"({first['reason']}), more than --max_skipped_share {arguments.max_skipped_share:g} allows; repair them or "
-            "raise it."
+            f"({first['reason']}), more than --max_skipped_share {arguments.max_skipped_share:g} allows; repair "
+            "them or raise it."
         )
 
 

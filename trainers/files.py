@@ -15,21 +15,6 @@ from trainers.errors import InputError, first_line
 @contextmanager
 def whole_file(path: str | Path):
     """
-    A file that appears whole or not at all: it is written beside its place, then moved there.
-
-    Args:
-        path (`str` or `Path`): The file; its folder is made if there is none.
-
-    Yields:
-        `Path`: What to write, under another suffix.
-    """
-    with whole_file(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def whole_file(path: str | Path):
-    """
     A place to write a file to, from which it is moved to its own when all is written.
 
     Args:

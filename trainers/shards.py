@@ -118,7 +118,8 @@ def write_shard(path: Path, parts: Iterable[tuple[pa.Table, Shard]], features: F
     with whole_file(path) as unfinished:
         with pq.ParquetWriter(unfinished, features.arrow_schema) as writer:
             for rows, part in parts:
-                writer.write_table(rows)
+                if rows.num_rows:  # `datasets` cannot read a file whose first group of rows is empty
+                    writer.write_table(rows)
                 skipped = whole.skipped + part.skipped if whole else part.skipped
                 whole = Shard(whole.start if whole else part.start, part.stop, skipped)
             writer.add_key_value_metadata({_FOOTER_KEY: json.dumps(asdict(whole))})

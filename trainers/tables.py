@@ -86,7 +86,7 @@ class ImageTable:
                 rows = rows.slice(part.num_rows)
 
     def images_at(self, positions: Iterable[int]) -> dict[int, dict]:
-        """The undecoded images at some positions, as dictionaries of `bytes` and `path`; those there are none at lack."""
+        """The undecoded images, `bytes` or `path`, at some positions; without those behind the last row."""
         if isinstance(self.rows, Dataset):
             return {position: self.rows[position][self.image_column] for position in positions
                     if position < len(self.rows)}  # fmt: skip
@@ -175,7 +175,8 @@ def _table(rows: Dataset | IterableDataset, arguments: DataArguments, name: str)
                          "--image_column.")  # fmt: skip
     label_column = find_label_column(rows, arguments.label_column, name)
     try:
-        rows = rows.cast_column(image_column, Image(decode=False))
+        # the columns of webdataset's streams come in another order at the end of each tar
+        rows = rows.cast_column(image_column, Image(decode=False)).select_columns(list(rows.features))
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise InputError(f"Column {image_column!r} of {name} holds no images ({first_line(error)}); mend "
                          "--image_column.") from error  # fmt: skip
