@@ -107,18 +107,23 @@ def run_pretrain(namespace):
 
 
 def add_benchmark(commands):
-    """`cjepa benchmark masks` and `cjepa benchmark levels RECIPE`."""
+    """`cjepa benchmark masks`, `cjepa benchmark levels RECIPE` and `cjepa benchmark features`."""
     parser = commands.add_parser(
         "benchmark",
         help="measure speed and memory",
-        description="Measure the speed of the mask sampler, or what each level of a stack costs in time and memory.",
+        description="Measure the speed of the mask sampler, what each level of a stack costs in time and memory, or "
+        "what `cjepa features` takes beside a ViT-S's forward passes alone.",
     )
     parser.add_argument(
-        "part", choices=["masks", "levels"], help="the mask sampler, or the levels of a recipe's model"
+        "part",
+        choices=["masks", "levels", "features"],
+        help="the mask sampler, the levels of a recipe's model, or the writing of features",
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="levels: the recipe (default sjea_cifar10)")
-    parser.add_argument("--batch_size", type=int, help="images of a batch (default: masks 256, levels 64)")
-    parser.add_argument("--rounds", type=int, help="timed rounds (default: masks 20, levels 5)")
+    parser.add_argument("--batch_size", type=int, help="images of a batch (default: masks 256, else 64)")
+    parser.add_argument("--rounds", type=int, help="timed rounds (default: masks 20, else 5)")
+    parser.add_argument("--num_images", type=int, help="features: images of a round (default 256)")
+    parser.add_argument("--dataset", help="features: where they are from (default: rendered scenes)")
     parser.set_defaults(run=run_benchmark, parser=parser)
 
 
@@ -126,11 +131,20 @@ def run_benchmark(namespace):
     """Prints the medians."""
     sizes = {"batch_size": namespace.batch_size, "num_rounds": namespace.rounds}
     sizes = {name: value for name, value in sizes.items() if value is not None}
+    images = {name: getattr(namespace, name) for name in ("num_images", "dataset")}
+    images = {name: value for name, value in images.items() if value is not None}
+    if images and namespace.part != "features":
+        raise InputError(f"--{next(iter(images))} is of `cjepa benchmark features`; leave it out.")
+    if namespace.part != "levels" and namespace.recipe:
+        raise InputError(f"`cjepa benchmark {namespace.part}` needs no recipe {namespace.recipe!r}; leave it out.")
+    if namespace.part == "features":
+        from trainers.feature_cost import benchmark_features, format_feature_cost
+
+        print(format_feature_cost(benchmark_features(**sizes, **images)))
+        return
     if namespace.part == "masks":
         from trainers.benchmark import benchmark_masks, format_benchmark
 
-        if namespace.recipe:
-            raise InputError(f"The mask sampler needs no recipe {namespace.recipe!r}; leave it out.")
         print(format_benchmark(benchmark_masks(**sizes)))
         return
     from trainers.level_cost import benchmark_levels, format_level_cost
