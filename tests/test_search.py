@@ -90,14 +90,19 @@ def test_features_are_loaded_in_order_and_whole(model, photos, tmp_path):
 
 
 @pytest.mark.parametrize("keep_columns", [False, True])
-def test_the_page_shows_the_nearest_images(model, photos, tmp_path, capsys, keep_columns):
-    features = features_of(model, photos, tmp_path / "out", keep_columns=keep_columns)
+def test_the_page_shows_the_nearest_images(model, tmp_path, capsys, keep_columns):
+    photos = make_folder(tmp_path / "photos", NAMES)
+    # the first image is skipped: row 0 is image 1
+    (tmp_path / "photos/<cat>/0.png").write_bytes(b"no image")
+    features = features_of(model, photos, tmp_path / "out", keep_columns=keep_columns, max_skipped_share=0.2)
     queries = [f"{photos}/<cat>/2.png", f"{photos}/dog/3.png"]
     command = ["visualize", "neighbours", str(model), *queries, "--features", features, "--k", "3"]
     assert main([*command, "--output", str(tmp_path / "drawn")]) == 0
     assert "nearest is image 2 (1.000, <cat>)" in capsys.readouterr().out
     x = np.array(load_features(features)[0]["embedding"][:])
+    x = np.concatenate([np.full_like(x[:1], -1), x])
     expected = cosines(x, x[[2, 7]])
+    expected[:, 0] = -1
     order = np.argsort(-expected, axis=1)[:, :3]
     results = json.loads((tmp_path / "drawn/neighbours.json").read_text())
     for query, file, nearest, values in zip(results["queries"], queries, order, expected, strict=True):
