@@ -19,9 +19,9 @@ from trainers.embedding import extract_embeddings
 from trainers.errors import InputError
 from trainers.eval_results import eval_results, metric_name, write_eval_results
 from trainers.pooling import pooled_encoder
-from trainers.probes import bootstrap_interval, linear_predict
+from trainers.probes import bootstrap_interval, linear_predict, share_of_each_class
 from trainers.reports import format_suite
-from trainers.suite import SUITES, evaluate_suite, few_labels
+from trainers.suite import SUITES, evaluate_suite
 from trainers.suite_features import ImageReader
 
 QUIET = dataclasses.replace(ARGUMENTS, disable_tqdm=True, num_random_encoders=0)
@@ -138,7 +138,7 @@ def test_rows(results, train, test):
             assert row["accuracy"] == pytest.approx(100 * expected)
             assert row["interval"] == list(bootstrap_interval(round(0.4 * row["accuracy"]), 40))
         for row, share in zip(rows[offset + 2 : offset + 5], (1, 0.1, 0.01), strict=True):
-            ids = few_labels(train_y, share, 0)
+            ids = torch.from_numpy(share_of_each_class(train.labels, share, 0))
             assert row["num_labels"] == len(ids) and row["dim"] == train_x.shape[1]
             if share == 0.01:
                 assert row["accuracy"] is None and row["interval"] is None and "one train image a class" in row["note"]
@@ -212,13 +212,13 @@ def _separable():
 
 
 def test_few_labels_are_of_every_class():
-    targets = torch.tensor([0] * 200 + [1] * 30 + [2] * 3)[torch.randperm(233)]
+    targets = np.array([0] * 200 + [1] * 30 + [2] * 3)[np.random.default_rng(1).permutation(233)]
     for share, expected in ((0.01, [2, 1, 1]), (0.1, [20, 3, 1]), (1, [200, 30, 3])):
-        ids = few_labels(targets, share, seed=3)
-        assert targets[ids].bincount().tolist() == expected
-        assert ids.tolist() == sorted(set(ids.tolist()))
-        assert torch.equal(ids, few_labels(targets, share, seed=3))
-    assert not torch.equal(few_labels(targets, 0.1, 3), few_labels(targets, 0.1, 4))
+        ids = share_of_each_class(targets, share, seed=3).tolist()
+        assert np.bincount(targets[ids]).tolist() == expected
+        assert ids == sorted(set(ids)) == share_of_each_class(targets, share, seed=3).tolist()
+    chosen = [set(share_of_each_class(targets, share, 3).tolist()) for share in (0.01, 0.1)]
+    assert chosen[0] < chosen[1] != set(share_of_each_class(targets, 0.1, 4).tolist())
 
 
 @pytest.mark.parametrize(("num_correct", "total"), [(270, 900), (3, 40), (0, 7), (7, 7)])

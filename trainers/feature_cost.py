@@ -8,7 +8,7 @@ import torch
 
 from modeling_cjepa import CJepaConfig, CJepaModel
 from trainers.datasets import decode_image
-from trainers.embedding import embedder
+from trainers.embedding import encoding
 from trainers.errors import InputError
 from trainers.feature_encoder import FeatureArguments
 from trainers.features import write_features
@@ -56,9 +56,9 @@ def benchmark_features(
     arguments = FeatureArguments(batch_size=batch_size, split=[split], num_images=num_images, disable_tqdm=True)
 
     def forward():
-        with embedder(model, data.image_mean, data.image_std, device) as embed:
+        with encoding(model, data.image_mean, data.image_std, device) as encode:
             for batch in pixels.split(batch_size):
-                embed(batch)
+                encode(batch).pooler_output.float().cpu()
 
     def features():
         with tempfile.TemporaryDirectory() as folder:

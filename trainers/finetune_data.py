@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from trainers.datasets import ImageDataset, ImageSource, sample_seed, seeded
 from trainers.errors import InputError
 from trainers.finetune_args import FinetuneDataArguments
-from trainers.probes import spare_positions
+from trainers.probes import share_of_each_class, spare_positions
 from trainers.sources import load_sources, with_common_classes
 from trainers.transforms import normalize, train_transform
 
@@ -57,12 +57,7 @@ def share_of_labels(source: ImageSource, share: float) -> ImageSource:
         source ([`ImageSource`]): Labelled images.
         share (`float`): In (0, 1].
     """
-    if share == 1:
-        return source
-    order = np.random.default_rng(_CHOICE_SEED).permutation(len(source))
-    of_class = [order[source.labels[order] == label] for label in np.unique(source.labels)]
-    chosen = [positions[: max(round(share * len(positions)), 1)] for positions in of_class]
-    return source.take(np.sort(np.concatenate(chosen)))
+    return source.take(share_of_each_class(source.labels, share, _CHOICE_SEED))
 
 
 def hold_out_share(source: ImageSource, share: float) -> tuple[ImageSource, ImageSource]:

@@ -147,6 +147,23 @@ def spare_positions(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarr
     return np.delete(order, first_of_class), order[first_of_class]
 
 
+def share_of_each_class(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """
+    A random choice of so large a share of the images of each class, at least one; a smaller share is part of a larger.
+
+    Args:
+        labels (`np.ndarray` of shape `(n,)`): Class indices.
+        share (`float`): In (0, 1]; 1 is all of them.
+        seed (`int`): Of the choice.
+
+    Returns:
+        `np.ndarray`: Positions, in order.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    of_class = [order[labels[order] == label] for label in np.unique(labels)]
+    return np.sort(np.concatenate([images[: max(round(share * len(images)), 1)] for images in of_class]))
+
+
 def folds_of(targets: torch.Tensor, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """
     Random tenths of train images to choose settings on: one of 2,000 images or more, or up to ten.

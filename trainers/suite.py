@@ -25,7 +25,7 @@ from trainers.evaluation import EvaluationArguments, check_level
 from trainers.flags import closest
 from trainers.linear_sweep import sweep_predict
 from trainers.loading import load_with_statistics
-from trainers.probes import bootstrap_interval, knn_predict, linear_predict
+from trainers.probes import bootstrap_interval, knn_predict, linear_predict, share_of_each_class
 from trainers.sources import choose_images, with_common_classes
 from trainers.suite_features import Features, ImageReader
 
@@ -172,7 +172,7 @@ def probe_features(
             found = knn_predict(train_x, train_y, test_x, len(train.label_names), k, arguments.temperature)
             yield here | {"probe": f"kNN, k {k}"} | _score(found, test_y, len(train_y), seed)
         for share in (1, *reversed(LABEL_SHARES)):
-            ids = few_labels(train_y, share, seed)
+            ids = torch.from_numpy(share_of_each_class(train.labels, share, seed)).to(device)
             probe = "linear" if share == 1 else f"linear, {100 * share:g} % of labels"
             row = here | {"probe": probe}
             if _is_too_few(train_y[ids]):
@@ -189,27 +189,6 @@ def probe_features(
         probe = attentive_predict(train_tokens, train_y, test_tokens, len(test_y), seed, progress)
         settings = {"learning_rate": probe.learning_rate}
         yield row | _score(probe.predictions, test_y, len(train_y), seed, settings)
-
-
-def few_labels(targets: torch.Tensor, share: float, seed: int) -> torch.Tensor:
-    """
-    A random choice of a share of the images of each class, at least one of each.
-
-    Args:
-        targets (`torch.Tensor` of shape `(n,)`): Class indices.
-        share (`float`): Above 0, up to 1: all of them.
-        seed (`int`): Of the choice.
-
-    Returns:
-        `torch.Tensor`: Positions, in order.
-    """
-    order = np.random.default_rng(seed).permutation(len(targets))
-    labels = targets.cpu().numpy()[order]
-    chosen = []
-    for label in np.unique(labels):
-        of_class = order[labels == label]
-        chosen.append(of_class[: max(round(share * len(of_class)), 1)])
-    return torch.from_numpy(np.sort(np.concatenate(chosen))).to(targets.device)
 
 
 def _is_too_few(targets: torch.Tensor) -> bool:
