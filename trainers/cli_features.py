@@ -71,7 +71,8 @@ def run_features(namespace):
 def describe(manifest: dict, folder) -> str:
     """What a features folder holds, as lines for the screen."""
     lines = [
-        f"{split}: {summary['num_images'] - summary['num_skipped']:,} embeddings in {summary['num_shards']} files"
+        f"{split}: {summary['num_images'] - summary['num_skipped']:,} embeddings in {summary['num_shards']} "
+        f"file{'s' * (summary['num_shards'] != 1)}"
         + (
             f"; {summary['num_skipped']:,} images could not be read, see skipped.jsonl"
             if summary["num_skipped"]

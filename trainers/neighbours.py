@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 
 from modeling_cjepa.configuration_cjepa import pair
 from trainers.datasets import UnreadableImage, decode_image
-from trainers.embedding import embedder
+from trainers.embedding import encoding
 from trainers.errors import InputError
 from trainers.feature_encoder import FeatureArguments, FeatureEncoder, load_feature_encoder
 from trainers.features import read_manifest
@@ -136,8 +136,9 @@ def _read_query(file: str) -> PILImage.Image:
 def _embed(encoder: FeatureEncoder, images: list[PILImage.Image]) -> np.ndarray:
     transform = eval_transform(pair(encoder.image_size))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with embedder(encoder.module, encoder.image_mean, encoder.image_std, device) as embed:
-        return embed(torch.stack([transform(image) for image in images])).numpy()
+    with encoding(encoder.module, encoder.image_mean, encoder.image_std, device) as encode:
+        outputs = encode(torch.stack([transform(image) for image in images]))
+    return outputs.pooler_output.float().cpu().numpy()
 
 
 def _thumbnails(rows: Dataset, positions: np.ndarray, manifest: dict, split: str) -> dict[int, PILImage.Image]:
