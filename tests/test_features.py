@@ -165,7 +165,7 @@ def test_scenes_are_embedded_without_the_run(model, tmp_path, capsys):
     assert main([*command, "--out", str(tmp_path / "out"), "--disable_tqdm"]) == 0
     rows = load(tmp_path / "out")["test"]
     assert len(rows) == 6 and "plant" in " ".join(rows.features["label"].names)
-    assert "test: 6 embeddings in 1 files" in capsys.readouterr().out
+    assert "test: 6 embeddings in 1 file" in capsys.readouterr().out
     source, _ = load_sources(DataArguments(num_train_images=6, num_eval_images=1))
     with torch.no_grad():
         pixels = normalize(torch.from_numpy(source.images).permute(0, 3, 1, 2), MEAN, STD)
