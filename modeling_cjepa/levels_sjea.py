@@ -141,6 +141,11 @@ class SJeaLevel(nn.Module):
         return LevelOutput(outputs.last_hidden_state, embedding, tuple(inputs.shape[-2:]), expanded)
 
 
+def as_tokens(features: torch.Tensor) -> torch.Tensor:
+    """A level's features before pooling, a map (B, D, h, w) or tokens (B, N, D), as tokens."""
+    return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+
+
 def fold_size(width: int, height: int | None = None) -> tuple[int, int]:
     """
     Rows and columns of a vector folded to a map.

@@ -18,7 +18,7 @@ from .configuration_cjepa import check_classifier_pooling, choose_level
 from .configuration_sjea import CLASSIFIER_POOLINGS, SJeaConfig
 from .encoders_cjepa import check_floating_point, forget_other_grids
 from .heads_cjepa import CJepaAttentivePooling
-from .levels_sjea import LevelOutput, SJeaLevel
+from .levels_sjea import LevelOutput, SJeaLevel, as_tokens
 
 
 @dataclass
@@ -226,10 +226,7 @@ class SJeaForImageClassification(SJeaPreTrainedModel):
         """
         outputs = self.sjea(pixel_values, **kwargs, return_dict=True)
         if self.config.classifier_pooling == "attentive":
-            features = outputs.last_hidden_state
-            # a map becomes tokens
-            tokens = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
-            logits = self.classifier(self.pooling(tokens))
+            logits = self.classifier(self.pooling(as_tokens(outputs.last_hidden_state)))
         else:
             logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)

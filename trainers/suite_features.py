@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from modeling_cjepa import CJepaModel
 from modeling_cjepa.configuration_cjepa import pair
+from modeling_cjepa.levels_sjea import as_tokens
 from trainers.attentive_probe import EncodedTokens, StoredTokens
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.embedding import RawPixels, check_finite, encode_batches, extract_embeddings
@@ -72,11 +73,6 @@ class LevelFeatures(nn.Module):
             ]
         outputs = self.model.encode(pixel_values, level=max(self.levels))
         return [({"mean": outputs[k].embedding}, as_tokens(outputs[k].features)) for k in self.levels]
-
-
-def as_tokens(features: torch.Tensor) -> torch.Tensor:
-    """A level's features before pooling, a map (B, D, h, w) or tokens (B, N, D), as tokens."""
-    return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
 
 
 class ImageReader:
