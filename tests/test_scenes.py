@@ -8,7 +8,8 @@ import pytest
 
 from trainers.errors import InputError
 from trainers.scene_coats import draw_coat
-from trainers.scenes import FAMILIES, FAMILY_NAMES, KIND_NAMES, Scene, _light, render_scene, render_scenes
+from trainers.scene_surroundings import _light
+from trainers.scenes import FAMILIES, FAMILY_NAMES, KIND_NAMES, Scene, render_scene, render_scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_SCENES = 2500

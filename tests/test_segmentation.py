@@ -124,7 +124,7 @@ def test_intervals_are_quantiles_over_resampled_images(monkeypatch):
 
 def test_patches_of_pixels():
     pixels = images(2, 10, 14)
-    found = PixelPatches((2, 3))(pixels).pooler_output
+    found = PixelPatches((5, 4))(pixels).pooler_output
     assert found.shape == (2, 2, 3, 3 * 5 * 4)
     assert torch.equal(found[1, 1, 2], pixels[1, :, 5:10, 8:12].flatten())
 

@@ -1,19 +1,22 @@
 """`cjepa probe`: what frozen patch features say about pixels."""
 
 import argparse
+from pathlib import Path
 
 from trainers.errors import InputError
+
+DAVIS_FRAME_SIZE = 480
 
 
 def add_probe(commands):
     """`cjepa probe WHAT MODEL`."""
     parser = commands.add_parser(
         "probe",
-        help="dense tasks on frozen patch features: segmentation",
+        help="dense tasks on frozen patch features: segmentation, propagation",
         description="Dense tasks on the frozen patch features of a model; `cjepa probe WHAT --help` explains each.",
     )
     tasks = parser.add_subparsers(title="tasks", required=True, metavar="WHAT")
-    for add in (add_segmentation,):
+    for add in (add_segmentation, add_propagation):
         add(tasks)
 
 
@@ -55,8 +58,6 @@ def add_segmentation(tasks):
 
 def run_segmentation(namespace):
     """Writes figures, picture and maps, and prints the figures."""
-    from pathlib import Path
-
     from modeling_cjepa.configuration_cjepa import pair
     from trainers.dense_evaluation import evaluate_segmentation, format_segmentation
     from trainers.evaluation import check_level
@@ -74,10 +75,7 @@ def run_segmentation(namespace):
     for file in namespace.segment:
         if not Path(file).is_file():
             raise InputError(f"--segment {file} is no file; mend it.")
-    in_model = Path(namespace.model) / "segmentation" if Path(namespace.model).is_dir() else Path("segmentation")
-    folder = Path(namespace.output or in_model)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {folder} is a file; name a folder.")
+    folder = _output_folder(namespace, "segmentation")
     train, test, names = load_mask_sources(data, max(pair(config.image_size)), not arguments.disable_tqdm)
     statistics = data.image_mean, data.image_std
     results, segmenters = evaluate_segmentation(
@@ -91,3 +89,76 @@ def run_segmentation(namespace):
         maps = segment_files(segmenters[0], names, namespace.segment, folder)
     said = f", and {len(maps)} map{'s' * (len(maps) > 1)} of --segment" if maps else ""
     print(f"\nWritten to {folder}: segmentation.json, segmentation.png{said}.")
+
+
+def add_propagation(tasks):
+    """`cjepa probe propagation MODEL`."""
+    from trainers.clips import ClipArguments
+    from trainers.flags import add_flags, type_hints
+    from trainers.propagation import PropagationArguments
+
+    parser = tasks.add_parser(
+        "propagation",
+        help="the masks of a video's first frame carried on by the likeness of patches",
+        description="Carry the masks of objects from the first frame of a video through the others by the likeness of "
+        "the frozen patch features of a model (C-JEPA: the target encoder; a stack: one level), and print DAVIS' J "
+        "(regions) and F (contours), beside a randomly initialised encoder, raw pixels, and masks that do not move. "
+        "Nothing is trained. --dataset is `scenes` (rendered clips with masks; the default) or DAVIS 2017's folder as "
+        "it is downloaded. Writes propagation.json, propagation.png (frames with masks) and masks/VIDEO/FRAME.png, "
+        "which DAVIS' own evaluation reads.",
+        epilog="examples:  cjepa probe propagation runs/mine/final\n"
+        "           cjepa probe propagation runs/mine/final --dataset DAVIS --output runs/mine/davis\n"
+        "           cjepa probe propagation runs/mine/final --dataset DAVIS --num_clips 3 --frame_size 240",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="cjepa probe propagation MODEL [--key value ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a folder such as runs/mine/final, or the id of a model on the Hub"
+    )
+    parser.add_argument("--level", metavar="K", type=int, help="level of a stack, from 0 (default: as AutoModel)")
+    parser.add_argument("--output", metavar="FOLDER", help="where to (default: `propagation` in the model's folder)")
+    add_flags(parser, "data", ClipArguments(), type_hints(ClipArguments))
+    add_flags(parser, "probe", PropagationArguments(), type_hints(PropagationArguments))
+    parser.set_defaults(run=run_propagation, parser=parser)
+
+
+def run_propagation(namespace):
+    """Writes figures, picture and masks, and prints the figures."""
+    from modeling_cjepa.configuration_cjepa import pair
+    from trainers.clips import ClipArguments, load_clips
+    from trainers.evaluation import check_level
+    from trainers.files import full_disk_named, write_json
+    from trainers.flags import dataclass_from_flags
+    from trainers.loading import load_encoder_config
+    from trainers.propagation import PropagationArguments
+    from trainers.propagation_evaluation import evaluate_propagation, format_propagation
+    from trainers.propagation_maps import MaskWriter
+
+    config = load_encoder_config(namespace.model)
+    check_level(namespace.level, config)
+    data = dataclass_from_flags(namespace, ClipArguments)
+    arguments = dataclass_from_flags(namespace, PropagationArguments)
+    folder = _output_folder(namespace, "propagation")
+    own_size = max(pair(config.image_size))
+    clips = load_clips(data, arguments.frame_size or own_size, not arguments.disable_tqdm)
+    frame_size = arguments.frame_size or (own_size if data.dataset == "scenes" else DAVIS_FRAME_SIZE)
+    writer = MaskWriter(folder, clips)
+    with full_disk_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        results = evaluate_propagation(
+            namespace.model, clips, arguments, level=namespace.level, frame_size=frame_size, on_masks=writer
+        )
+        print(format_propagation(results, data.dataset))
+        write_json(folder / "propagation.json", {"dataset": data.dataset} | results)
+        writer.draw(folder / "propagation.png")
+    print(f"\nWritten to {folder}: propagation.json, propagation.png and {len(clips)} folders of masks.")
+
+
+def _output_folder(namespace, name: str) -> Path:
+    """Where the files of a task go to."""
+    in_model = Path(namespace.model) / name if Path(namespace.model).is_dir() else Path(name)
+    folder = Path(namespace.output or in_model)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder} is a file; name a folder.")
+    return folder

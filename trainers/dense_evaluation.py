@@ -96,7 +96,8 @@ def evaluate_segmentation(
         (name, pooled_encoder(each.to(encoder.device), "patches", level), *statistics)
         for name, each in [(label, encoder), *random]
     ]
-    encoders.append((raw_pixels_label(size), _pixel_patches(encoders[0][1], size), [0.0] * 3, [1.0] * 3))
+    pixels = PixelPatches(patch_size_of(encoders[0][1], size)).to(encoder.device)
+    encoders.append((raw_pixels_label(size), pixels, [0.0] * 3, [1.0] * 3))
     datasets = [MaskDataset(source, size, len(names)) for source in (train, test)]
     rows, segmenters = [], []
     for label, each, *of_each in encoders:
@@ -125,11 +126,11 @@ def evaluate_segmentation(
 
 
 @torch.no_grad()
-def _pixel_patches(encoder: nn.Module, size: tuple[int, int]) -> PixelPatches:
-    """Raw pixels on the grid of an encoder's map; refuses, by an `InputError`, features on no grid."""
+def patch_size_of(encoder: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+    """Pixels, high and wide, of what a feature of an encoder's map stands for, for images of its own size."""
     channels = torch.zeros(1, 3, *size, device=device_of(encoder))
-    features = encoder.eval()(channels).pooler_output
-    return PixelPatches(tuple(features.shape[1:3])).to(device_of(encoder))
+    rows, columns = encoder.eval()(channels).pooler_output.shape[1:3]
+    return size[0] // rows, size[1] // columns
 
 
 def format_segmentation(results: dict) -> str:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from trainers.errors import InputError
 from trainers.scene_coats import draw_coat
 from trainers.scene_objects import FAMILY_DRAWINGS, NUM_PAINTS, Part, ellipse, limb, rotate
+from trainers.scene_surroundings import background, grid, photograph
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     family: tuple(drawing.__name__ for drawing in drawings) for family, drawings in FAMILY_DRAWINGS.items()
@@ -48,11 +49,6 @@ _NEAREST_SIZES = (0.7, 1.0)
 _FARTHER_THAN_NEAREST = (1.25, 2.0)
 # Of an object's parts: how far their colours are from the object's own.
 _SHADES = 50
-# Grains a side, whatever the image size, and the range of their standard deviation, of 255.
-_GRAINS = 32
-_GRAIN_STRENGTHS = (20, 45)
-# Of the light's share that a colour channel gets.
-_LIGHT = (0.3, 1.0)
 # Of the background, and of an object before its parts are shaded: how light a colour channel is, of 255.
 _DARK = (0, 128)
 _LIT = (140, 256)
@@ -106,6 +102,37 @@ def render_scene(seed: int, index: int, image_size: int = 32) -> Scene:
     Raises:
         InputError: If the image size is below 16, or the seed or index below 0.
     """
+    drawing = draw_scene(seed, index, image_size)
+    middle = _SUPERSAMPLING // 2
+    mask = drawing.pixels[middle::_SUPERSAMPLING, middle::_SUPERSAMPLING, 3].copy()
+    unlit = np.asarray(Image.fromarray(drawing.pixels[..., :3]).reduce(_SUPERSAMPLING))
+    image = photograph(unlit, drawing.rng, drawing.rng)
+    kind, count = drawing.kind, drawing.count
+    return Scene(image, mask, _FAMILY_OF_KIND[kind], kind, count, drawing.distance)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A scene before it is lit.
+
+    Args:
+        pixels (`np.ndarray` of shape `(4 * H, 4 * W, 4)`, uint8):
+            Larger than the image, to be reduced: red, green, blue, and the number of the object as in [`Scene`].
+        kind, count, distance:
+            As in [`Scene`].
+        rng (`np.random.Generator`):
+            What light and grain are drawn from.
+    """
+
+    pixels: np.ndarray
+    kind: int
+    count: int
+    distance: float
+    rng: np.random.Generator
+
+
+def draw_scene(seed: int, index: int, image_size: int = 32) -> Drawing:
+    """Draws what [`render_scene`] lights and photographs; the arguments and errors are the same."""
     _check_at_least("image_size", image_size, MIN_IMAGE_SIZE)
     _check_at_least("seed", seed, 0)
     _check_at_least("index", index, 0)
@@ -117,11 +144,11 @@ def render_scene(seed: int, index: int, image_size: int = 32) -> Scene:
     ground = rng.integers(*_DARK, (2, 3))
     ground[1] = ground[0] + _TEXTURE_CONTRAST * (ground[1] - ground[0])
 
-    background = Image.fromarray(_background(ground, image_size, rng)).convert("RGBA")
-    background.putalpha(0)
+    ground_image = Image.fromarray(background(ground, image_size, rng)).convert("RGBA")
+    ground_image.putalpha(0)
     side = image_size * _SUPERSAMPLING
     # The fourth channel holds the number of the object instead of an opacity: one stroke paints image and mask.
-    canvas = background.resize((side, side), Image.Resampling.NEAREST)
+    canvas = ground_image.resize((side, side), Image.Resampling.NEAREST)
     brush = ImageDraw.Draw(canvas)
     colour = rng.integers(*_LIT, 3)
     _draw_clutter(brush, side, int(rng.integers(0, 3)), rng)
@@ -131,13 +158,9 @@ def render_scene(seed: int, index: int, image_size: int = 32) -> Scene:
     _draw_clutter(brush, side, int(rng.integers(0, 2)), rng)
 
     pixels = np.array(canvas)
-    coat = draw_coat(kind, _grid(side).reshape(side, side, 2), rng)
+    coat = draw_coat(kind, grid(side).reshape(side, side, 2), rng)
     pixels[coat & (pixels[..., 3] > 0), :3] = colour // _COAT_DARKNESS
-    middle = _SUPERSAMPLING // 2
-    mask = pixels[middle::_SUPERSAMPLING, middle::_SUPERSAMPLING, 3].copy()
-    lit = _light(np.asarray(Image.fromarray(pixels[..., :3]).reduce(_SUPERSAMPLING)), rng)
-    image = np.clip(lit + _grain(image_size, rng), 0, 255).astype(np.uint8)
-    return Scene(image, mask, _FAMILY_OF_KIND[kind], kind, count, float(distances[-1]))
+    return Drawing(pixels, kind, count, float(distances[-1]), rng)
 
 
 def render_scenes(
@@ -258,42 +281,3 @@ def _draw_clutter(brush: ImageDraw.ImageDraw, side: int, count: int, rng: np.ran
             reach = 2 * length * np.array([np.cos(angle), np.sin(angle)])
             shape = limb(width, (x, y) - reach, (x, y) + reach)
         _draw(brush, side, [(0, shape)], rng.integers(0, 256, (1, 3)), number=0)
-
-
-def _background(ground: np.ndarray, image_size: int, rng: np.random.Generator) -> np.ndarray:
-    """A texture (H, W, 3) between the two colours of `ground` (2, 3): stripes, checks, a gradient or noise."""
-    texture = rng.choice(["stripes", "checks", "gradient", "noise"])
-    x, y = rotate(_grid(image_size), rng.uniform(0, 2 * np.pi)).T.reshape(2, image_size, image_size)
-    waves = rng.uniform(1.5, 6)
-    phase = rng.uniform(0, 1)
-    if texture == "stripes":
-        blend = 0.5 + 0.5 * np.sin(2 * np.pi * (waves * x + phase))
-    elif texture == "checks":
-        blend = ((np.floor(waves * x + phase) + np.floor(waves * y)) % 2).astype(float)
-    elif texture == "gradient":
-        blend = np.clip(0.5 + x, 0, 1)
-    else:
-        cells = int(rng.choice([3, 6, 12, 24]))
-        noise = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
-        blend = np.asarray(noise.resize((image_size, image_size), Image.Resampling.BILINEAR))
-    return (ground[0] + blend[..., None] * (ground[1] - ground[0])).astype(np.uint8)
-
-
-def _light(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Lights an image (H, W, 3) from a random side in a random colour."""
-    direction = rng.uniform(-0.5, 0.5, 2)
-    shade = 0.85 + (_grid(len(image)) @ direction).reshape(*image.shape[:2], 1)
-    return np.clip(image * shade, 0, 255) * rng.uniform(*_LIGHT, 3)
-
-
-def _grain(image_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Noise (H, W, 3) that is independent from grain to grain and colour to colour."""
-    grains = rng.normal(0, rng.uniform(*_GRAIN_STRENGTHS), (3, _GRAINS, _GRAINS)).astype(np.float32)
-    size = image_size, image_size
-    return np.stack([Image.fromarray(colour).resize(size, Image.Resampling.BOX) for colour in grains], axis=-1)
-
-
-def _grid(image_size: int) -> np.ndarray:
-    """The middles (H * W, 2) of the pixels, in units of the image's side from the image's middle."""
-    steps = (np.arange(image_size) + 0.5) / image_size - 0.5
-    return np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)

@@ -61,20 +61,17 @@ class PixelPatches(nn.Module):
     An "encoder" whose features of a patch are its pixels.
 
     Args:
-        grid_size (`(rows, columns)`): Patches of an image.
+        patch_size (`(height, width)`): Pixels of a patch; what is left at an image's right and lower end is not seen.
     """
 
-    def __init__(self, grid_size: tuple[int, int]):
+    def __init__(self, patch_size: tuple[int, int]):
         super().__init__()
-        self.grid_size = grid_size
+        self.patch_size = patch_size
 
     def forward(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
         """Images (B, C, H, W) as maps (B, h, w, C * pixels of a patch)."""
-        rows, columns = self.grid_size
-        height, width = (size // number for size, number in zip(pixel_values.shape[2:], self.grid_size, strict=True))
-        patches = (
-            pixel_values[..., : rows * height, : columns * width].unfold(2, height, height).unfold(3, width, width)
-        )
+        height, width = self.patch_size
+        patches = pixel_values.unfold(2, height, height).unfold(3, width, width)
         return BaseModelOutputWithPooling(pooler_output=patches.permute(0, 2, 3, 1, 4, 5).flatten(3))
 
 
