@@ -241,12 +241,8 @@ def evaluate_model(
             test class is not in the train images.
     """
     arguments = arguments or EvaluationArguments()
-    train_source, test_source = with_common_classes(
-        choose_images(train_source, arguments.num_probe_images), test_source
-    )
-    model, *statistics = load_with_statistics(model, image_mean, image_std)
-    check_level(level, model.config)
-    others = {name: load_with_statistics(other, image_mean, image_std) for name, other in (beside or {}).items()}
+    subject = Subject.load(model, train_source, test_source, arguments, image_mean, image_std, level, beside)
+    model, statistics, train_source, test_source = subject.model, subject.statistics, subject.train, subject.test
     transform = eval_transform(pair(model.config.image_size))
     images = ImageDataset(train_source, transform), ImageDataset(test_source, transform)
     is_cjepa = isinstance(model, CJepaForPreTraining)
@@ -256,26 +252,60 @@ def evaluate_model(
     rows = evaluate_levels(model.base_model, *images, *statistics, arguments, level, label)
     if arguments.context_encoder:
         rows += evaluate_levels(model.context_encoder, *images, *statistics, arguments, level, "context encoder")
-    for name, (other, *theirs) in others.items():
+    for name, (other, *theirs) in subject.others.items():
         transform = eval_transform(pair(other.config.image_size))
         seen = ImageDataset(train_source, transform), ImageDataset(test_source, transform)
         rows += evaluate_levels(other.base_model, *seen, *theirs, arguments, "all" if level == "all" else None, name)
     rows += evaluate_baselines(model.base_model, *images, *statistics, arguments, level)
     return {
-        "train_dataset": train_source.name,
-        "test_dataset": test_source.name,
-        "num_train_images": len(train_source),
-        "num_test_images": len(test_source),
-        "num_classes": len(train_source.label_names),
-        "chance": 100 * float(np.bincount(test_source.labels).max()) / len(test_source),
+        **subject.facts(),
         "num_neighbors": min(arguments.num_neighbors, len(train_source)),
         "temperature": arguments.temperature,
         "seed": arguments.seed,
-        "image_size": list(pair(model.config.image_size)),
-        "image_mean": list(statistics[0]),
-        "image_std": list(statistics[1]),
         "rows": rows,
     }
+
+
+@dataclass
+class Subject:
+    """
+    What is evaluated, and on what.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        statistics (`list` of `list[float]`): Mean and deviation of the channels of its images.
+        others (`dict`): Models beside it, each with its statistics, by the names of their rows.
+        train, test ([`ImageSource`]): Labelled images of the same classes.
+    """
+
+    model: PreTrainedModel
+    statistics: list
+    others: dict[str, tuple]
+    train: ImageSource
+    test: ImageSource
+
+    @classmethod
+    def load(cls, model, train, test, arguments, image_mean, image_std, level, beside) -> "Subject":
+        """What [`evaluate_model`] was given, with its errors."""
+        train, test = with_common_classes(choose_images(train, arguments.num_probe_images), test)
+        model, *statistics = load_with_statistics(model, image_mean, image_std)
+        check_level(level, model.config)
+        others = {name: load_with_statistics(other, image_mean, image_std) for name, other in (beside or {}).items()}
+        return cls(model, statistics, others, train, test)
+
+    def facts(self) -> dict:
+        """What results say of images and classes."""
+        return {
+            "train_dataset": self.train.name,
+            "test_dataset": self.test.name,
+            "num_train_images": len(self.train),
+            "num_test_images": len(self.test),
+            "num_classes": len(self.train.label_names),
+            "chance": 100 * float(np.bincount(self.test.labels).max()) / len(self.test),
+            "image_size": list(pair(self.model.config.image_size)),
+            "image_mean": list(self.statistics[0]),
+            "image_std": list(self.statistics[1]),
+        }
 
 
 def check_level(level: int | str | None, config: PreTrainedConfig):

@@ -10,7 +10,6 @@ Shapes: n images to fit on, m to test on, D width of an embedding.
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -21,12 +20,10 @@ from trainers.attentive_probe import attentive_predict
 from trainers.baselines import random_encoders, raw_pixels_label
 from trainers.datasets import ImageSource
 from trainers.errors import InputError
-from trainers.evaluation import EvaluationArguments, check_level
+from trainers.evaluation import EvaluationArguments, Subject
 from trainers.flags import closest
 from trainers.linear_sweep import sweep_predict
-from trainers.loading import load_with_statistics
 from trainers.probes import bootstrap_interval, knn_predict, linear_predict, share_of_each_class
-from trainers.sources import choose_images, with_common_classes
 from trainers.suite_features import Features, ImageReader
 
 NUM_NEIGHBORS = (20, 200)
@@ -89,44 +86,31 @@ def evaluate_suite(
     """
     check_suite(suite)
     arguments = arguments or EvaluationArguments()
-    train_source, test_source = with_common_classes(
-        choose_images(train_source, arguments.num_probe_images), test_source
-    )
-    model, *statistics = load_with_statistics(model, image_mean, image_std)
-    check_level(level, model.config)
-    others = {name: load_with_statistics(other, image_mean, image_std) for name, other in (beside or {}).items()}
-    sources = train_source, test_source
-    rows = []
-    for role, features in _all_features(model, statistics, others, sources, arguments, level):
+    subject = Subject.load(model, train_source, test_source, arguments, image_mean, image_std, level, beside)
+    sources, rows = (subject.train, subject.test), []
+    for role, features in _all_features(subject, arguments, level):
         rows += [{"role": role} | row for row in probe_features(features, *sources, SUITES[suite], arguments)]
     return {
         "suite": suite,
-        "train_dataset": train_source.name,
-        "test_dataset": test_source.name,
-        "num_train_images": len(train_source),
-        "num_test_images": len(test_source),
-        "num_classes": len(train_source.label_names),
-        "chance": 100 * float(np.bincount(test_source.labels).max()) / len(test_source),
+        **subject.facts(),
         "temperature": arguments.temperature,
         "num_resamples": NUM_RESAMPLES,
         "seed": arguments.seed,
-        "image_size": list(pair(model.config.image_size)),
-        "image_mean": list(statistics[0]),
-        "image_std": list(statistics[1]),
         "rows": rows,
     }
 
 
-def _all_features(model, statistics, others: dict, sources, arguments, level) -> Iterator[tuple[str, Features]]:
+def _all_features(subject: Subject, arguments: EvaluationArguments, level) -> Iterator[tuple[str, Features]]:
     """The role and the features of each encoder in turn, so that those of one are in memory."""
-    device, image_size = model.device, model.config.image_size
-    reader = ImageReader(sources, image_size, *statistics, arguments, device)
+    model, sources = subject.model, (subject.train, subject.test)
+    image_size = model.config.image_size
+    reader = ImageReader(sources, image_size, *subject.statistics, arguments, model.device)
     levels = _levels(model, level)
     is_cjepa = isinstance(model, CJepaForPreTraining)
     encoders = [("model", "target encoder" if is_cjepa else "encoder", model.base_model, reader, levels)]
     if is_cjepa:
         encoders.append(("model", "context encoder", model.context_encoder, reader, levels))
-    for name, (other, *theirs) in others.items():
+    for name, (other, *theirs) in subject.others.items():
         other_reader = ImageReader(sources, other.config.image_size, *theirs, arguments, other.device)
         other_levels = _levels(other, "all" if level == "all" else None)
         encoders.append(("beside", name, other.base_model, other_reader, other_levels))
