@@ -121,6 +121,17 @@ def check_suite_flags(namespace):
         check_card(namespace.card)
 
 
+def output_folder(namespace, what: str):
+    """Where a command writes: the folder of `--output`, or one called as `what` in the model's or the current one."""
+    from pathlib import Path
+
+    in_model = Path(namespace.model) / what if Path(namespace.model).is_dir() else Path(what)
+    folder = Path(namespace.output or in_model)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder} is a file; name a folder.")
+    return folder
+
+
 def own_name(model: str) -> str:
     """What a model is called that nobody named: by its run's folder."""
     return str(model).rstrip("/").removesuffix("/final").rpartition("/")[2]

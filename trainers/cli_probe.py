@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from trainers.cli_models import output_folder
 from trainers.errors import InputError
 
 DAVIS_FRAME_SIZE = 480
@@ -75,7 +76,7 @@ def run_segmentation(namespace):
     for file in namespace.segment:
         if not Path(file).is_file():
             raise InputError(f"--segment {file} is no file; mend it.")
-    folder = _output_folder(namespace, "segmentation")
+    folder = output_folder(namespace, "segmentation")
     train, test, names = load_mask_sources(data, max(pair(config.image_size)), not arguments.disable_tqdm)
     statistics = data.image_mean, data.image_std
     results, segmenters = evaluate_segmentation(
@@ -139,7 +140,7 @@ def run_propagation(namespace):
     check_level(namespace.level, config)
     data = dataclass_from_flags(namespace, ClipArguments)
     arguments = dataclass_from_flags(namespace, PropagationArguments)
-    folder = _output_folder(namespace, "propagation")
+    folder = output_folder(namespace, "propagation")
     own_size = max(pair(config.image_size))
     clips = load_clips(data, arguments.frame_size or own_size, not arguments.disable_tqdm)
     frame_size = arguments.frame_size or (own_size if data.dataset == "scenes" else DAVIS_FRAME_SIZE)
@@ -153,12 +154,3 @@ def run_propagation(namespace):
         write_json(folder / "propagation.json", {"dataset": data.dataset} | results)
         writer.draw(folder / "propagation.png")
     print(f"\nWritten to {folder}: propagation.json, propagation.png and {len(clips)} folders of masks.")
-
-
-def _output_folder(namespace, name: str) -> Path:
-    """Where the files of a task go to."""
-    in_model = Path(namespace.model) / name if Path(namespace.model).is_dir() else Path(name)
-    folder = Path(namespace.output or in_model)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {folder} is a file; name a folder.")
-    return folder

@@ -1,8 +1,9 @@
-"""`cjepa visualize`: pictures of what a saved model has learned."""
+"""`cjepa visualize`: pictures of what a saved model has learned; `cli_pictures.py` has those of single images."""
 
 import argparse
 
-from trainers.cli_models import as_in_the_run, named_models
+from trainers.cli_models import as_in_the_run, named_models, output_folder
+from trainers.cli_pictures import add_attention, add_masks, add_pca, add_predictions
 from trainers.errors import InputError
 
 
@@ -14,7 +15,7 @@ def add_visualize(commands):
         description="Draw what a model has learned; `cjepa visualize WHAT --help` explains each picture.",
     )
     pictures = parser.add_subparsers(title="pictures", required=True, metavar="WHAT")
-    for add in (add_levels, add_neighbours):
+    for add in (add_levels, add_neighbours, add_attention, add_pca, add_masks, add_predictions):
         add(pictures)
 
 
@@ -110,12 +111,9 @@ def add_neighbours(pictures):
 
 def run_neighbours(namespace):
     """Writes page, picture and numbers, and prints the nearest one of each image."""
-    from pathlib import Path
-
     from trainers.neighbours import visualize_neighbours
 
-    model = Path(namespace.model)
-    folder = Path(namespace.output or (model / "neighbours" if model.is_dir() else "neighbours"))
+    folder = output_folder(namespace, "neighbours")
     results = visualize_neighbours(
         namespace.model, namespace.images, namespace.features, folder, namespace.k, namespace.split
     )

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -176,6 +177,14 @@ def decode_image(item: "np.ndarray | dict | None", convert: Callable = upright_r
     except (OSError, SyntaxError, ValueError, zlib.error, PILImage.DecompressionBombError) as error:
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UnreadableImage(reason) from error
+
+
+def read_image(file: str | Path) -> PILImage.Image:
+    """The image of a file of the user's as RGB; raises `InputError` naming the file if it cannot be read."""
+    try:
+        return decode_image({"bytes": None, "path": file})
+    except UnreadableImage as error:
+        raise InputError(f"Image {file} cannot be read ({error}); give a file with an image.") from error
 
 
 def to_rgb(image: PILImage.Image) -> PILImage.Image:

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Image
 from PIL import Image as PILImage
 
 from modeling_cjepa.configuration_cjepa import pair
-from trainers.datasets import UnreadableImage, decode_image
+from trainers.datasets import UnreadableImage, decode_image, read_image
 from trainers.embedding import encoding
 from trainers.errors import InputError
 from trainers.feature_encoder import FeatureArguments, FeatureEncoder, load_feature_encoder
@@ -76,7 +76,7 @@ def visualize_neighbours(
     manifest = read_manifest(features)
     rows, split = load_features(features, split)
     encoder = _encoder_of(model, manifest, features)
-    queries = [_read_query(file) for file in images]
+    queries = [read_image(file) for file in images]
     embeddings = _embed(encoder, queries)
     similarities, positions = find_neighbours(rows, embeddings, num_neighbours)
     thumbnails = _thumbnails(rows, positions, manifest, split)
@@ -124,13 +124,6 @@ def _encoder_of(model: str | Path, manifest: dict, features: str | Path) -> Feat
         raise InputError(f"The features of {features} were made by other weights ({manifest['model']}) than those of "
                          f"{model}; give that model, or write features of this one.")  # fmt: skip
     return encoder
-
-
-def _read_query(file: str) -> PILImage.Image:
-    try:
-        return decode_image({"bytes": None, "path": file})
-    except UnreadableImage as error:
-        raise InputError(f"Image {file} cannot be read ({error}); give a file with an image.") from error
 
 
 def _embed(encoder: FeatureEncoder, images: list[PILImage.Image]) -> np.ndarray:

@@ -115,7 +115,15 @@ class PatchMap(OneLevel):
         if features.ndim == 4:
             return BaseModelOutputWithPooling(pooler_output=features.permute(0, 2, 3, 1))
         if not isinstance(self.model, CJepaModel):
-            raise InputError("pooling='patches' needs features on a grid, and this level gives tokens; choose mean.")
-        grid_size = self.model.embeddings.patch_embeddings.grid_size(pixel_values)
-        rows, columns = grids_by_level(grid_size, self.model.merges[: self.level])[-1]
-        return BaseModelOutputWithPooling(pooler_output=features.unflatten(1, (rows, columns)))
+            raise InputError(
+                "pooling='patches' needs features on a grid, and this level gives tokens; choose mean or another level."
+            )
+        return BaseModelOutputWithPooling(
+            pooler_output=features.unflatten(1, level_grid(self.model, self.level, pixel_values))
+        )
+
+
+def level_grid(model: CJepaModel, level: int, pixel_values: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of a level's tokens for images (B, C, H, W)."""
+    grid_size = model.embeddings.patch_embeddings.grid_size(pixel_values)
+    return grids_by_level(grid_size, model.merges[:level])[-1]
