@@ -13,7 +13,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from modeling_cjepa import CJepaModel
 from trainers.datasets import read_image
@@ -54,10 +53,10 @@ class AttentionMap(OneLevel):
 
 
 def visualize_attention(
-    model: str | Path | PreTrainedModel,
+    model: str | Path,
     images: Sequence[str | Path],
     output_dir: str | Path,
-    beside: "Mapping[str, str | Path | PreTrainedModel] | None" = None,
+    beside: Mapping[str, str | Path] | None = None,
     layer: int = -1,
     query: tuple[int, int] | None = None,
     level: int | None = None,
@@ -66,8 +65,7 @@ def visualize_attention(
     Draws attention maps of several encoders and writes `attention.png` and `attention.json`.
 
     Args:
-        model (`str`, `Path` or a model): A C-JEPA model: a folder, the id of one on the Hub, or a model, whose
-            attention becomes the eager one.
+        model (`str` or `Path`): A C-JEPA model: a folder, or the id of one on the Hub.
         images (`list` of `str` or `Path`): Files.
         output_dir (`str` or `Path`): The folder to write to.
         beside (`dict`, *optional*): Other models by name, whose published encoders are the first columns.

@@ -39,16 +39,14 @@ class DrawnEncoder(LoadedModel):
 
 
 def load_encoders(
-    model: str | Path | PreTrainedModel,
-    beside: "Mapping[str, str | Path | PreTrainedModel] | None" = None,
-    level: int | None = None,
+    model: str | Path, beside: Mapping[str, str | Path] | None = None, level: int | None = None
 ) -> list[DrawnEncoder]:
     """
     The columns of a picture: of each model beside the encoder that is published, then target and context encoder of
     the model, or its only one.
 
     Args:
-        model (`str`, `Path` or a model): A folder, the id of a model on the Hub, or a model.
+        model (`str` or `Path`): A folder, or the id of a model on the Hub.
         beside (`dict`, *optional*): Other such models by what they are called.
         level (`int`, *optional*): Of a stack; that of its configuration when not given. Those beside give theirs.
 
@@ -58,23 +56,18 @@ def load_encoders(
     Raises:
         InputError: There is no whole model of this package, or no such level.
     """
-    columns = [_published(name, *_loaded(other)) for name, other in (beside or {}).items()]
-    model, *statistics = _loaded(model)
-    if not isinstance(model, CJepaForPreTraining):
-        return [*columns, _drawn("encoder", model.base_model, statistics, level)]
+    columns = []
+    for name, other in (beside or {}).items():
+        loaded, *statistics = load_with_statistics(other, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        kind = "target encoder" if isinstance(loaded, CJepaForPreTraining) else "encoder"
+        columns.append(_drawn(f"{name} {kind}", loaded.base_model, statistics, None))
+    loaded, *statistics = load_with_statistics(model, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    if not isinstance(loaded, CJepaForPreTraining):
+        return [*columns, _drawn("encoder", loaded.base_model, statistics, level)]
     # without the regulariser it is I-JEPA, exactly
-    name = "C-JEPA" if model.config.regularizer_weight else "I-JEPA"
-    own = {"target": model.cjepa, "context": model.context_encoder}
-    return columns + [_drawn(f"{name} {part} encoder", each, statistics, level) for part, each in own.items()]
-
-
-def _loaded(model) -> tuple:
-    return load_with_statistics(model, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-
-
-def _published(name: str, model: PreTrainedModel, *statistics) -> DrawnEncoder:
-    title = f"{name} target encoder" if isinstance(model, CJepaForPreTraining) else f"{name} encoder"
-    return _drawn(title, model.base_model, statistics, None)
+    name = "C-JEPA" if loaded.config.regularizer_weight else "I-JEPA"
+    own = {"target encoder": loaded.cjepa, "context encoder": loaded.context_encoder}
+    return columns + [_drawn(f"{name} {kind}", each, statistics, level) for kind, each in own.items()]
 
 
 def _drawn(title: str, encoder: PreTrainedModel, statistics, level: int | None) -> DrawnEncoder:

@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image as PILImage
 from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
-from transformers import PreTrainedModel
 
 from trainers.datasets import read_image
 from trainers.drawn_encoders import DrawnEncoder, load_encoders
@@ -25,17 +24,17 @@ ENDS = (1, 99)
 
 
 def visualize_pca(
-    model: str | Path | PreTrainedModel,
+    model: str | Path,
     images: Sequence[str | Path],
     output_dir: str | Path,
-    beside: "Mapping[str, str | Path | PreTrainedModel] | None" = None,
+    beside: Mapping[str, str | Path] | None = None,
     level: int | None = None,
 ) -> dict:
     """
     Draws the principal components of several encoders' patch tokens and writes `pca.png` and `pca.json`.
 
     Args:
-        model (`str`, `Path` or a model): A folder, the id of a model on the Hub, or a model.
+        model (`str` or `Path`): A folder, or the id of a model on the Hub.
         images (`list` of `str` or `Path`): Files; the components are those of all of them.
         output_dir (`str` or `Path`): The folder to write to.
         beside (`dict`, *optional*): Other models by name, whose published encoders are the first columns.

@@ -115,9 +115,8 @@ class PatchMap(OneLevel):
         if features.ndim == 4:
             return BaseModelOutputWithPooling(pooler_output=features.permute(0, 2, 3, 1))
         if not isinstance(self.model, CJepaModel):
-            raise InputError(
-                "pooling='patches' needs features on a grid, and this level gives tokens; choose mean or another level."
-            )
+            raise InputError("pooling='patches' needs features on a grid, and this level gives tokens; choose mean or "
+                             "a level of maps.")  # fmt: skip
         return BaseModelOutputWithPooling(
             pooler_output=features.unflatten(1, level_grid(self.model, self.level, pixel_values))
         )

@@ -105,7 +105,7 @@ def visualize_predictions(
     Raises:
         InputError: An image cannot be read, the model has no predictor, or more is asked for than there is.
     """
-    name = str(model)
+    name = str(model) if isinstance(model, str | Path) else type(model).__name__
     model, *statistics = load_with_statistics(model, image_mean, image_std)
     if not isinstance(model, CJepaForPreTraining):
         raise InputError(f"{name} holds a {type(model).__name__}, which has no predictor of masked patches; give the "
