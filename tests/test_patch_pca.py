@@ -54,7 +54,8 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     tiny_model().save_pretrained(folder / "cjepa")
     tiny_sjea().save_pretrained(folder / "sjea")
-    tiny_sjea(sjea_level(), sjea_level(backbone=TRANSFORMER, input="tokens")).save_pretrained(folder / "tokens")
+    upper = {"backbone": TRANSFORMER, "input": "tokens", "expander_sizes": [24, 24, 24]}
+    tiny_sjea(sjea_level(), upper).save_pretrained(folder / "tokens")
     return folder
 
 
