@@ -170,7 +170,7 @@ def picture_parser(pictures, what: str, run, summary: str, description: str, exa
     parser = pictures.add_parser(
         what,
         help=summary,
-        description=description.replace("%", "%%"),
+        description=description,
         epilog=f"example{'s' * (len(lines) > 1)}:  " + "\n           ".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=f"cjepa visualize {what} MODEL IMAGE... [--key value ...]",

@@ -3,6 +3,7 @@
 Shapes: B images, M target blocks, K patches a block, Nc context patches, H and W rows and columns of pixels.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from trainers.errors import InputError
 from trainers.level_views import class_colors
 from trainers.loading import load_encoder_config
 from trainers.panels import Panel, PatchGrid, view_of, write_picture
+
+# points of the thinnest outline of a block
+_LINE = 1.2
 
 Masks = tuple[torch.Tensor, torch.Tensor]
 
@@ -112,18 +116,24 @@ def mask_panels(view: np.ndarray, number: int, levels: list[Masks], config: CJep
     grid = PatchGrid(config.grid_size[1], pair(config.patch_size))
     context_ids, target_ids = (ids[number].numpy() for ids in levels[0])
     colors = class_colors(len(target_ids))
-    outlines = [grid.outline(block, color) for block, color in zip(target_ids, colors, strict=True)]
-    sizes = [(context.shape[1], rows * columns) for (context, _), (rows, columns) in zip(
-        levels, _grids(config), strict=True)]  # fmt: skip
-    blocks = [f"{targets.shape[1]} blocks of {targets.shape[2]}" for _, targets in levels]
-    names = [f", level {level}" if len(levels) > 1 else "" for level in range(len(levels))]
-    context_title = [f"context: {used} of {of}{name}" for (used, of), name in zip(sizes, names, strict=True)]
-    target_title = [f"targets: {block}{name}" for block, name in zip(blocks, names, strict=True)]
+    # the later the thinner: two blocks at the same place are both seen
+    outlines = [
+        dataclasses.replace(grid.outline(block, color), line=_LINE * (len(target_ids) - place))
+        for place, (block, color) in enumerate(zip(target_ids, colors, strict=True))
+    ]
+    sizes = [rows * columns for rows, columns in _grids(config)]
+    of_context = [f"{ids.shape[1]} of {size}" for (ids, _), size in zip(levels, sizes, strict=True)]
+    of_targets = [f"{ids.shape[1]} blocks of {ids.shape[2]}" for _, ids in levels]
     return [
         Panel(view),
-        Panel(grid.show(view, context_ids), "\n".join(context_title)),
-        Panel(grid.show(view, np.unique(target_ids)), "\n".join(target_title), outlines),
+        Panel(grid.show(view, context_ids), _title("context", of_context)),
+        Panel(grid.show(view, np.unique(target_ids)), _title("targets", of_targets), outlines),
     ]
+
+
+def _title(what: str, by_level: list[str]) -> str:
+    """A line for what is drawn, and one for each level of a stack above it."""
+    return "\n".join([f"{what}: {by_level[0]}", *(f"level {k}: {text}" for k, text in enumerate(by_level[1:], 1))])
 
 
 def _grids(config: CJepaConfig) -> list[tuple[int, int]]:

@@ -31,6 +31,7 @@ class Outline:
     Args:
         top, left, height, width (`int`): Where.
         color (`str`): Such as `#d62728`.
+        line (`float`): How wide it is drawn, in points.
     """
 
     top: int
@@ -38,6 +39,7 @@ class Outline:
     height: int
     width: int
     color: str
+    line: float = 1.6
 
 
 @dataclass
@@ -153,7 +155,7 @@ def draw_panels(rows: list[list[Panel]], path: Path):
             for outline in panel.outlines:
                 corner = (outline.left - 0.5, outline.top - 0.5)
                 size = outline.width, outline.height
-                axes.add_patch(Rectangle(corner, *size, fill=False, ec=outline.color, lw=1.6, clip_on=False))
+                axes.add_patch(Rectangle(corner, *size, fill=False, ec=outline.color, lw=outline.line, clip_on=False))
     with whole_file(path) as unfinished:
         figure.savefig(unfinished, dpi=_DPI, format="png")
 

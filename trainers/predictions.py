@@ -199,7 +199,7 @@ def _panels(view: np.ndarray, context_ids, entry: dict, source: ImageSource, con
     for near in entry["nearest"]:
         image = view_of(source.image(near["index"]), pair(config.image_size))
         shown.append((image, near["position"], f"nearest: {near['similarity']:.3f}"))
-    panels = [Panel(grid.show(view, context_ids.numpy()), "context, patch to predict", [asked])]
+    panels = [Panel(grid.show(view, context_ids.numpy()), "context and patch", [asked])]
     for image, position, title in shown:
         pixels, around = grid.surroundings(image, position, _MARGIN)
         middle = np.array([around.columns**2 // 2])
