@@ -1,6 +1,6 @@
 """`cjepa features`: embeddings of a whole data set."""
 
-import argparse
+from trainers.cli_models import as_in_the_run, model_parser
 
 # fields of the data arguments that say which images, and how they are normalised; features take splits as they are
 _DATA_FIELDS = ("dataset", "dataset_config", "image_column", "label_column", "image_mean", "image_std")
@@ -12,8 +12,10 @@ def add_features(commands):
     from trainers.flags import add_flags, type_hints
     from trainers.sources import DataArguments
 
-    parser = commands.add_parser(
+    parser = model_parser(
+        commands,
         "features",
+        usage="cjepa features MODEL --output DIR [--key value ...]",
         help="embed all images of a data set, into parquet files",
         description="Embed all images of a data set by a model (C-JEPA: the target encoder) and write them as "
         "parquet files that `datasets` and --dataset read: SPLIT-00000.parquet and so on, with the columns `index` "
@@ -26,14 +28,6 @@ def add_features(commands):
         '           cjepa features runs/mine/final --dataset "shards/train-*.tar" --streaming --output features\n'
         "           torchrun --nproc_per_node 2 -m trainers.cli features runs/mine/final --output features\n"
         '           then in Python:  datasets.load_dataset("parquet", data_dir="features")',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="cjepa features MODEL --output DIR [--key value ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a folder such as runs/mine/final, or the id of a model on the Hub; before all flags",
     )
     parser.add_argument("--output", "--out", metavar="DIR", required=True, help="the folder to write to")
     hints = {name: hint for name, hint in type_hints(DataArguments).items() if name in _DATA_FIELDS}
@@ -48,7 +42,6 @@ def run_features(namespace):
 
     from accelerate import PartialState
 
-    from trainers.cli_models import as_in_the_run
     from trainers.errors import InputError
     from trainers.feature_encoder import FeatureArguments
     from trainers.features import write_features

@@ -1,7 +1,8 @@
 """`cjepa finetune`: a classifier on a saved encoder."""
 
-import argparse
 import dataclasses
+
+from trainers.cli_models import model_parser
 
 # fields of transformers' TrainingArguments worth a line of `--help`; all others are accepted, too
 _COMMON_TRAINING_FIELDS = {
@@ -17,8 +18,10 @@ def add_finetune(commands):
     from trainers.finetune_args import FinetuneArguments, FinetuneDataArguments, FinetuneTrainingArguments
     from trainers.flags import add_flags, type_hints
 
-    parser = commands.add_parser(
+    parser = model_parser(
+        commands,
         "finetune",
+        usage="cjepa finetune MODEL [--key value ...]",
         help="train a classifier on a saved encoder: whole, its head only, or with LoRA",
         description="Train a classifier on a model's encoder by transformers' Trainer. A tenth of the train images is "
         "held out: the checkpoint that does best on it is saved in OUTPUT/final, and its accuracy on the evaluation "
@@ -30,14 +33,6 @@ def add_finetune(commands):
         "           cjepa finetune runs/mine/final --mode lora --lora_rank 8 --image_size 64\n"
         "           cjepa finetune runs/mine/final --label_share 0.01 --from_scratch\n"
         "           torchrun --nproc_per_node 2 scripts/finetune.py runs/mine/final",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="cjepa finetune MODEL [--key value ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a folder such as runs/mine/final, or the id of a model on the Hub; before all flags",
     )
     add_flags(parser, "fine-tuning", FinetuneArguments(), type_hints(FinetuneArguments))
     add_flags(parser, "data", FinetuneDataArguments(), type_hints(FinetuneDataArguments))

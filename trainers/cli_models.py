@@ -18,8 +18,10 @@ def add_evaluate(commands):
     from trainers.flags import add_flags, type_hints
     from trainers.sources import AUGMENTATIONS, DataArguments
 
-    parser = commands.add_parser(
+    parser = model_parser(
+        commands,
         "evaluate",
+        usage="cjepa evaluate MODEL [--key value ...]",
         help="kNN and linear probe of a frozen encoder, beside a random encoder and raw pixels",
         description="Evaluate the frozen encoder of a model (C-JEPA: the target encoder; a stack: one level or "
         "all) by weighted kNN and a linear probe, beside other models, a randomly initialised encoder and raw pixels, "
@@ -28,14 +30,6 @@ def add_evaluate(commands):
         epilog="examples:  cjepa evaluate runs/mine/final --dataset my/photos --output results.json\n"
         "           cjepa evaluate runs/mine/final --suite small --card runs/mine/final/README.md\n"
         "           cjepa evaluate runs/stack/final --level all --beside vicreg=runs/vicreg/final",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="cjepa evaluate MODEL [--key value ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a folder such as runs/mine/final, or the id of a model on the Hub; before all flags",
     )
     parser.add_argument("--output", metavar="FILE", help="write all figures to this JSON file")
     parser.add_argument(
@@ -59,6 +53,30 @@ def add_evaluate(commands):
     add_flags(parser, "data", DataArguments(), hints)
     add_flags(parser, "evaluation", EvaluationArguments(), type_hints(EvaluationArguments))
     parser.set_defaults(run=run_evaluate, parser=parser)
+
+
+def model_parser(commands, name: str, usage: str, **texts: str) -> argparse.ArgumentParser:
+    """
+    The parser of a command on a saved model.
+
+    Args:
+        commands: Where to, the subparsers of `cjepa` or of one of its commands.
+        name (`str`): What the command is called.
+        usage (`str`): The first line of its `--help`.
+        texts (`str`): `help`, `description` and `epilog`, as argparse has them.
+
+    Returns:
+        `argparse.ArgumentParser`: With the argument MODEL.
+    """
+    parser = commands.add_parser(
+        name, usage=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a folder such as runs/mine/final, or the id of a model on the Hub; before all flags",
+    )
+    return parser
 
 
 def run_evaluate(namespace):

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from trainers.cli_models import as_in_the_run, named_models, output_folder
+from trainers.cli_models import as_in_the_run, model_parser, named_models, output_folder
 
 
 def add_attention(pictures):
@@ -167,17 +167,13 @@ def picture_parser(pictures, what: str, run, summary: str, description: str, exa
         `argparse.ArgumentParser`.
     """
     lines = [f"cjepa visualize {what} {example}" for example in examples]
-    parser = pictures.add_parser(
+    parser = model_parser(
+        pictures,
         what,
+        usage=f"cjepa visualize {what} MODEL IMAGE... [--key value ...]",
         help=summary,
         description=description,
         epilog=f"example{'s' * (len(lines) > 1)}:  " + "\n           ".join(lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=f"cjepa visualize {what} MODEL IMAGE... [--key value ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "model", metavar="MODEL", help="a folder such as runs/mine/final, or the id of a model on the Hub"
     )
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="files with images")
     parser.add_argument("--output", metavar="FOLDER", help=f"where to (default: `{what}` in the model's folder)")

@@ -1,9 +1,8 @@
 """`cjepa probe`: what frozen patch features say about pixels."""
 
-import argparse
 from pathlib import Path
 
-from trainers.cli_models import output_folder
+from trainers.cli_models import model_parser, output_folder
 from trainers.errors import InputError
 
 DAVIS_FRAME_SIZE = 480
@@ -28,8 +27,10 @@ def add_segmentation(tasks):
     from trainers.segmentation import SegmentationArguments
     from trainers.sources import AUGMENTATIONS
 
-    parser = tasks.add_parser(
+    parser = model_parser(
+        tasks,
         "segmentation",
+        usage="cjepa probe segmentation MODEL [--key value ...]",
         help="a linear classifier of patches, its logits enlarged to the image",
         description="Fit a linear classifier on the frozen patch features of a model (C-JEPA: the target encoder; a "
         "stack: one level), enlarge its logits to the image, and print the mean intersection over union on images it "
@@ -40,12 +41,6 @@ def add_segmentation(tasks):
         epilog="examples:  cjepa probe segmentation runs/mine/final --output runs/mine/segmentation\n"
         "           cjepa probe segmentation runs/mine/final --dataset ADEChallengeData2016 --output maps\n"
         "           cjepa probe segmentation runs/mine/final --output maps --segment a.jpg b.jpg",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="cjepa probe segmentation MODEL [--key value ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "model", metavar="MODEL", help="a folder such as runs/mine/final, or the id of a model on the Hub"
     )
     parser.add_argument("--level", metavar="K", type=int, help="level of a stack, from 0 (default: as AutoModel)")
     parser.add_argument("--output", metavar="FOLDER", help="where to (default: `segmentation` in the model's folder)")
@@ -98,8 +93,10 @@ def add_propagation(tasks):
     from trainers.flags import add_flags, type_hints
     from trainers.propagation import PropagationArguments
 
-    parser = tasks.add_parser(
+    parser = model_parser(
+        tasks,
         "propagation",
+        usage="cjepa probe propagation MODEL [--key value ...]",
         help="the masks of a video's first frame carried on by the likeness of patches",
         description="Carry the masks of objects from the first frame of a video through the others by the likeness of "
         "the frozen patch features of a model (C-JEPA: the target encoder; a stack: one level), and print DAVIS' J "
@@ -110,12 +107,6 @@ def add_propagation(tasks):
         epilog="examples:  cjepa probe propagation runs/mine/final\n"
         "           cjepa probe propagation runs/mine/final --dataset DAVIS --output runs/mine/davis\n"
         "           cjepa probe propagation runs/mine/final --dataset DAVIS --num_clips 3 --frame_size 240",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="cjepa probe propagation MODEL [--key value ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "model", metavar="MODEL", help="a folder such as runs/mine/final, or the id of a model on the Hub"
     )
     parser.add_argument("--level", metavar="K", type=int, help="level of a stack, from 0 (default: as AutoModel)")
     parser.add_argument("--output", metavar="FOLDER", help="where to (default: `propagation` in the model's folder)")

@@ -1,8 +1,6 @@
 """`cjepa visualize`: pictures of what a saved model has learned; `cli_pictures.py` has those of single images."""
 
-import argparse
-
-from trainers.cli_models import as_in_the_run, named_models, output_folder
+from trainers.cli_models import as_in_the_run, model_parser, named_models, output_folder
 from trainers.cli_pictures import add_attention, add_masks, add_pca, add_predictions
 from trainers.errors import InputError
 
@@ -24,8 +22,10 @@ def add_levels(pictures):
     from trainers.flags import add_flags, type_hints
     from trainers.sources import AUGMENTATIONS, DataArguments
 
-    parser = pictures.add_parser(
+    parser = model_parser(
+        pictures,
         "levels",
+        usage="cjepa visualize levels MODEL [--key value ...]",
         help="what the levels of a stack tell apart, drawn and measured",
         description="Draw what each level of a stack tells apart, and of other models beside it: t-SNE and PCA of the "
         "embeddings of evaluation images coloured by class, one class zoomed in with the nearest images of its "
@@ -35,12 +35,6 @@ def add_levels(pictures):
         epilog="examples:  cjepa visualize levels runs/stack/final --beside vicreg=runs/vicreg/final\n"
         "           cjepa visualize levels runs/a1/final,runs/a2/final --beside vicreg=runs/b1/final,runs/b2/final\n"
         "           (several runs, such as one a seed: the first is drawn, the numbers are means with intervals)",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="cjepa visualize levels MODEL [--key value ...]",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "model", metavar="MODEL", help="a folder such as runs/mine/final, or the id of a model on the Hub"
     )
     parser.add_argument(
         "--beside",
@@ -88,19 +82,17 @@ def run_levels(namespace):
 
 def add_neighbours(pictures):
     """`cjepa visualize neighbours MODEL IMAGE... --features DIR`."""
-    parser = pictures.add_parser(
+    parser = model_parser(
+        pictures,
         "neighbours",
+        usage="cjepa visualize neighbours MODEL IMAGE... --features DIR [--key value ...]",
         help="the images of a features folder that are nearest to some images",
-        description="Show the images of a features folder (of `cjepa features`) that are nearest to some images by "
-        "cosine similarity of their embeddings. Writes neighbours.html (on its own, images included), neighbours.png "
-        "and neighbours.json.",
+        description="Show the images of a features folder, which `cjepa features` wrote with this model, that are "
+        "nearest to some images by cosine similarity of their embeddings. Writes neighbours.html (on its own, images "
+        "included), neighbours.png and neighbours.json.",
         epilog="example:  cjepa features runs/mine/final --dataset my/photos --output features\n"
         "          cjepa visualize neighbours runs/mine/final cat.jpg dog.jpg --features features",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="cjepa visualize neighbours MODEL IMAGE... --features DIR [--key value ...]",
-        allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="the model that made the features")
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="files to look for")
     parser.add_argument("--features", metavar="DIR", required=True, help="folder that `cjepa features` has written")
     parser.add_argument("--k", type=int, default=8, help="nearest images to show of each (default 8)")
