@@ -20,7 +20,7 @@ from trainers.loading import load_encoder_config
 from trainers.panels import Panel, PatchGrid, view_of, write_picture
 
 # points of the thinnest outline of a block
-_LINE = 1.2
+_LINE = 0.8
 
 Masks = tuple[torch.Tensor, torch.Tensor]
 
