@@ -32,13 +32,15 @@ WIDTHS = {"sjea": (32, 32), "sjea of a transformer": (32, 32), "stacked cjepa": 
 LOAD = """
 import json, sys
 import torch
+from PIL import Image
 from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification,
-                          AutoModelForPreTraining)
+                          AutoModelForPreTraining, pipeline)
 
 folder = sys.argv[1]
 images = torch.load(f"{folder}/images.pt")
 remote = {"trust_remote_code": True}
-AutoImageProcessor.from_pretrained(folder)
+picture = Image.new("RGB", (40, 30), (200, 100, 50))
+pixel_values = AutoImageProcessor.from_pretrained(folder)(picture, return_tensors="pt").pixel_values
 found = {"model_type": AutoConfig.from_pretrained(folder, **remote).model_type, "levels": []}
 for level in (0, 1):
     model, info = AutoModel.from_pretrained(folder, level=level, output_loading_info=True, **remote)
@@ -46,6 +48,8 @@ for level in (0, 1):
     found["levels"].append(outputs.pooler_output.tolist())
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     assert len(outputs.level_embeddings) == level + 1, outputs.level_embeddings
+    features = pipeline("image-feature-extraction", model=folder, model_kwargs={"level": level}, pool=True, **remote)
+    torch.testing.assert_close(torch.tensor(features(picture)), model(pixel_values).pooler_output)
     classifier = AutoModelForImageClassification.from_pretrained(folder, level=level, num_labels=3, **remote)
     assert classifier(images).logits.shape == (len(images), 3)
 found["default"] = AutoModel.from_pretrained(folder, **remote)(images).pooler_output.tolist()

@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+import torch
 import yaml
 
 from trainers.cli import main
@@ -29,6 +30,21 @@ def test_shipped_recipe_builds_a_model(name, tmp_path):
         if key == "levels":  # which are filled up with defaults
             built = [{name: level[name] for name in given} for level, given in zip(built, value, strict=True)]
         assert built == value
+
+
+def test_the_authors_default_folds_what_the_expander_gives(tmp_path):
+    recipe = read_recipe("sjea_simple_cifar10", {"output_dir": str(tmp_path)})
+    model = build_model(recipe, training_arguments(recipe)).eval()
+    lower, upper = model.sjea.levels
+    expanded, read = [], []
+    lower.expander.register_forward_hook(lambda module, inputs, output: expanded.append(output))
+    upper.backbone.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    with torch.no_grad():
+        model(torch.randn(2, 2, 3, 32, 32), return_loss=False)
+    assert expanded[0].shape[1] == 256
+    assert torch.equal(read[0], expanded[0].reshape(-1, 1, 16, 16))
+    layers = [module for module in model.expanders["1"].modules() if not list(module.children())]
+    assert [(type(layer), layer.in_features, layer.out_features) for layer in layers] == [(torch.nn.Linear, 512, 1000)]
 
 
 def test_values_reach_their_sections(tmp_path):

@@ -28,7 +28,7 @@ from levels import (
 )
 from matplotlib.figure import Figure
 from PIL import Image
-from tiny import sjea_level, tiny_sjea
+from tiny import sjea_level, tiny_model, tiny_sjea
 
 from modeling_cjepa import SJeaConfig, SJeaModel
 from trainers.cli import main
@@ -78,6 +78,19 @@ def test_results_are_the_numbers_of_each_level(results, folder):
                 assert row["structure"][name][number] == pytest.approx(value, abs=1e-4)
     # colours tell the classes apart, even to an untrained encoder
     assert rows[0]["structure"]["fine"]["knn"] > 60
+
+
+def test_levels_of_masked_prediction_are_drawn_alike(tmp_path):
+    upper = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96}
+    model = tiny_model(image_size=SIZE, patch_size=2, min_context_patches=8, upper_levels=[upper]).eval()
+    rows = visualize(tmp_path, {"stack": model})["rows"]
+    assert [(row["encoder"], row["dim"]) for row in rows] == [("stack, level 0", 32), ("stack, level 1", 48)]
+    train_x, test_x = (embeddings_written_out(model.cjepa, source) for source in (TRAIN, TEST))
+    for row, train, test in zip(rows, train_x, test_x, strict=True):
+        labels = [{"fine": torch.from_numpy(source.labels)} for source in (TRAIN, TEST)]
+        expected = structure_of(train, labels[0], test, labels[1])["fine"]
+        assert row["structure"]["fine"]["silhouette"] == pytest.approx(expected["silhouette"], abs=1e-4)
+    assert (tmp_path / "levels.html").is_file() and (tmp_path / "levels.png").is_file()
 
 
 def test_zoom_is_into_the_class_that_differs_most(results):
