@@ -84,7 +84,7 @@ def test_levels_of_masked_prediction_are_drawn_alike(tmp_path):
     upper = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96}
     model = tiny_model(image_size=SIZE, patch_size=2, min_context_patches=8, upper_levels=[upper]).eval()
     rows = visualize(tmp_path, {"stack": model})["rows"]
-    assert [(row["encoder"], row["dim"]) for row in rows] == [("stack, level 0", 32), ("stack, level 1", 48)]
+    assert [(row["encoder"], row["dim"]) for row in rows] == [("level 0", 32), ("level 1", 48)]
     train_x, test_x = (embeddings_written_out(model.cjepa, source) for source in (TRAIN, TEST))
     for row, train, test in zip(rows, train_x, test_x, strict=True):
         labels = [{"fine": torch.from_numpy(source.labels)} for source in (TRAIN, TEST)]
