@@ -19,7 +19,7 @@ from trainers.embedding import device_of
 from trainers.loading import load_with_statistics
 from trainers.mask_sources import MaskDataset, MaskSource
 from trainers.pooling import pooled_encoder
-from trainers.reports import markdown_table
+from trainers.reports import markdown_table, with_interval
 from trainers.segmentation import (
     FrozenMaps,
     LinearSegmenter,
@@ -139,8 +139,7 @@ def format_segmentation(results: dict) -> str:
     cells = [["encoder", "mIoU % (95 % interval)", "pixels right % (95 % interval)"]]
     for row in results["rows"]:
         cells.append([row["encoder"]] + [
-            f"{row[name]:.1f} ({'-'.join(f'{end:.1f}' for end in row[f'{name}_interval'])})"
-            for name in ("miou", "pixel_accuracy")
+            with_interval(row, name) for name in ("miou", "pixel_accuracy")
         ])  # fmt: skip
     settings = (
         f"{results['num_test_images']:,} images of {results['test_dataset']}, {len(results['classes'])} classes, "

@@ -22,7 +22,7 @@ from trainers.mask_scores import contour_accuracy, region_similarity
 from trainers.mask_sources import IGNORED, MaskSource
 from trainers.pooling import pooled_encoder
 from trainers.propagation import PropagationArguments, Propagator
-from trainers.reports import markdown_table
+from trainers.reports import markdown_table, with_interval
 from trainers.segmentation import PixelPatches
 
 _NUM_RESAMPLES = 1000
@@ -165,8 +165,7 @@ def format_propagation(results: dict, dataset: str | Path) -> str:
     cells = [["encoder", "J&F % (95 % interval)", "J % (95 % interval)", "F % (95 % interval)"]]
     for row in results["rows"]:
         cells.append([row["encoder"]] + [
-            f"{row[name]:.1f} ({'-'.join(f'{end:.1f}' for end in row[f'{name}_interval'])})"
-            for name in SCORES[::-1][:1] + SCORES[:2]
+            with_interval(row, name) for name in ("j_and_f", "j", "f")
         ])  # fmt: skip
     settings = (
         f"{results['num_clips']:,} videos of {dataset}, {results['num_objects']:,} objects, {results['num_frames']:,} "

@@ -127,6 +127,11 @@ def format_table(results: dict) -> str:
     return "\n".join([_settings_line(results), "", *lines])
 
 
+def with_interval(row: dict, name: str) -> str:
+    """A figure in percent with its interval, as `51.2 (50.1-52.2)`."""
+    return f"{row[name]:.1f} ({'-'.join(f'{end:.1f}' for end in row[f'{name}_interval'])})"
+
+
 def markdown_table(cells: list[list[str]]) -> list[str]:
     """Lines of a table whose columns are aligned in plain text, too; the first row of cells is the header."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
