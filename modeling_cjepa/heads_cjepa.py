@@ -100,7 +100,7 @@ class CJepaAttentivePooling(nn.Module):
         self.query = nn.Parameter(torch.zeros(1, 1, width))
         self.layernorm_tokens = nn.LayerNorm(width, eps=eps)
         self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width, bias=False)  # one would add the same to every token's logit
         self.v_proj = nn.Linear(width, width)
         self.o_proj = nn.Linear(width, width)
         self.layernorm_mlp = nn.LayerNorm(width, eps=eps)
@@ -113,14 +113,15 @@ class CJepaAttentivePooling(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Pools tokens (B, N, D) to embeddings (B, D)."""
-        keys = self.layernorm_tokens(tokens)
-        query, key, value = (
-            projection(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projection, states in (
-                (self.q_proj, self.query.expand(len(tokens), -1, -1)), (self.k_proj, keys), (self.v_proj, keys)
-            )
-        )  # fmt: skip
-        attended = nn.functional.scaled_dot_product_attention(query, key, value)
-        pooled = self.query + self.o_proj(attended.transpose(1, 2).flatten(2))
-        pooled = pooled + self.fc2(nn.functional.gelu(self.fc1(self.layernorm_mlp(pooled))))
-        return pooled.squeeze(1)
+        tokens = self.layernorm_tokens(tokens)
+        by_head = (self.num_heads, -1)
+        # One query meets all tokens, so that it is projected back to their features instead of them to keys, and values
+        # are projected once pooled: the same numbers, without a product of N x D x D.
+        query = self.q_proj(self.query).view(by_head)  # (H, D / H)
+        asked = torch.einsum("hc,hcd->hd", query, self.k_proj.weight.unflatten(0, by_head))
+        attention = (tokens @ asked.T * query.shape[1] ** -0.5).softmax(dim=1)  # (B, N, H)
+        pooled = attention.transpose(1, 2) @ tokens  # (B, H, D)
+        values = torch.einsum("bhd,hcd->bhc", pooled, self.v_proj.weight.unflatten(0, by_head))
+        attended = values.flatten(1) + self.v_proj.bias
+        pooled = self.query[0] + self.o_proj(attended)
+        return pooled + self.fc2(nn.functional.gelu(self.fc1(self.layernorm_mlp(pooled))))

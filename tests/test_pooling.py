@@ -88,7 +88,7 @@ def test_attentive_pooling_is_torchs_attention_and_an_mlp():
     theirs = nn.MultiheadAttention(32, 4, batch_first=True)
     names = ("q_proj", "k_proj", "v_proj")
     theirs.in_proj_weight.copy_(torch.cat([getattr(pooling, name).weight for name in names]))
-    theirs.in_proj_bias.copy_(torch.cat([getattr(pooling, name).bias for name in names]))
+    theirs.in_proj_bias.copy_(torch.cat([pooling.q_proj.bias, torch.zeros(32), pooling.v_proj.bias]))
     theirs.out_proj.load_state_dict(pooling.o_proj.state_dict())
     keys = pooling.layernorm_tokens(tokens)
     query = pooling.query.expand(3, 1, 32)
