@@ -169,7 +169,9 @@ def test_labels_come_from_the_first_frame_and_those_just_before():
     alone = PropagationArguments(num_context_frames=0, disable_tqdm=True)
     masks = list(propagator(Counting()).masks(clip, alone, 40))
     assert len(seen) == len(clip)
-    assert region_similarity(clip.mask(5) == 1, masks[4] == 1) > 0.7
+    with_one_before = PropagationArguments(num_context_frames=1, disable_tqdm=True)
+    for found in (masks, list(propagator().masks(clip, with_one_before, 40))):
+        assert region_similarity(clip.mask(5) == 1, found[4] == 1) > 0.7
     # one that has changed for good is followed by the frames before alone
     clip = moving()
     for number in range(6):
@@ -192,6 +194,13 @@ def test_scores_leave_out_the_first_the_last_and_what_does_not_count():
     assert score_clip(clip, wrong)[0, 0] < 1
     clip.masks[1, 0, 47] = 255
     assert score_clip(clip, wrong).tolist() == [[1, 1], [1, 1]]
+
+
+def test_masks_that_do_not_move_are_the_first_one_without_what_does_not_count():
+    clip = moving(3)
+    clip.masks[0, 0, 47] = 255
+    first = moving(3).mask(0)
+    assert [np.array_equal(mask, first) for mask in Unmoved().masks(clip, QUIET, 40)] == [True, True]
 
 
 def test_means_are_over_objects_and_intervals_over_videos():
