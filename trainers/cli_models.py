@@ -139,6 +139,16 @@ def check_suite_flags(namespace):
         check_card(namespace.card)
 
 
+def add_level(parser: argparse.ArgumentParser):
+    """The flag that chooses a level of a stack."""
+    parser.add_argument("--level", metavar="K", type=int, help="level of a stack, from 0 (default: as AutoModel)")
+
+
+def add_output(parser: argparse.ArgumentParser, what: str):
+    """The flag for the folder that [`output_folder`] gives."""
+    parser.add_argument("--output", metavar="FOLDER", help=f"where to (default: `{what}` in the model's folder)")
+
+
 def output_folder(namespace, what: str):
     """Where a command writes: the folder of `--output`, or one called as `what` in the model's or the current one."""
     from pathlib import Path

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from trainers.cli_models import as_in_the_run, model_parser, named_models, output_folder
+from trainers.cli_models import add_level, add_output, as_in_the_run, model_parser, named_models, output_folder
 
 
 def add_attention(pictures):
@@ -176,7 +176,7 @@ def picture_parser(pictures, what: str, run, summary: str, description: str, exa
         epilog=f"example{'s' * (len(lines) > 1)}:  " + "\n           ".join(lines),
     )
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="files with images")
-    parser.add_argument("--output", metavar="FOLDER", help=f"where to (default: `{what}` in the model's folder)")
+    add_output(parser, what)
 
     def draw(namespace):
         folder = output_folder(namespace, what)
@@ -196,7 +196,7 @@ def add_columns(parser: argparse.ArgumentParser):
         default=[],
         help="other models, whose encoders (C-JEPA: the target encoder) are the first columns",
     )
-    parser.add_argument("--level", metavar="K", type=int, help="level of a stack, from 0 (default: as AutoModel)")
+    add_level(parser)
 
 
 def place(text: str) -> tuple[int, int]:

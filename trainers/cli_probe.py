@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trainers.cli_models import model_parser, output_folder
+from trainers.cli_models import add_level, add_output, model_parser, output_folder
 from trainers.errors import InputError
 
 DAVIS_FRAME_SIZE = 480
@@ -42,8 +42,8 @@ def add_segmentation(tasks):
         "           cjepa probe segmentation runs/mine/final --dataset ADEChallengeData2016 --output maps\n"
         "           cjepa probe segmentation runs/mine/final --output maps --segment a.jpg b.jpg",
     )
-    parser.add_argument("--level", metavar="K", type=int, help="level of a stack, from 0 (default: as AutoModel)")
-    parser.add_argument("--output", metavar="FOLDER", help="where to (default: `segmentation` in the model's folder)")
+    add_level(parser)
+    add_output(parser, "segmentation")
     parser.add_argument("--segment", metavar="IMAGE", nargs="*", default=[], help="images of your own to segment")
     left_out = (*AUGMENTATIONS, "label_column")
     hints = {name: hint for name, hint in type_hints(MaskArguments).items() if name not in left_out}
@@ -108,8 +108,8 @@ def add_propagation(tasks):
         "           cjepa probe propagation runs/mine/final --dataset DAVIS --output runs/mine/davis\n"
         "           cjepa probe propagation runs/mine/final --dataset DAVIS --num_clips 3 --frame_size 240",
     )
-    parser.add_argument("--level", metavar="K", type=int, help="level of a stack, from 0 (default: as AutoModel)")
-    parser.add_argument("--output", metavar="FOLDER", help="where to (default: `propagation` in the model's folder)")
+    add_level(parser)
+    add_output(parser, "propagation")
     add_flags(parser, "data", ClipArguments(), type_hints(ClipArguments))
     add_flags(parser, "probe", PropagationArguments(), type_hints(PropagationArguments))
     parser.set_defaults(run=run_propagation, parser=parser)

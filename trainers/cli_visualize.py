@@ -1,6 +1,6 @@
 """`cjepa visualize`: pictures of what a saved model has learned; `cli_pictures.py` has those of single images."""
 
-from trainers.cli_models import as_in_the_run, model_parser, named_models, output_folder
+from trainers.cli_models import add_output, as_in_the_run, model_parser, named_models, output_folder
 from trainers.cli_pictures import add_attention, add_masks, add_pca, add_predictions
 from trainers.errors import InputError
 
@@ -97,7 +97,7 @@ def add_neighbours(pictures):
     parser.add_argument("--features", metavar="DIR", required=True, help="folder that `cjepa features` has written")
     parser.add_argument("--k", type=int, default=8, help="nearest images to show of each (default 8)")
     parser.add_argument("--split", help="split of the features (default: train if there is one, else the first)")
-    parser.add_argument("--output", metavar="FOLDER", help="where to (default: `neighbours` in the model's folder)")
+    add_output(parser, "neighbours")
     parser.set_defaults(run=run_neighbours, parser=parser)
 
 
