@@ -115,8 +115,8 @@ class CJepaAttentivePooling(nn.Module):
         """Pools tokens (B, N, D) to embeddings (B, D)."""
         tokens = self.layernorm_tokens(tokens)
         by_head = (self.num_heads, -1)
-        # One query meets all tokens, so that it is projected back to their features instead of them to keys, and values
-        # are projected once pooled: the same numbers, without a product of N x D x D.
+        # One query meets all tokens, so that it is projected back to their features, instead of them to keys, and
+        # values are projected once pooled: the same numbers, without products of N x D x D.
         query = self.q_proj(self.query).view(by_head)  # (H, D / H)
         asked = torch.einsum("hc,hcd->hd", query, self.k_proj.weight.unflatten(0, by_head))
         attention = (tokens @ asked.T * query.shape[1] ** -0.5).softmax(dim=1)  # (B, N, H)
