@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import matplotlib.figure
+import matplotlib.ticker
 import torch
 
 _PACKAGES = ("cjepa", "torch", "torchvision", "transformers", "accelerate", "datasets")
@@ -89,6 +90,9 @@ def draw_curves(log_history: list[dict], path: Path, panels: tuple[tuple, ...] =
         axes.grid(alpha=0.3)
         if logarithmic and axes.lines:
             axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            if high < 10 * low:  # no power of ten between the two: plain numbers are easier to read
+                axes.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
         if len(axes.lines) > 1:
             axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
