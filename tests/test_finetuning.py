@@ -356,6 +356,11 @@ def fails(capsys, status: int, *words: str):
         (["--label_column", "kind"], ["kind", "--label_column"]),
         (["--lr_scheduler_type", "square"], ["square"]),
         (["--label_share", "0.01"], ["one image of each class", "--validation_share 0"]),
+        (
+            ["--output_dir", __file__, "--dataset", "none"],
+            ["test_finetuning.py is a file", "name a folder"],
+        ),
+        (["--output_dir", __file__ + "/run", "--dataset", "none"], ["test_finetuning.py/run", "lies in one"]),
     ],
 )
 def test_impossible_flags_are_one_sentence(encoder, photos, tmp_path, capsys, flags, words):

@@ -129,6 +129,9 @@ def start_arguments(training_class: type[TrainingArguments], values: dict, name:
             PartialState(cpu=bool(values.get("use_cpu", False)))
             broadcast_object_list(folder)
         values["output_dir"] = folder[0]
+    output = Path(values["output_dir"])
+    if any(path.exists() and not path.is_dir() for path in (output, *output.parents)):
+        raise InputError(f"--output_dir {output} is a file or lies in one; name a folder.")
     try:
         args = training_class(**values)
     except (ValueError, TypeError, ImportError) as error:
