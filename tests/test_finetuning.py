@@ -361,11 +361,27 @@ def fails(capsys, status: int, *words: str):
             ["test_finetuning.py is a file", "name a folder"],
         ),
         (["--output_dir", __file__ + "/run", "--dataset", "none"], ["test_finetuning.py/run", "lies in one"]),
+        (["--dataloader_drop_last", "--per_device_train_batch_size", "55"], ["all 54 train images", "the 55 of"]),
     ],
 )
 def test_impossible_flags_are_one_sentence(encoder, photos, tmp_path, capsys, flags, words):
     fails(capsys, finetune(encoder, photos, tmp_path / "run", *flags), *words)
     assert not (tmp_path / "run" / "final").exists()
+
+
+def test_batches_that_are_left_out_are_those_of_training(encoder, photos, tmp_path):
+    """6 held-out and 30 test images are all evaluated on, in batches of 8; of 54 train images 48 make 3 batches."""
+    flags = [*PLAIN, "--dataloader_drop_last", "--per_device_eval_batch_size", "8"]
+    assert finetune(encoder, photos, tmp_path / "run", *flags) == 0
+    facts = facts_of(tmp_path / "run")
+    assert facts["training"]["steps"] == 9
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "final")
+    logits, labels = predictions(model, AutoImageProcessor.from_pretrained(tmp_path / "run" / "final"), photos)
+    found = [model.config.id2label[int(number)] for number in logits.argmax(dim=1)]
+    assert facts["evaluation"]["num_test_images"] == len(found) == 30
+    assert facts["evaluation"]["accuracy"] == pytest.approx(100 * np.mean(np.array(found) == labels))
+    held_out = [entry["eval_accuracy"] * 6 for entry in facts["history"] if "eval_accuracy" in entry]
+    assert len(held_out) == 3 and held_out == pytest.approx(np.round(held_out))
 
 
 def test_models_that_cannot_are_refused(stack, photos, tmp_path, capsys, monkeypatch):

@@ -1,7 +1,7 @@
 """A fine-tuning run from a saved encoder to a published classifier, on transformers' own `Trainer`.
 
-No subclass is needed: the optimizer's groups, the loss of mixed labels and the metrics are arguments of `Trainer`, and
-our models' parameters have one name in memory and on disk, so that it reloads its best checkpoint exactly.
+The optimizer's groups, the loss of mixed labels and the metrics are arguments of `Trainer`, and our models' parameters
+have one name in memory and on disk, so that it reloads its best checkpoint exactly.
 """
 
 import json
@@ -32,6 +32,7 @@ from trainers.finetune_data import (
     finetune_transform,
     load_splits,
 )
+from trainers.finetune_trainer import ClassifierTrainer, check_possible
 from trainers.layer_decay import parameter_groups
 from trainers.pretraining import start_arguments
 from trainers.probes import accuracy_interval, top_accuracies
@@ -177,15 +178,16 @@ def describe(run: Finetuning, model, args, sources) -> str:
 
 def build_trainer(
     run: Finetuning, model, args: FinetuneTrainingArguments, train: ImageSource, validation: ImageSource | None
-) -> Trainer:
-    """transformers' Trainer for a classifier."""
+) -> ClassifierTrainer:
+    """The trainer of a classifier."""
     config, settings, data = model.config, run.settings, run.data
     image_size, num_classes = pair(config.image_size), config.num_labels
+    check_possible(args, len(train))
     rates = (args.learning_rate, args.weight_decay, settings.layer_decay)
     groups = parameter_groups(model.named_parameters(), config, *rates)
     try:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        trainer = Trainer(
+        trainer = ClassifierTrainer(
             model,
             args,
             data_collator=ClassificationCollator(

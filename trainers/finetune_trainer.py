@@ -1,0 +1,53 @@
+"""transformers' `Trainer` for classifiers that are published, and what is refused before it trains."""
+
+from contextlib import contextmanager
+
+from transformers import Trainer
+
+from trainers.errors import InputError
+from trainers.finetune_args import FinetuneTrainingArguments
+
+
+class ClassifierTrainer(Trainer):
+    """
+    transformers' `Trainer`, whose `dataloader_drop_last` leaves out train images alone, where transformers' evaluates
+    and predicts without the last, too.
+    """
+
+    @contextmanager
+    def _every_image(self):
+        """Data loaders that are made here give the last, smaller batch, too."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Batches of all held-out images."""
+        with self._every_image():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """Batches of all images to predict."""
+        with self._every_image():
+            return super().get_test_dataloader(test_dataset)
+
+
+def check_possible(args: FinetuneTrainingArguments, num_images: int):
+    """
+    Refuses what cannot be trained with the images that there are.
+
+    Args:
+        args ([`FinetuneTrainingArguments`]): How is trained.
+        num_images (`int`): Train images.
+
+    Raises:
+        InputError: There is no whole batch of train images where smaller ones are left out.
+    """
+    batch_size = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and num_images < batch_size:
+        raise InputError(
+            f"dataloader_drop_last leaves out all {num_images} train images, fewer than the {batch_size} of a batch "
+            "over all processes; lower --per_device_train_batch_size or leave --dataloader_drop_last out."
+        )
