@@ -356,6 +356,7 @@ def fails(capsys, status: int, *words: str):
         (["--label_column", "kind"], ["kind", "--label_column"]),
         (["--lr_scheduler_type", "square"], ["square"]),
         (["--label_share", "0.01"], ["one image of each class", "--validation_share 0"]),
+        (["--metric_for_best_model", "f1"], ["metric_for_best_model='f1'", "loss, accuracy, top5_accuracy"]),
         (
             ["--output_dir", __file__, "--dataset", "none"],
             ["test_finetuning.py is a file", "name a folder"],
@@ -367,6 +368,29 @@ def fails(capsys, status: int, *words: str):
 def test_impossible_flags_are_one_sentence(encoder, photos, tmp_path, capsys, flags, words):
     fails(capsys, finetune(encoder, photos, tmp_path / "run", *flags), *words)
     assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.parametrize("metric", ["loss", "eval_top5_accuracy"])
+def test_the_best_checkpoint_is_that_of_the_metric(encoder, photos, tmp_path, metric):
+    assert finetune(encoder, photos, tmp_path / "run", *PLAIN, "--metric_for_best_model", metric) == 0
+    facts = facts_of(tmp_path / "run")
+    history = [entry for entry in facts["history"] if "eval_accuracy" in entry]
+    name, choose = {"loss": ("eval_loss", min), "eval_top5_accuracy": ("eval_top5_accuracy", max)}[metric]
+    best = choose(history, key=lambda entry: entry[name])
+    assert facts["training"]["best_step"] == best["step"]
+    assert facts["training"]["best_held_out_accuracy"] == pytest.approx(100 * best["eval_accuracy"])
+    words = {"loss": "by the loss", "eval_top5_accuracy": "by the top-5 accuracy"}[metric]
+    assert words in (tmp_path / "run" / "final" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("metric", ["top5_accuracy", "eval_top5_accuracy"])
+def test_top5_accuracy_of_five_classes_is_no_choice(encoder, photos, tmp_path, capsys, metric):
+    shutil.copytree(photos, tmp_path / "photos")
+    for split in ("train", "test"):
+        shutil.rmtree(tmp_path / "photos" / split / "red")
+    status = finetune(encoder, tmp_path / "photos", tmp_path / "run", "--metric_for_best_model", metric)
+    fails(capsys, status, metric, "of 5 classes", "choose by accuracy or loss")
+    assert not list(tmp_path.glob("run/checkpoint-*"))
 
 
 def test_batches_that_are_left_out_are_those_of_training(encoder, photos, tmp_path):

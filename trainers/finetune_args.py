@@ -14,6 +14,8 @@ _MODE_DEFAULTS = {
     "frozen": {"layer_decay": 1.0, "drop_path_rate": 0.0, "mixup": 0.0, "cutmix": 0.0},
     "lora": {"layer_decay": 1.0, "drop_path_rate": 0.0, "mixup": 0.0, "cutmix": 0.0},
 }
+# what a checkpoint can be the best of, with `eval_` before it or without
+METRICS = ("loss", "accuracy", "top5_accuracy")
 LEARNING_RATES = {"full": 5.0e-4, "frozen": 1.0e-3, "lora": 1.0e-3}
 
 
@@ -131,7 +133,9 @@ class FinetuneTrainingArguments(PrecisionTrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "when checkpoints are saved"})
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints kept, the best among them"})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "publish the best checkpoint, not the last"})
-    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "what is best"})
+    metric_for_best_model: str | None = field(
+        default="accuracy", metadata={"help": "what is best: `accuracy`, `loss` or `top5_accuracy`"}
+    )
 
     def __post_init__(self):
         for name in ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps"):
@@ -141,4 +145,7 @@ class FinetuneTrainingArguments(PrecisionTrainingArguments):
             raise ValueError(f"num_train_epochs={self.num_train_epochs} must be above 0, or max_steps be set.")
         if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(f"label_smoothing_factor={self.label_smoothing_factor} is not in [0, 1).")
+        metric = self.metric_for_best_model
+        if metric is not None and metric.removeprefix("eval_") not in METRICS:
+            raise ValueError(f"metric_for_best_model={metric!r} is not known; choose one of {', '.join(METRICS)}.")
         super().__post_init__()

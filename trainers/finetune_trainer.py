@@ -34,16 +34,18 @@ class ClassifierTrainer(Trainer):
             return super().get_test_dataloader(test_dataset)
 
 
-def check_possible(args: FinetuneTrainingArguments, num_images: int):
+def check_possible(args: FinetuneTrainingArguments, num_images: int, num_classes: int):
     """
-    Refuses what cannot be trained with the images that there are.
+    Refuses what cannot be trained, or chosen by, with the images that there are.
 
     Args:
         args ([`FinetuneTrainingArguments`]): How is trained.
         num_images (`int`): Train images.
+        num_classes (`int`): Their classes.
 
     Raises:
-        InputError: There is no whole batch of train images where smaller ones are left out.
+        InputError: There is no whole batch of train images where smaller ones are left out, or the best checkpoint
+            is to be that of the best top-5 accuracy and there are five classes or fewer.
     """
     batch_size = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and num_images < batch_size:
@@ -51,3 +53,14 @@ def check_possible(args: FinetuneTrainingArguments, num_images: int):
             f"dataloader_drop_last leaves out all {num_images} train images, fewer than the {batch_size} of a batch "
             "over all processes; lower --per_device_train_batch_size or leave --dataloader_drop_last out."
         )
+    metric = args.metric_for_best_model or ""
+    if metric.removeprefix("eval_") == "top5_accuracy" and num_ranks(num_classes) < 5:
+        raise InputError(
+            f"metric_for_best_model={metric!r}: of {num_classes} classes each is among the likeliest five; choose by "
+            "accuracy or loss."
+        )
+
+
+def num_ranks(num_classes: int) -> int:
+    """How many of an image's likeliest classes are looked at: five where they are not all of them, or one."""
+    return 5 if num_classes > 5 else 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import ProgressCallback, Trainer
+from transformers import ProgressCallback, Trainer, TrainerState
 from transformers.trainer_utils import set_seed
 
 from modeling_cjepa.configuration_cjepa import pair
@@ -32,7 +32,7 @@ from trainers.finetune_data import (
     finetune_transform,
     load_splits,
 )
-from trainers.finetune_trainer import ClassifierTrainer, check_possible
+from trainers.finetune_trainer import ClassifierTrainer, check_possible, num_ranks
 from trainers.layer_decay import parameter_groups
 from trainers.pretraining import start_arguments
 from trainers.probes import accuracy_interval, top_accuracies
@@ -182,7 +182,7 @@ def build_trainer(
     """The trainer of a classifier."""
     config, settings, data = model.config, run.settings, run.data
     image_size, num_classes = pair(config.image_size), config.num_labels
-    check_possible(args, len(train))
+    check_possible(args, len(train), num_classes)
     rates = (args.learning_rate, args.weight_decay, settings.layer_decay)
     groups = parameter_groups(model.named_parameters(), config, *rates)
     try:
@@ -199,7 +199,7 @@ def build_trainer(
             compute_loss_func=ClassificationLoss(args.label_smoothing_factor),
             compute_metrics=lambda predicted: top_accuracies(predicted.predictions, predicted.label_ids),
             # not the logits of all classes, but those that the metrics look at
-            preprocess_logits_for_metrics=lambda logits, labels: logits.topk(5 if num_classes > 5 else 1).indices,
+            preprocess_logits_for_metrics=lambda logits, labels: logits.topk(num_ranks(num_classes)).indices,
             optimizer_cls_and_kwargs=(optimizer_class, options | {"params": groups}),
             callbacks=[CropEpochCallback()],
         )
@@ -270,6 +270,18 @@ def trainable_parameters(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def best_checkpoint(args: FinetuneTrainingArguments, state: TrainerState) -> dict:
+    """The step of the checkpoint that was chosen, by what, and its held-out accuracy; None each if it is the last."""
+    steps = {entry["step"]: entry["eval_accuracy"] for entry in state.log_history if "eval_accuracy" in entry}
+    if not args.load_best_model_at_end or state.best_global_step not in steps:
+        return {"best_step": None, "best_by": None, "best_held_out_accuracy": None}
+    return {
+        "best_step": state.best_global_step,
+        "best_by": args.metric_for_best_model.removeprefix("eval_"),
+        "best_held_out_accuracy": 100 * steps[state.best_global_step],
+    }
+
+
 def run_facts(run: Finetuning, trainer: Trainer, model, num_trained: int, sources, seconds: float) -> dict:
     """What is known about a finished run, for `results.json` and the card."""
     train_source, validation, _ = sources
@@ -307,8 +319,7 @@ def run_facts(run: Finetuning, trainer: Trainer, model, num_trained: int, source
             "seconds": round(seconds, 1),
             "processes": args.world_size,
             "precision": "bf16" if args.bf16 else "float32",
-            "best_held_out_accuracy": None if state.best_metric is None else 100 * state.best_metric,
-            "best_step": state.best_global_step,
+            **best_checkpoint(args, state),
         },
         "machine": machine_facts(),
         "software": software_facts(),
