@@ -408,6 +408,25 @@ def test_batches_that_are_left_out_are_those_of_training(encoder, photos, tmp_pa
     assert len(held_out) == 3 and held_out == pytest.approx(np.round(held_out))
 
 
+DIVERGING = [*PLAIN, "--learning_rate", "1e30", "--warmup_steps", "0", "--validation_share", "0"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(encoder, photos, tmp_path, capsys):
+    """After a first step, whose loss is that of the encoder as it was."""
+    flags = [*DIVERGING, "--save_strategy", "steps", "--save_steps", "1"]
+    fails(capsys, finetune(encoder, photos, tmp_path / "run", *flags), "nan at step 2", "nothing is published",
+          "lower --learning_rate")  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1", "settings.yaml"]
+
+
+def test_weights_that_are_not_finite_are_not_published(encoder, photos, tmp_path, capsys):
+    """Where no loss is logged before the end, or the losses that are not finite are left out of it."""
+    for number, flags in enumerate((["--logging_steps", "500"], ["--logging_nan_inf_filter"])):
+        output = tmp_path / f"run{number}"
+        fails(capsys, finetune(encoder, photos, output, *DIVERGING, *flags), "The weights of step 12 are not finite")
+        assert sorted(path.name for path in output.iterdir()) == ["checkpoint-12", "checkpoint-8", "settings.yaml"]
+
+
 def test_models_that_cannot_are_refused(stack, photos, tmp_path, capsys, monkeypatch):
     fails(capsys, finetune(tmp_path, photos, tmp_path / "run"), "neither a folder")
     fails(capsys, finetune(stack, photos, tmp_path / "run", "--mode", "lora"), "adapts attention", "--mode full")

@@ -1,5 +1,6 @@
 """transformers' `Trainer` for classifiers that are published, and what is refused before it trains."""
 
+import math
 from contextlib import contextmanager
 
 from transformers import Trainer
@@ -7,11 +8,16 @@ from transformers import Trainer
 from trainers.errors import InputError
 from trainers.finetune_args import FinetuneTrainingArguments
 
+_DIVERGED = (
+    "the run has diverged, and nothing is published; lower --learning_rate or lengthen --warmup_steps, and start anew "
+    "with another --output_dir."
+)
+
 
 class ClassifierTrainer(Trainer):
     """
-    transformers' `Trainer`, whose `dataloader_drop_last` leaves out train images alone, where transformers' evaluates
-    and predicts without the last, too.
+    transformers' `Trainer`, with two differences: `dataloader_drop_last` leaves out train images alone, where
+    transformers' evaluates and predicts without the last, too; and a training loss that is not finite ends the run.
     """
 
     @contextmanager
@@ -32,6 +38,19 @@ class ClassifierTrainer(Trainer):
         """Batches of all images to predict."""
         with self._every_image():
             return super().get_test_dataloader(test_dataset)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        """Logs; raises `InputError` at a training loss that is not finite."""
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise InputError(f"The training loss is {logs['loss']} at step {self.state.global_step}: {_DIVERGED}")
+        super().log(logs, start_time)
+
+    def check_weights(self):
+        """Raises `InputError` where the trained weights are not finite, whether or not a loss was logged since."""
+        tensors = self.accelerator.unwrap_model(self.model).state_dict().values()
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            step = (self.args.load_best_model_at_end and self.state.best_global_step) or self.state.global_step
+            raise InputError(f"The weights of step {step} are not finite: {_DIVERGED}")
 
 
 def check_possible(args: FinetuneTrainingArguments, num_images: int, num_classes: int):

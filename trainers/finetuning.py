@@ -117,6 +117,7 @@ def finetune(run: Finetuning) -> Path:
             write_text_atomically(Path(args.output_dir, _SETTINGS), recipe_text(values))
         started = time.perf_counter()
         train(trainer, checkpoint)
+        trainer.check_weights()
         seconds = time.perf_counter() - started
         test = ImageDataset(sources[2], eval_transform(image_size))
         predicted = trainer.predict(test, metric_key_prefix="test")
