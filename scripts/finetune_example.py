@@ -20,7 +20,7 @@ model = AutoModelForImageClassification.from_pretrained(
 
 
 def to_inputs(rows):
-    pixel_values = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt").pixel_values
+    pixel_values = processor(rows["image"], return_tensors="pt").pixel_values
     return {"pixel_values": list(pixel_values), "labels": rows["label"]}
 
 
@@ -34,8 +34,9 @@ arguments = TrainingArguments(
     metric_for_best_model="accuracy", remove_unused_columns=False,
 )  # fmt: skip
 train, held_out = (images[split].with_transform(to_inputs) for split in ("train", "test"))
-trainer = Trainer(model, arguments, train_dataset=train, eval_dataset=held_out, compute_metrics=accuracy)
+trainer = Trainer(
+    model, arguments, processing_class=processor, train_dataset=train, eval_dataset=held_out, compute_metrics=accuracy
+)
 trainer.train()
 print(trainer.evaluate())
 trainer.save_model(f"{output}/final")
-processor.save_pretrained(f"{output}/final")

@@ -481,6 +481,8 @@ def test_two_processes_make_one_run(run, encoder, photos, tmp_path):
 def test_the_example_trains_a_classifier(encoder, photos, tmp_path):
     source = (ROOT / "scripts" / "finetune_example.py").read_text()
     assert "modeling_cjepa" not in source and "trainers" not in source.replace("Trainer", "")
+    _, _, code = source.split('"""')
+    assert len([line for line in code.splitlines() if line.strip()]) <= 30
     command = [sys.executable, str(ROOT / "scripts" / "finetune_example.py"), encoder, photos + "/train", "output"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
