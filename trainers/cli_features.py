@@ -1,6 +1,6 @@
 """`cjepa features`: embeddings of a whole data set."""
 
-from trainers.cli_models import as_in_the_run, model_parser
+from trainers.cli_models import add_data_flags, as_in_the_run, model_parser
 
 # fields of the data arguments that say which images, and how they are normalised; features take splits as they are
 _DATA_FIELDS = ("dataset", "dataset_config", "image_column", "label_column", "image_mean", "image_std")
@@ -31,7 +31,7 @@ def add_features(commands):
     )
     parser.add_argument("--output", "--out", metavar="DIR", required=True, help="the folder to write to")
     hints = {name: hint for name, hint in type_hints(DataArguments).items() if name in _DATA_FIELDS}
-    add_flags(parser, "data", DataArguments(), hints)
+    add_data_flags(parser, DataArguments(), hints)
     add_flags(parser, "features", FeatureArguments(), type_hints(FeatureArguments))
     parser.set_defaults(run=run_features, parser=parser)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from trainers.cli_models import model_parser
+from trainers.cli_models import add_data_flags, model_parser
 
 # fields of transformers' TrainingArguments worth a line of `--help`; all others are accepted, too
 _COMMON_TRAINING_FIELDS = {
@@ -35,7 +35,7 @@ def add_finetune(commands):
         "           torchrun --nproc_per_node 2 scripts/finetune.py runs/mine/final",
     )
     add_flags(parser, "fine-tuning", FinetuneArguments(), type_hints(FinetuneArguments))
-    add_flags(parser, "data", FinetuneDataArguments(), type_hints(FinetuneDataArguments))
+    add_data_flags(parser, FinetuneDataArguments(), type_hints(FinetuneDataArguments))
     listed = _COMMON_TRAINING_FIELDS | set(inspect.get_annotations(FinetuneTrainingArguments))
     add_flags(parser, "training", FinetuneTrainingArguments, type_hints(FinetuneTrainingArguments), listed)
     parser.set_defaults(run=run_finetune, parser=parser)

@@ -50,7 +50,7 @@ def add_evaluate(commands):
         "card, too, such as runs/mine/final/README.md",
     )  # fmt: skip
     hints = {name: hint for name, hint in type_hints(DataArguments).items() if name not in AUGMENTATIONS}
-    add_flags(parser, "data", DataArguments(), hints)
+    add_data_flags(parser, DataArguments(), hints)
     add_flags(parser, "evaluation", EvaluationArguments(), type_hints(EvaluationArguments))
     parser.set_defaults(run=run_evaluate, parser=parser)
 
@@ -163,6 +163,15 @@ def output_folder(namespace, what: str):
 def own_name(model: str) -> str:
     """What a model is called that nobody named: by its run's folder."""
     return str(model).rstrip("/").removesuffix("/final").rpartition("/")[2]
+
+
+def add_data_flags(parser: argparse.ArgumentParser, defaults, hints: dict[str, object]):
+    """The flags of the images, as [`add_flags`] makes them, for a command that calls [`as_in_the_run`]."""
+    from trainers.flags import add_flags
+
+    title = "data (without --dataset what is not given is as in the run that made MODEL)"
+    told = {"dataset": "that of the run", "image_mean": "MODEL's", "image_std": "MODEL's"}
+    add_flags(parser, title, defaults, hints, told=told)
 
 
 def level_value(text: str) -> int | str:

@@ -3,7 +3,15 @@
 import argparse
 from pathlib import Path
 
-from trainers.cli_models import add_level, add_output, as_in_the_run, model_parser, named_models, output_folder
+from trainers.cli_models import (
+    add_data_flags,
+    add_level,
+    add_output,
+    as_in_the_run,
+    model_parser,
+    named_models,
+    output_folder,
+)
 
 
 def add_attention(pictures):
@@ -95,7 +103,7 @@ def run_masks(namespace, folder: Path):
 
 def add_predictions(pictures):
     """`cjepa visualize predictions MODEL IMAGE... --dataset DATA`."""
-    from trainers.flags import add_flags, type_hints
+    from trainers.flags import type_hints
     from trainers.sources import AUGMENTATIONS, DataArguments
 
     parser = picture_parser(
@@ -124,7 +132,7 @@ def add_predictions(pictures):
     parser.add_argument("--seed", type=int, default=0, help="of the masks and of the choice of patches (default 0)")
     left_out = (*AUGMENTATIONS, "num_train_images", "num_eval_images")
     hints = {name: hint for name, hint in type_hints(DataArguments).items() if name not in left_out}
-    add_flags(parser, "data", DataArguments(), hints)
+    add_data_flags(parser, DataArguments(), hints)
 
 
 def run_predictions(namespace, folder: Path):

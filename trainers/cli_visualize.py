@@ -1,6 +1,6 @@
 """`cjepa visualize`: pictures of what a saved model has learned; `cli_pictures.py` has those of single images."""
 
-from trainers.cli_models import add_output, as_in_the_run, model_parser, named_models, output_folder
+from trainers.cli_models import add_data_flags, add_output, as_in_the_run, model_parser, named_models, output_folder
 from trainers.cli_pictures import add_attention, add_masks, add_pca, add_predictions
 from trainers.errors import InputError
 
@@ -19,7 +19,7 @@ def add_visualize(commands):
 
 def add_levels(pictures):
     """`cjepa visualize levels MODEL`."""
-    from trainers.flags import add_flags, type_hints
+    from trainers.flags import type_hints
     from trainers.sources import AUGMENTATIONS, DataArguments
 
     parser = model_parser(
@@ -49,7 +49,7 @@ def add_levels(pictures):
     parser.add_argument("--coarse", metavar="FILE", help="YAML file with the fine classes of each coarse one")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images, t-SNE and k-means (default 0)")
     hints = {name: hint for name, hint in type_hints(DataArguments).items() if name not in AUGMENTATIONS}
-    add_flags(parser, "data", DataArguments(), hints)
+    add_data_flags(parser, DataArguments(), hints)
     parser.set_defaults(run=run_levels, parser=parser)
 
 

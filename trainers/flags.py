@@ -104,7 +104,7 @@ def word(text: str) -> str | None:
     return None if text == "null" else text
 
 
-def add_flags(parser: argparse.ArgumentParser, title: str, defaults, hints: dict[str, object], listed=None):
+def add_flags(parser: argparse.ArgumentParser, title: str, defaults, hints: dict[str, object], listed=None, told=None):
     """
     Adds a flag for each field.
 
@@ -114,12 +114,14 @@ def add_flags(parser: argparse.ArgumentParser, title: str, defaults, hints: dict
         defaults: An instance of the fields' class, or the class itself, with their default values.
         hints (`dict[str, object]`): The fields and their types.
         listed (`set[str]`, *optional*): The fields that `--help` lists; all when not given.
+        told (`dict[str, str]`, *optional*): What `--help` says the default of a field is, where it is not the class'.
     """
     group = parser.add_argument_group(title)
     for name in hints:
         cls = defaults if isinstance(defaults, type) else type(defaults)
         text = " ".join(field_help(cls, name).split()).split(". ")[0].rstrip(".")
-        shown = f"{text} (default {getattr(defaults, name, None)})".replace("%", "%%")
+        default = (told or {}).get(name, getattr(defaults, name, None))
+        shown = f"{text} (default {default})".replace("%", "%%")
         group.add_argument(
             f"--{name}",
             type=word if takes_words(hints[name]) or enum_values(hints[name]) else flag_value,
