@@ -1,14 +1,21 @@
 """The modules of the `evaluate` library, by import and by path, against other libraries' arithmetic."""
 
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import seeded
+from tiny import seeded, tiny_model
+from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
+from trainers.cli import main
 from trainers.diagnostics import lidar, rankme
+from trainers.finetune_args import FinetuneDataArguments
+from trainers.finetune_data import load_splits
+from trainers.publishing import save_model
+from trainers.transforms import image_processor
 
 evaluate = pytest.importorskip("evaluate")
 FOLDER = Path(__file__).resolve().parent.parent / "trainers" / "metrics"
@@ -103,3 +110,39 @@ def test_top_accuracy_is_that_of_scikit_learn():
         assert found["accuracy"] == pytest.approx(accuracy_score(labels, ranked[:, 0]))
         assert found["top5_accuracy"] == pytest.approx(top_k_accuracy_score(labels, scores, k=5))
         assert module.compute(predictions=ranked[:, :1], references=labels).keys() == {"accuracy"}
+
+
+def test_the_stock_trainer_with_top_accuracy_gives_the_numbers_of_finetune(tmp_path):
+    """On the images that `cjepa finetune` held out."""
+    save_model(tiny_model(initializer_range=0.05), image_processor((32, 32), [0.5] * 3, [0.25] * 3), tmp_path)
+    data = FinetuneDataArguments(num_train_images=60, num_eval_images=20, validation_share=0.4)
+    flags = [
+        "--num_train_images", "60", "--num_eval_images", "20", "--validation_share", "0.4", "--learning_rate", "0.01",
+        "--num_train_epochs", "4", "--mixup", "0", "--cutmix", "0", "--use_cpu", "--disable_tqdm", "--precision",
+        "float32",
+    ]  # fmt: skip
+    command = ["finetune", str(tmp_path), "--dataset", "scenes", "--output_dir", str(tmp_path / "run"), *flags]
+    assert main(command) == 0
+    facts = json.loads((tmp_path / "run/final/results.json").read_text())
+    (expected,) = (
+        entry
+        for entry in facts["history"]
+        if "eval_accuracy" in entry and entry["step"] == facts["training"]["best_step"]
+    )
+    _, held_out, _ = load_splits(data, 32, progress=False)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "run/final")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run/final")
+    items = [
+        {"pixel_values": processor(held_out.image(i), return_tensors="pt").pixel_values[0], "labels": int(label)}
+        for i, label in enumerate(held_out.labels)
+    ]
+    for metric in both_ways("top_accuracy", "TopAccuracy"):
+
+        def compute_metrics(predicted, metric=metric):
+            ranked = np.argsort(-predicted.predictions, axis=1)[:, :5]
+            return metric.compute(predictions=ranked, references=predicted.label_ids)
+
+        args = TrainingArguments(tmp_path / "stock", use_cpu=True, disable_tqdm=True, report_to="none")
+        found = Trainer(model, args, eval_dataset=items, compute_metrics=compute_metrics).evaluate()
+        for name in ("eval_accuracy", "eval_top5_accuracy"):
+            assert found[name] == pytest.approx(expected[name]) and 0 < found[name] < 1
