@@ -14,11 +14,13 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
+from PIL import ExifTags, Image
 from test_datasets import make_folder, picture, png
 from tiny import sjea_level, tiny_model, tiny_sjea
 from transformers import pipeline
 
 from trainers.cli import main
+from trainers.datasets import read_image
 from trainers.errors import InputError
 from trainers.feature_encoder import FeatureArguments
 from trainers.features import read_manifest, write_features
@@ -189,6 +191,31 @@ def test_the_pipeline_gives_the_same_numbers(model, tmp_path, size):
     tolerance = 1e-5 if size == (32, 32) else 0.01
     np.testing.assert_allclose(found, by_pipeline, atol=tolerance)
     assert np.abs(found - np.roll(found, 1, axis=0)).max(axis=1).min() > 0.1
+
+
+def test_the_pipeline_gives_the_same_numbers_of_every_kind_of_image(model, tmp_path):
+    """The last two once they are RGB as in `features`: the pipeline drops transparency, and clips 16 bits to 8."""
+    rgb, ramp, exif = picture(0, (32, 32)), np.arange(1024).reshape(32, 32), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    transparent = rgb.copy()
+    transparent.putalpha(Image.fromarray((ramp // 4).astype(np.uint8)))
+    kinds = {
+        "gray.png": rgb.convert("L"), "palette.png": rgb.convert("P"), "cmyk.jpg": rgb.convert("CMYK"),
+        "turned.jpg": rgb, "transparent.png": transparent, "deep.png": Image.fromarray((ramp * 64).astype(np.uint16)),
+    }  # fmt: skip
+    (tmp_path / "images").mkdir()
+    for name, image in kinds.items():
+        image.save(tmp_path / "images" / name, **({"exif": exif} if name == "turned.jpg" else {}))
+        assert Image.open(tmp_path / "images" / name).mode == image.mode
+    write(model, str(tmp_path / "images"), tmp_path / "out")
+    rows = load(tmp_path / "out")["train"]
+    extract = pipeline("image-feature-extraction", model=model, pool=True, trust_remote_code=True)
+    for path, found in zip(rows["path"], rows.with_format("numpy")["embedding"][:], strict=True):
+        np.testing.assert_allclose(extract(read_image(path))[0], found, atol=1e-5, err_msg=path)
+        differs = np.abs(np.array(extract(path)[0]) - found).max()
+        assert differs > 0.01 if path.endswith(("transparent.png", "deep.png")) else differs < 1e-5, (path, differs)
+    stored = np.asarray(Image.open(tmp_path / "images/turned.jpg"))
+    assert np.array_equal(np.asarray(read_image(tmp_path / "images/turned.jpg")), np.rot90(stored, -1))
 
 
 def test_a_killed_run_goes_on_where_it_was(model, data, tmp_path, capsys):
