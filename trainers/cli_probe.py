@@ -72,7 +72,9 @@ def run_segmentation(namespace):
         if not Path(file).is_file():
             raise InputError(f"--segment {file} is no file; mend it.")
     folder = output_folder(namespace, "segmentation")
-    train, test, names = load_mask_sources(data, max(pair(config.image_size)), not arguments.disable_tqdm)
+    train, test, names = load_mask_sources(
+        data, max(pair(config.image_size)), not arguments.disable_tqdm, arguments.dataloader_num_workers
+    )
     statistics = data.image_mean, data.image_std
     results, segmenters = evaluate_segmentation(
         namespace.model, train, test, names, arguments, *statistics, level=namespace.level

@@ -84,6 +84,11 @@ class StoredImages(Sequence):
             return StoredImages(self.column, self.indices[index])
         return self.column[int(self.indices[index])].as_py()
 
+    def place(self, index: int) -> dict:
+        """Where an image is: `index`, its row in the column, and `path`, its file's, or None."""
+        item = self[index]
+        return {"index": int(self.indices[index]), "path": item and item.get("path")}
+
 
 class ImageDataset(torch.utils.data.Dataset):
     """

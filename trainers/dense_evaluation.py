@@ -113,6 +113,7 @@ def evaluate_segmentation(
         "test_dataset": test.images.name,
         "num_train_images": len(train),
         "num_test_images": len(test),
+        "skipped": train.skipped + test.skipped,
         "classes": names,
         "image_size": list(size),
         "num_probe_epochs": arguments.num_probe_epochs,

@@ -23,6 +23,7 @@ from trainers.errors import InputError
 from trainers.loading import load_with_statistics
 from trainers.pooling import EveryLevel, OneLevel
 from trainers.probes import accuracy_interval, knn_predict, linear_predict
+from trainers.readable import readable_positions
 from trainers.sources import choose_images, with_common_classes
 from trainers.transforms import eval_transform
 
@@ -233,21 +234,24 @@ def evaluate_model(
 
     Returns:
         `dict`: `rows` of [`probe`] (the target encoder or the stack, the context encoder if asked for, the models
-        beside, the baselines), the data sets' names and sizes, `chance` (percent: always saying the most frequent test
-        class), and the settings.
+        beside, the baselines), the data sets' names and sizes, `skipped` (images left out, of
+        [`~readable.readable_positions`]), `chance` (percent: always saying the most frequent test class), and the
+        settings.
 
     Raises:
-        InputError: There is no whole model, or no such level or context encoder of it, images have no labels, or a
-            test class is not in the train images.
+        InputError: There is no whole model, or no such level or context encoder of it, images have no labels, a test
+            class is not in the train images, or too many images cannot be read.
     """
     arguments = arguments or EvaluationArguments()
     subject = Subject.load(model, train_source, test_source, arguments, image_mean, image_std, level, beside)
-    model, statistics, train_source, test_source = subject.model, subject.statistics, subject.train, subject.test
-    transform = eval_transform(pair(model.config.image_size))
-    images = ImageDataset(train_source, transform), ImageDataset(test_source, transform)
+    model, statistics = subject.model, subject.statistics
     is_cjepa = isinstance(model, CJepaForPreTraining)
     if arguments.context_encoder and not is_cjepa:
         raise InputError(f"context_encoder is set, and a {type(model).__name__} has none; leave it out.")
+    subject.leave_out_unreadable(arguments)
+    train_source, test_source = subject.train, subject.test
+    transform = eval_transform(pair(model.config.image_size))
+    images = ImageDataset(train_source, transform), ImageDataset(test_source, transform)
     label = "target encoder" if is_cjepa else "encoder"
     rows = evaluate_levels(model.base_model, *images, *statistics, arguments, level, label)
     if arguments.context_encoder:
@@ -276,6 +280,7 @@ class Subject:
         statistics (`list` of `list[float]`): Mean and deviation of the channels of its images.
         others (`dict`): Models beside it, each with its statistics, by the names of their rows.
         train, test ([`ImageSource`]): Labelled images of the same classes.
+        skipped (`list[dict]`): Those left out, of [`~readable.readable_positions`].
     """
 
     model: PreTrainedModel
@@ -283,6 +288,7 @@ class Subject:
     others: dict[str, tuple]
     train: ImageSource
     test: ImageSource
+    skipped: list[dict] = field(default_factory=list)
 
     @classmethod
     def load(cls, model, train, test, arguments, image_mean, image_std, level, beside) -> "Subject":
@@ -293,6 +299,15 @@ class Subject:
         others = {name: load_with_statistics(other, image_mean, image_std) for name, other in (beside or {}).items()}
         return cls(model, statistics, others, train, test)
 
+    def leave_out_unreadable(self, arguments: EvaluationArguments):
+        """Leaves out the images that cannot be read, and notes which; raises `InputError` if they are too many."""
+        readable = []
+        for source in (self.train, self.test):
+            kept, skipped = readable_positions(source, arguments.dataloader_num_workers, not arguments.disable_tqdm)
+            readable.append(source.take(kept))
+            self.skipped += skipped
+        self.train, self.test = with_common_classes(*readable)  # once more: a class may have lost its images
+
     def facts(self) -> dict:
         """What results say of images and classes."""
         return {
@@ -300,6 +315,7 @@ class Subject:
             "test_dataset": self.test.name,
             "num_train_images": len(self.train),
             "num_test_images": len(self.test),
+            "skipped": self.skipped,
             "num_classes": len(self.train.label_names),
             "chance": 100 * float(np.bincount(self.test.labels).max()) / len(self.test),
             "image_size": list(pair(self.model.config.image_size)),

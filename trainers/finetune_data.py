@@ -4,15 +4,18 @@ Shapes: B images, C classes.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torchvision.transforms import v2
 
 from trainers.datasets import ImageDataset, ImageSource, sample_seed, seeded
 from trainers.errors import InputError
 from trainers.finetune_args import FinetuneDataArguments
 from trainers.probes import share_of_each_class, spare_positions
+from trainers.readable import readable_positions
 from trainers.sources import load_sources, with_common_classes
 from trainers.transforms import normalize, train_transform
 
@@ -20,32 +23,59 @@ from trainers.transforms import normalize, train_transform
 _CHOICE_SEED = 0
 
 
-def load_splits(
-    arguments: FinetuneDataArguments, image_size: int, progress: bool = True
-) -> tuple[ImageSource, ImageSource | None, ImageSource]:
+class Splits(NamedTuple):
     """
-    Images to train on, held-out ones to choose the best checkpoint on, and those to report the accuracy on.
+    The images of a run, their classes numbered alike.
+
+    Args:
+        train ([`ImageSource`]): To train on.
+        validation ([`ImageSource`], *optional*): Held out, to choose the best checkpoint on.
+        test ([`ImageSource`]): To report the accuracy on.
+        skipped (`list[dict]`): Left out, of [`~readable.readable_positions`].
+    """
+
+    train: ImageSource
+    validation: ImageSource | None
+    test: ImageSource
+    skipped: list[dict]
+
+
+def load_splits(
+    arguments: FinetuneDataArguments,
+    image_size: int,
+    progress: bool = True,
+    num_workers: int = 0,
+    state: PartialState | None = None,
+) -> Splits:
+    """
+    Loads the images of a run and leaves out those that cannot be read.
 
     Args:
         arguments ([`FinetuneDataArguments`]): Which.
         image_size (`int`): Pixels of a rendered scene's side.
-        progress (`bool`): Whether to show a bar while scenes are rendered.
+        progress (`bool`): Whether to show bars.
+        num_workers, state: As in [`~readable.readable_positions`].
 
     Returns:
-        Three sources, their classes numbered alike; the second is None with `validation_share` 0.
+        [`Splits`]; with `validation_share` 0 nothing is held out.
 
     Raises:
-        InputError: There are no labels, a test class is not in the train images, or no class has a second image to
-            hold out.
+        InputError: There are no labels, a test class is not in the train images, no class has a second image to hold
+            out, or too many images cannot be read.
     """
     train, test = with_common_classes(*load_sources(arguments, image_size, progress))
+    train = share_of_labels(train, arguments.label_share)
+    (kept, skipped), (kept_test, skipped_test) = (
+        readable_positions(source, num_workers, progress, state) for source in (train, test)
+    )
+    # once more: a class may have lost its images
+    train, test = with_common_classes(train.take(kept), test.take(kept_test))
     if len(train.label_names) < 2:
         raise InputError(f"{train.name} has one class only, {train.label_names[0]!r}; give images of two or more.")
-    train = share_of_labels(train, arguments.label_share)
-    if arguments.validation_share == 0:
-        return train, None, test
-    train, validation = hold_out_share(train, arguments.validation_share)
-    return train, validation, test
+    validation = None
+    if arguments.validation_share > 0:
+        train, validation = hold_out_share(train, arguments.validation_share)
+    return Splits(train, validation, test, skipped + skipped_test)
 
 
 def share_of_labels(source: ImageSource, share: float) -> ImageSource:

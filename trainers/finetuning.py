@@ -27,6 +27,7 @@ from trainers.finetune_args import LEARNING_RATES, FinetuneArguments, FinetuneDa
 from trainers.finetune_data import (
     ClassificationCollator,
     ClassificationLoss,
+    Splits,
     TrainImages,
     changed_fields,
     finetune_transform,
@@ -37,6 +38,7 @@ from trainers.layer_decay import parameter_groups
 from trainers.pretraining import start_arguments
 from trainers.probes import accuracy_interval, top_accuracies
 from trainers.publishing import save_model, whole_folder
+from trainers.readable import write_skipped
 from trainers.recipes import RunArguments, recipe_text
 from trainers.reports import draw_curves, machine_facts, software_facts
 from trainers.resources import render_template
@@ -102,28 +104,30 @@ def finetune(run: Finetuning) -> Path:
     if checkpoint is not None:
         check_same_settings(checkpoint, run.values(), args.world_size)
     image_size = pair(config.image_size)
-    sources = load_splits(run.data, max(image_size), not args.disable_tqdm)
+    checking = not args.disable_tqdm, args.dataloader_num_workers, args.distributed_state
+    splits = load_splits(run.data, max(image_size), *checking)
     set_seed(args.seed)
-    config = classifier_config(run.model, run.settings, sources[0].label_names)
+    config = classifier_config(run.model, run.settings, splits.train.label_names)
     model = build_model(run, config, args)
     if args.process_index == 0:
-        print(describe(run, model, args, sources), flush=True)
+        print(describe(run, model, args, splits), flush=True)
         if checkpoint is not None:
             print(f"going on from {checkpoint}", flush=True)
-    trainer = build_trainer(run, model, args, *sources[:2])
+    trainer = build_trainer(run, model, args, splits.train, splits.validation)
     with full_disk_named(Path(args.output_dir)):
         if trainer.is_world_process_zero():
             values = run.values() | {"processes": args.world_size}
             write_text_atomically(Path(args.output_dir, _SETTINGS), recipe_text(values))
+            write_skipped(Path(args.output_dir), splits.skipped)
         started = time.perf_counter()
         train(trainer, checkpoint)
         trainer.check_weights()
         seconds = time.perf_counter() - started
-        test = ImageDataset(sources[2], eval_transform(image_size))
+        test = ImageDataset(splits.test, eval_transform(image_size))
         predicted = trainer.predict(test, metric_key_prefix="test")
         folder = Path(args.output_dir, "final")
         if trainer.is_world_process_zero():
-            finish(run, trainer, sources, predicted.predictions, seconds, folder)
+            finish(run, trainer, splits, predicted.predictions, seconds, folder)
         trainer.accelerator.wait_for_everyone()
     return folder
 
@@ -162,9 +166,9 @@ def build_model(run: Finetuning, config, args: FinetuneTrainingArguments):
     return add_adapters(model, run.settings, run.model) if run.settings.mode == "lora" else model
 
 
-def describe(run: Finetuning, model, args, sources) -> str:
+def describe(run: Finetuning, model, args, splits: Splits) -> str:
     """Two lines that say what is about to run."""
-    train, validation, test = sources
+    train, validation, test, _ = splits
     number = trainable_parameters(model)
     start = "random weights, the architecture of" if run.settings.from_scratch else ""
     held_out = f", {len(validation):,} held out" if validation is not None else ""
@@ -224,10 +228,10 @@ def train(trainer: Trainer, checkpoint: str | None):
         trainer._load_from_checkpoint(checkpoint)
 
 
-def finish(run: Finetuning, trainer: Trainer, sources, ranked, seconds: float, folder: Path):
+def finish(run: Finetuning, trainer: Trainer, splits: Splits, ranked, seconds: float, folder: Path):
     """Saves the classifier with its results and card, and says how good it is and how to load it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    test = sources[2]
+    test = splits.test
     num_trained = trainable_parameters(model)
     figures = top_accuracies(ranked, test.labels)
     num_correct = round(figures["accuracy"] * len(test))
@@ -242,7 +246,7 @@ def finish(run: Finetuning, trainer: Trainer, sources, ranked, seconds: float, f
             model.save_pretrained(unfinished / "adapter")
             model = model.merge_and_unload()
         save_model(model, trainer.processing_class, unfinished)
-        facts = run_facts(run, trainer, model, num_trained, sources, seconds) | {"evaluation": evaluation}
+        facts = run_facts(run, trainer, model, num_trained, splits, seconds) | {"evaluation": evaluation}
         draw_curves(trainer.state.log_history, unfinished / "curves.png", _PANELS)
         write_json(unfinished / "results.json", facts | {"history": trainer.state.log_history})
         card_facts = facts | {"folder": folder, "settings_text": recipe_text(facts["settings"])}
@@ -283,9 +287,9 @@ def best_checkpoint(args: FinetuneTrainingArguments, state: TrainerState) -> dic
     }
 
 
-def run_facts(run: Finetuning, trainer: Trainer, model, num_trained: int, sources, seconds: float) -> dict:
+def run_facts(run: Finetuning, trainer: Trainer, model, num_trained: int, splits: Splits, seconds: float) -> dict:
     """What is known about a finished run, for `results.json` and the card."""
-    train_source, validation, _ = sources
+    train, validation, _, skipped = splits
     args, state, settings = trainer.args, trainer.state, run.settings
     return {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
@@ -302,9 +306,10 @@ def run_facts(run: Finetuning, trainer: Trainer, model, num_trained: int, source
         },
         "data": {
             "dataset": run.data.dataset,
-            "train_dataset": train_source.name,
-            "num_train_images": len(train_source),
+            "train_dataset": train.name,
+            "num_train_images": len(train),
             "num_held_out_images": 0 if validation is None else len(validation),
+            "num_skipped_images": len(skipped),
             "label_share": run.data.label_share,
         },
         "training": {

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from trainers.datasets import ImageSource, StoredImages
 from trainers.errors import InputError, first_line
+from trainers.readable import readable_positions
 from trainers.scenes import KIND_NAMES, render_scenes
 from trainers.sources import IMAGE_SUFFIXES, NUM_SCENES, SCENES_SEED, DataArguments, choose_images, load_sources
 
@@ -46,11 +47,13 @@ class MaskSource:
         images ([`ImageSource`]): The images.
         masks (`Sequence`): Of each a mask (H, W) uint8 as an array, or as a stored file; 255 counts for nothing.
         reduce_labels (`bool`): Whether 0 in a stored mask is no class, and 1 the first.
+        skipped (`list[dict]`): Images and masks left out with their pairs, of [`~readable.readable_positions`].
     """
 
     images: ImageSource
     masks: Sequence
     reduce_labels: bool = False
+    skipped: list[dict] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -60,8 +63,7 @@ class MaskSource:
         if isinstance(self.masks, np.ndarray):
             item = self.masks[index]
         else:
-            stored = ImageSource(self.masks, name=f"the masks of {self.images.name}")
-            mode, item = stored.read(index, lambda image: (image.mode, np.asarray(image)))
+            mode, item = self.mask_images().read(index, lambda image: (image.mode, np.asarray(image)))
             if mode not in ("L", "P", "1"):
                 raise InputError(
                     f"Mask number {index} of {self.images.name} has mode {mode}; give masks of one channel of 8 bits, "
@@ -71,9 +73,20 @@ class MaskSource:
         # 0 becomes 255, 255 stays
         return np.where(item == IGNORED, IGNORED, item - np.uint8(1)) if self.reduce_labels else item
 
+    def mask_images(self) -> ImageSource:
+        """The masks as images."""
+        return ImageSource(self.masks, name=f"the masks of {self.images.name}")
+
     def take(self, indices: np.ndarray) -> "MaskSource":
         """The images at some positions."""
-        return MaskSource(self.images.take(indices), self.masks[indices], self.reduce_labels)
+        return dataclasses.replace(self, images=self.images.take(indices), masks=self.masks[indices])
+
+    def readable(self, num_workers: int, progress: bool) -> "MaskSource":
+        """The pairs whose image and mask can be read; the arguments are those of [`~readable.readable_positions`]."""
+        kept, skipped_images = readable_positions(self.images, num_workers, progress)
+        source = self.take(kept)
+        kept, skipped_masks = readable_positions(source.mask_images(), num_workers, progress)
+        return dataclasses.replace(source.take(kept), skipped=skipped_images + skipped_masks)
 
 
 class MaskDataset(torch.utils.data.Dataset):
@@ -113,21 +126,22 @@ class MaskDataset(torch.utils.data.Dataset):
 
 
 def load_mask_sources(
-    arguments: MaskArguments, image_size: int = 32, progress: bool = True
+    arguments: MaskArguments, image_size: int = 32, progress: bool = True, num_workers: int = 0
 ) -> tuple[MaskSource, MaskSource, list[str]]:
     """
-    Loads images with masks to train on and to evaluate on.
+    Loads images with masks to train on and to evaluate on; pairs that cannot be read are left out.
 
     Args:
         arguments ([`MaskArguments`]): Where they are, and how many.
         image_size (`int`): Pixels of a rendered scene's side.
         progress (`bool`): Whether to show bars.
+        num_workers (`int`): Processes that look which can be read; 0: this one.
 
     Returns:
         The train and the evaluation [`MaskSource`], and the classes' names.
 
     Raises:
-        InputError: There are no such images, or no masks of them.
+        InputError: There are no such images, no masks of them, or too many that cannot be read.
     """
     if arguments.dataset == "scenes":
         return *(_scenes(arguments, split, image_size, progress) for split in NUM_SCENES), ["background", *KIND_NAMES]
@@ -142,6 +156,7 @@ def load_mask_sources(
         train, test = _table(arguments)
         is_ade, reduce_labels = False, bool(arguments.reduce_labels)
     train.reduce_labels = test.reduce_labels = reduce_labels
+    train, test = train.readable(num_workers, progress), test.readable(num_workers, progress)
     return train, test, _ade_names(path) if is_ade else _names_found(train, progress)
 
 

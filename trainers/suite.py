@@ -79,7 +79,8 @@ def evaluate_suite(
         `dict`: `rows`, one for each encoder, features and probe: `encoder`, `role` (`model`, `beside`, `baseline`),
         `features` (`mean`, `last4`, `patches`, `pixels`), `probe`, `accuracy` in percent (None if the probe could not
         be run), `interval` (95 %), `num_labels`, `settings` (chosen on train images), `dim`, `num_parameters`, and
-        `note` where a probe was not run; and the data sets' names and sizes, `chance` and the settings of all rows.
+        `note` where a probe was not run; and the data sets' names and sizes, `skipped` (images left out), `chance` and
+        the settings of all rows.
 
     Raises:
         InputError: As [`~evaluation.evaluate_model`]; the suite is not known.
@@ -87,6 +88,7 @@ def evaluate_suite(
     check_suite(suite)
     arguments = arguments or EvaluationArguments()
     subject = Subject.load(model, train_source, test_source, arguments, image_mean, image_std, level, beside)
+    subject.leave_out_unreadable(arguments)
     sources, rows = (subject.train, subject.test), []
     for role, features in _all_features(subject, arguments, level):
         rows += [{"role": role} | row for row in probe_features(features, *sources, SUITES[suite], arguments)]
