@@ -12,7 +12,8 @@ from PIL import Image
 
 from trainers.datasets import ImageDataset, ImageSource, sample_seed, seeded, to_rgb
 from trainers.errors import InputError, plain_message
-from trainers.sources import DataArguments, hold_out, load_sources
+from trainers.evaluation import EvaluationArguments, Subject
+from trainers.sources import DataArguments, hold_out, load_sources, with_common_classes
 from trainers.transforms import eval_transform, image_processor, normalize, train_transform
 
 
@@ -126,6 +127,84 @@ def test_numbers_that_are_no_classes_are_no_labels(tmp_path):
     assert all(source.labels is None for source in load_sources(arguments))
     with pytest.raises(InputError, match="Column 'label' of .* holds numbers such as 0.25, not classes; name another"):
         load_sources(dataclasses.replace(arguments, label_column="label"))
+
+
+def make_labelled_parquet(path, values, dtype):
+    images = [{"bytes": png(picture(i)), "path": None} for i in range(len(values))]
+    features = Features({"image": ImageFeature(), "label": Value(dtype)})
+    Dataset.from_dict({"image": images, "label": values}, features=features).to_parquet(str(path / "train.parquet"))
+    return DataArguments(dataset=str(path))
+
+
+def test_a_column_of_floats_is_named_with_its_type_and_a_value_as_it_is(tmp_path):
+    arguments = make_labelled_parquet(tmp_path, [0.0, 1.0] * 5, "float64")
+    told = "'label'.*, of type float64, holds numbers such as 0.0, not classes; name another --label_column, or make"
+    with pytest.raises(InputError, match=rf"\(train\) has no labels: its column {told}"):
+        with_common_classes(*load_sources(arguments))
+    with pytest.raises(InputError, match=rf"^Column {told}"):
+        load_sources(dataclasses.replace(arguments, label_column="label"))
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "number", "row", "value"),
+    [
+        ([0.0, 1.0, float("nan"), float("nan")], "float32", 2, 2, "nan"),
+        ([0.0, None, 1.0, 1.0], "float32", 1, 1, None),
+        ([0, 1, 1, None], "int64", 1, 3, None),
+        (["a", None, "b", None], "string", 2, 1, None),
+    ],
+)
+def test_a_missing_label_is_told_with_its_row(tmp_path, values, dtype, number, row, value):
+    arguments = make_labelled_parquet(tmp_path, values, dtype)
+    told = f"has {number} rows without a 'label', such as row {row}, which holds {value}; remove them or name another"
+    for each in (arguments, dataclasses.replace(arguments, label_column="label")):
+        with pytest.raises(InputError, match=told):
+            with_common_classes(*load_sources(each))
+
+
+@pytest.mark.parametrize("names", [["cat"], ["train/cat"], ["train-2/pets/cat", "test/pets/cat"]])
+def test_one_class_folder_is_told(tmp_path, monkeypatch, names):
+    folder = make_folder(tmp_path / "pets", names, number=10)
+    with pytest.raises(InputError, match=r"\(train\) has one class folder only, 'cat'; give images of two or more"):
+        with_common_classes(*load_sources(DataArguments(dataset=folder)))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^pets \(train\) has one class folder only"):
+        with_common_classes(*load_sources(DataArguments(dataset="pets")))
+
+
+def test_images_in_a_table_lie_in_no_class_folder(tmp_path, monkeypatch):
+    (tmp_path / "cat").mkdir()
+    monkeypatch.chdir(tmp_path / "cat")
+    make_parquet(tmp_path / "all.parquet", 10)
+    Dataset.from_parquet(str(tmp_path / "all.parquet")).remove_columns("label").to_parquet(tmp_path / "train.parquet")
+    (tmp_path / "all.parquet").unlink()
+    with pytest.raises(InputError, match=r"\(train\) has no labels; say which"):
+        with_common_classes(*load_sources(DataArguments(dataset=str(tmp_path))))
+
+
+@pytest.mark.parametrize("names", [["."], ["train", "test"], ["a/cat", "cat"]])
+def test_a_folder_without_class_folders_has_no_labels(tmp_path, names):
+    folder = make_folder(tmp_path / "pets", names, number=10)
+    with pytest.raises(InputError, match=r"\(train\) has no labels; say which with --label_column"):
+        with_common_classes(*load_sources(DataArguments(dataset=folder)))
+
+
+def test_images_that_are_held_out_are_called_so(tmp_path):
+    folder = make_folder(tmp_path / "pets", ["cat", "dog"])
+    assert [source.name for source in load_sources(DataArguments(dataset=folder))] == [
+        f"{folder} (train)", f"{folder} (held out)"
+    ]  # fmt: skip
+
+
+def test_a_class_that_a_flag_left_out_is_told_with_the_flag(tmp_path):
+    folder = make_folder(tmp_path / "pets", list("abcdefgh"))
+    some = load_sources(DataArguments(dataset=folder, num_train_images=2))
+    told = r"held out\) has images of . classes that no image of the 2 of .* \(train\) has .*; raise {}, or evaluate"
+    with pytest.raises(InputError, match=told.format("--num_train_images 2")):
+        with_common_classes(*some)
+    train, held_out = load_sources(DataArguments(dataset=folder))
+    with pytest.raises(InputError, match=told.format("--num_probe_images 2")):
+        Subject.load(None, train, held_out, EvaluationArguments(num_probe_images=2), None, None, None, None)
 
 
 def test_a_photograph_stands_upright():

@@ -4,6 +4,7 @@ Whatever the source, an [`ImageDataset`] gives `{"pixel_values": (C, H, W) uint8
 its crops is a function of (seed, epoch, index), so that workers, processes and resumed runs all see the same crops.
 """
 
+import dataclasses
 import io
 import zlib
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Image
 from PIL import Image as PILImage
@@ -31,12 +33,16 @@ class ImageSource:
         labels (`np.ndarray` of shape `(n,)`, *optional*): Class indices.
         label_names (`list[str]`, *optional*): Their names.
         name (`str`): What an error calls the data set.
+        without_labels (`str`, *optional*): Why it has no labels and what to do, in a sentence, where that is known.
+        chosen_by (`str`, *optional*): The flag by which these are some of a data set's images only.
     """
 
     images: "np.ndarray | StoredImages"
     labels: np.ndarray | None = None
     label_names: list[str] | None = None
     name: str = "data set"
+    without_labels: str | None = None
+    chosen_by: str | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -59,7 +65,7 @@ class ImageSource:
     def take(self, indices: np.ndarray) -> "ImageSource":
         """The images at some positions."""
         labels = None if self.labels is None else self.labels[indices]
-        return ImageSource(self.images[indices], labels, self.label_names, self.name)
+        return dataclasses.replace(self, images=self.images[indices], labels=labels)
 
 
 class StoredImages(Sequence):
@@ -83,6 +89,10 @@ class StoredImages(Sequence):
         if isinstance(index, np.ndarray):
             return StoredImages(self.column, self.indices[index])
         return self.column[int(self.indices[index])].as_py()
+
+    def paths(self) -> list[str | None]:
+        """The files' paths, None of images that are in no file of their own; no image is read."""
+        return pc.struct_field(self.column, "path").take(pa.array(self.indices)).to_pylist()
 
     def place(self, index: int) -> dict:
         """Where an image is: `index`, its row in the column, and `path`, its file's, or None."""

@@ -293,7 +293,8 @@ class Subject:
     @classmethod
     def load(cls, model, train, test, arguments, image_mean, image_std, level, beside) -> "Subject":
         """What [`evaluate_model`] was given, with its errors."""
-        train, test = with_common_classes(choose_images(train, arguments.num_probe_images), test)
+        chosen = choose_images(train, arguments.num_probe_images, "--num_probe_images")
+        train, test = with_common_classes(chosen, test)
         model, *statistics = load_with_statistics(model, image_mean, image_std)
         check_level(level, model.config)
         others = {name: load_with_statistics(other, image_mean, image_std) for name, other in (beside or {}).items()}

@@ -18,10 +18,11 @@ from trainers.errors import InputError
 from trainers.feature_encoder import FeatureArguments, FeatureEncoder, load_feature_encoder
 from trainers.features import read_manifest
 from trainers.files import full_disk_named, whole_file, write_json, write_text_atomically
+from trainers.labels import find_label_column
 from trainers.loading import load_encoder_config
 from trainers.resources import render_template
 from trainers.search import find_neighbours, load_features
-from trainers.sources import DataArguments, find_label_column
+from trainers.sources import DataArguments
 from trainers.tables import load_tables
 from trainers.transforms import eval_transform
 

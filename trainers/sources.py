@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Image, load_dataset
+from datasets import Image, load_dataset
 from datasets.exceptions import DatasetsError
 
 from trainers.clevr import is_clevr, load_clevr
 from trainers.datasets import ImageSource, StoredImages
 from trainers.errors import InputError, first_line
+from trainers.labels import find_labels, one_class_folder
 from trainers.probes import spare_positions
 from trainers.scenes import SCENE_LABELS, render_scenes, scene_labels
 
@@ -103,8 +104,7 @@ def load_sources(
     if arguments.dataset == "scenes":
         return tuple(scenes_source(arguments, split, image_size, progress) for split in NUM_SCENES)
     if is_clevr(folder := Path(arguments.dataset).expanduser()):
-        train, evaluation = load_clevr(folder, arguments.label_column)
-        return choose_images(train, arguments.num_train_images), choose_images(evaluation, arguments.num_eval_images)
+        return _as_many_as_asked(*load_clevr(folder, arguments.label_column), arguments)
     splits = load_splits(arguments)
     if len(splits) == 1 and arguments.train_split == "train":
         # whatever the file names made of it, such as a folder of photographs called test_1.png and so on
@@ -116,11 +116,12 @@ def load_sources(
     name = arguments.eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
     if name is None:
         train, evaluation = hold_out(train)
+        evaluation = dataclasses.replace(evaluation, name=f"{arguments.dataset} (held out)")
     elif name not in splits:
         raise InputError(f"{arguments.dataset} has no split {name!r}, only {', '.join(splits)}; mend --eval_split.")
     else:
         evaluation = _source(splits[name], arguments, name)
-    return choose_images(train, arguments.num_train_images), choose_images(evaluation, arguments.num_eval_images)
+    return _as_many_as_asked(train, evaluation, arguments)
 
 
 def hold_out(source: ImageSource) -> tuple[ImageSource, ImageSource]:
@@ -162,7 +163,7 @@ def with_common_classes(train: ImageSource, test: ImageSource) -> tuple[ImageSou
     """
     for source in (train, test):
         if source.labels is None:
-            raise InputError(f"{source.name} has no labels; say which with --label_column.")
+            raise InputError(source.without_labels or f"{source.name} has no labels; say which with --label_column.")
         if len(source.labels) != len(source) or len(source) == 0:
             raise InputError(f"{source.name} has {len(source)} images and {len(source.labels)} labels; mend it.")
         if min(source.labels) < 0:
@@ -174,8 +175,10 @@ def with_common_classes(train: ImageSource, test: ImageSource) -> tuple[ImageSou
     unseen = [test_names[label] for label in np.unique(test.labels) if test_names[label] not in numbers]
     if unseen:
         shown = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
-        raise InputError(f"{test.name} has images of {len(unseen)} classes that no image of {train.name} has "
-                         f"({shown}); evaluate on splits with the same classes.")  # fmt: skip
+        some = f"the {len(train):,} of " if train.chosen_by else ""
+        advice = f"raise {train.chosen_by}, or " if train.chosen_by else ""
+        raise InputError(f"{test.name} has images of {len(unseen)} classes that no image of {some}{train.name} has "
+                         f"({shown}); {advice}evaluate on splits with the same classes.")  # fmt: skip
     return tuple(
         dataclasses.replace(
             source, labels=np.array([numbers[class_names[label]] for label in source.labels]), label_names=names
@@ -199,12 +202,32 @@ def scenes_source(arguments: DataArguments, split: str, image_size: int, progres
     return ImageSource(scenes["image"], labels, names, f"scenes ({split})")
 
 
-def choose_images(source: ImageSource, number: int | None) -> ImageSource:
-    """A fixed random choice of so many images, in their own order; all of them if there are not more."""
+def choose_images(source: ImageSource, number: int | None, flag: str | None = None) -> ImageSource:
+    """
+    A fixed random choice of so many images, in their own order; all of them if there are not more.
+
+    Args:
+        source ([`ImageSource`]): The images.
+        number (`int`, *optional*): How many; all when not given.
+        flag (`str`, *optional*): What an error that comes of the choice calls the number.
+
+    Returns:
+        [`ImageSource`].
+    """
     if number is None or number >= len(source):
         return source
     order = np.random.default_rng(_CHOICE_SEED).permutation(len(source))
-    return source.take(np.sort(order[:number]))
+    chosen = source.take(np.sort(order[:number]))
+    return dataclasses.replace(chosen, chosen_by=f"{flag} {number}") if flag else chosen
+
+
+def _as_many_as_asked(
+    train: ImageSource, evaluation: ImageSource, arguments: DataArguments
+) -> tuple[ImageSource, ImageSource]:
+    return (
+        choose_images(train, arguments.num_train_images, "--num_train_images"),
+        choose_images(evaluation, arguments.num_eval_images, "--num_eval_images"),
+    )
 
 
 def load_splits(arguments: DataArguments, streaming: bool = False) -> dict:
@@ -268,13 +291,15 @@ def _source(rows, arguments: DataArguments, split: str) -> ImageSource:
                          "--image_column.")  # fmt: skip
     if len(rows) == 0:
         raise InputError(f"{name} holds no image; mend --dataset or the split.")
-    labels, label_names = _labels(rows, arguments.label_column, name)
+    labels, label_names, without_labels = find_labels(rows, arguments.label_column, name)
     try:
         images = StoredImages(rows.cast_column(image_column, Image(decode=False)).data.column(image_column))
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise InputError(f"Column {image_column!r} of {name} holds no images ({first_line(error)}); mend "
                          "--image_column.") from error  # fmt: skip
-    return ImageSource(images, labels, label_names, name)
+    if labels is None:
+        without_labels = without_labels or one_class_folder(images, arguments.dataset, name)
+    return ImageSource(images, labels, label_names, name, without_labels)
 
 
 def find_image_column(rows, name: str) -> str:
@@ -287,45 +312,3 @@ def find_image_column(rows, name: str) -> str:
             return column
     raise InputError(f"{name} has no column of images among {', '.join(rows.column_names)}; say which with "
                      "--image_column.")  # fmt: skip
-
-
-def find_label_column(rows, asked: str | None, name: str) -> str | None:
-    """The column of labels: that asked for, the first one of classes, or by its name; None without one."""
-    if asked is not None and asked not in rows.column_names:
-        raise InputError(f"{name} has no column {asked!r}, only {', '.join(rows.column_names)}; mend --label_column.")
-    classes = [column for column, feature in rows.features.items() if isinstance(feature, ClassLabel)]
-    usual = [
-        column for column in ("label", "labels", "fine_label", "cls")
-        if column in rows.column_names and not isinstance(rows.features[column], Image)
-    ]  # fmt: skip
-    return asked or next(iter(classes + usual), None)
-
-
-def _labels(rows, asked: str | None, name: str) -> tuple[np.ndarray | None, list[str] | None]:
-    """Class indices and names: of the column asked for, or of the first column of classes; None without one."""
-    column = find_label_column(rows, asked, name)
-    if column is None:
-        return None, None
-    feature, values = rows.features[column], rows[column][:]
-    missing = sum(value is None for value in values)
-    if missing == len(values) and asked is None:
-        return None, None
-    if missing:
-        raise InputError(
-            f"{name} has {missing} rows without a {column!r}; remove them or name another --label_column."
-        )
-    values = np.asarray(values)
-    if isinstance(feature, ClassLabel) and asked is None and (values == -1).all():
-        # how data sets of the Hub say that the labels of a split are not published
-        return None, None
-    if values.ndim != 1:
-        raise InputError(f"Column {column!r} of {name} holds lists, not one label each; name another --label_column.")
-    if values.dtype.kind == "f" and asked is None:
-        return None, None
-    if values.dtype.kind == "f":
-        raise InputError(f"Column {column!r} of {name} holds numbers such as {values[0]:g}, not classes; name another "
-                         "--label_column, or make whole numbers or words of it.")  # fmt: skip
-    if isinstance(feature, ClassLabel):
-        return values.astype(np.int64), list(feature.names)
-    names, indices = np.unique(values, return_inverse=True)
-    return indices.astype(np.int64), [str(value) for value in names]
