@@ -161,6 +161,33 @@ def test_other_settings_and_finished_runs_are_refused_when_resuming(run, encoder
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
 
 
+def test_other_images_are_refused_when_resuming(encoder, photos, tmp_path, capsys):
+    """What is held out is a choice of so many images: with others, some of them would have been trained on."""
+    shutil.copytree(photos, tmp_path / "photos")
+    flags = ["--max_steps", "2", "--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "steps",
+             "--eval_steps", "2"]  # fmt: skip
+    run = [tmp_path / "photos", tmp_path / "run", *flags]
+    assert finetune(encoder, *run) == 0
+    shutil.rmtree(tmp_path / "run" / "final")
+    run += ["--resume_from_checkpoint", "last"]
+    train, test = (tmp_path / "photos" / split / "red" / "3.png" for split in ("train", "test"))
+    whole = train.read_bytes()
+    for change, words in (
+        (train.unlink, ["other train images (54 images, ", "are now (53 images, "]),
+        (lambda: train.write_text("no image"), ["other train images (54 images, ", "are now (53 images, "]),
+        (lambda: shutil.move(train, train.with_name("33.png")), ["other train images (54 images, ", "(54 images, "]),
+        (lambda: shutil.copy(test, test.with_name("9.png")), ["other test images (30 images, ", "are now (31 images"]),
+    ):
+        change()
+        fails(capsys, finetune(encoder, *run), *words, "checkpoint-2", "another --output_dir")
+        train.write_bytes(whole)
+        train.with_name("33.png").unlink(missing_ok=True)
+    test.with_name("9.png").unlink()
+    shutil.move(tmp_path / "photos", tmp_path / "elsewhere")
+    (tmp_path / "photos").symlink_to(tmp_path / "elsewhere")
+    assert finetune(encoder, *run) == 0  # the images are those it began with
+
+
 def test_lora_saves_a_merged_model_and_its_adapter(encoder, photos, tmp_path):
     from peft import PeftModel
 

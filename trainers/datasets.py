@@ -5,7 +5,10 @@ its crops is a function of (seed, epoch, index), so that workers, processes and 
 """
 
 import dataclasses
+import hashlib
 import io
+import json
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -61,6 +64,19 @@ class ImageSource:
             if error.is_missing:
                 raise InputError(f"Image {where} of {self.name} is missing; remove its row.") from error
             raise InputError(f"Image {where} of {self.name} cannot be read ({error}); repair or remove it.") from error
+
+    def fingerprint(self) -> str:
+        """
+        Their number, and a hash of which images they are: by row, file and folder name, and label; no image is read.
+        Rendered scenes, the same at every call, are known by their labels alone.
+        """
+        places = []
+        if isinstance(self.images, StoredImages):
+            names = (path and os.path.join(*Path(path).parts[-2:]) for path in self.images.paths())
+            places = list(zip(self.images.indices.tolist(), names, strict=True))
+        labels = None if self.labels is None else self.labels.tolist()
+        digest = hashlib.sha256(json.dumps([places, labels]).encode()).hexdigest()
+        return f"{len(self)} images, {digest[:16]}"
 
     def take(self, indices: np.ndarray) -> "ImageSource":
         """The images at some positions."""

@@ -39,6 +39,11 @@ class Splits(NamedTuple):
     test: ImageSource
     skipped: list[dict]
 
+    def fingerprints(self) -> dict[str, str]:
+        """What tells whether the images are those of another run, by what they are for."""
+        named = {"train": self.train, "held-out": self.validation, "test": self.test}
+        return {name: source.fingerprint() for name, source in named.items() if source is not None}
+
 
 def load_splits(
     arguments: FinetuneDataArguments,

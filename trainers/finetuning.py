@@ -45,6 +45,8 @@ from trainers.resources import render_template
 from trainers.transforms import eval_transform, image_processor
 
 _SETTINGS = "settings.yaml"
+# in it, which images the run is of
+_IMAGES = "images"
 # what a continued run may change beside what has no effect
 _LENGTH = {"max_steps", "num_train_epochs"}
 _PANELS = (
@@ -106,6 +108,8 @@ def finetune(run: Finetuning) -> Path:
     image_size = pair(config.image_size)
     checking = not args.disable_tqdm, args.dataloader_num_workers, args.distributed_state
     splits = load_splits(run.data, max(image_size), *checking)
+    if checkpoint is not None:
+        check_same_images(checkpoint, splits.fingerprints())
     set_seed(args.seed)
     config = classifier_config(run.model, run.settings, splits.train.label_names)
     model = build_model(run, config, args)
@@ -116,7 +120,7 @@ def finetune(run: Finetuning) -> Path:
     trainer = build_trainer(run, model, args, splits.train, splits.validation)
     with full_disk_named(Path(args.output_dir)):
         if trainer.is_world_process_zero():
-            values = run.values() | {"processes": args.world_size}
+            values = run.values() | {"processes": args.world_size, _IMAGES: splits.fingerprints()}
             write_text_atomically(Path(args.output_dir, _SETTINGS), recipe_text(values))
             write_skipped(Path(args.output_dir), splits.skipped)
         started = time.perf_counter()
@@ -142,19 +146,35 @@ def training_arguments(run: Finetuning) -> FinetuneTrainingArguments:
 
 def check_same_settings(checkpoint: str, values: dict, num_processes: int):
     """Refuses to go on with other settings than those a checkpoint was trained with, naming the first."""
-    path = Path(checkpoint).parent / _SETTINGS
-    try:
-        before = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}, the settings of the run to resume, cannot be read; start a new run.") from error
+    path, before = _settings_before(checkpoint)
     now = values | {"processes": num_processes}
     now = yaml.safe_load(recipe_text(now))  # as they are read
-    for name in sorted((before.keys() | now.keys()) - WITHOUT_EFFECT - _LENGTH):
+    for name in sorted((before.keys() | now.keys()) - WITHOUT_EFFECT - _LENGTH - {_IMAGES}):
         if before.get(name) != now.get(name):
             raise InputError(
                 f"{checkpoint} was trained with {name} {before.get(name, 'not set')}, and it is now "
                 f"{now.get(name, 'not set')}; go on with the settings in {path}."
             )
+
+
+def check_same_images(checkpoint: str, images: dict[str, str]):
+    """Refuses to go on with other images: what is held out of them is another choice, and was trained on in part."""
+    before = _settings_before(checkpoint)[1].get(_IMAGES, images)
+    for name, now in images.items():
+        if before.get(name) != now:
+            raise InputError(
+                f"{checkpoint} was trained with other {name} images ({before.get(name)}) than there are now ({now}); "
+                "make the data set as it was, or start a new run with another --output_dir."
+            )
+
+
+def _settings_before(checkpoint: str) -> tuple[Path, dict]:
+    """The file with the settings of the run that wrote a checkpoint, and what it holds."""
+    path = Path(checkpoint).parent / _SETTINGS
+    try:
+        return path, dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}, the settings of the run to resume, cannot be read; start a new run.") from error
 
 
 def build_model(run: Finetuning, config, args: FinetuneTrainingArguments):
