@@ -150,6 +150,14 @@ def test_models_are_set_beside_a_random_encoder_and_pixels(model):
     assert np.array_equal(alone, segmenters[0].head(features)[0].argmax(0).numpy())
 
 
+def test_pixels_are_not_reduced_for_large_images():
+    arguments = dataclasses.replace(ARGUMENTS, num_probe_epochs=1, num_random_encoders=0)
+    model = tiny_model(image_size=40, patch_size=8)
+    results, segmenters = evaluate_segmentation(model, planted(4), planted(2, seed=1), list("abcd"), arguments)
+    assert results["rows"][-1]["encoder"] == "raw pixels"
+    assert segmenters[-1].head.classifier.in_features == 3 * 8 * 8
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     model = tmp_path_factory.mktemp("run") / "final"

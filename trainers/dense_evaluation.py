@@ -14,7 +14,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_cjepa import CJepaForPreTraining
 from modeling_cjepa.configuration_cjepa import pair
-from trainers.baselines import random_encoders, raw_pixels_label
+from trainers.baselines import random_encoders
 from trainers.embedding import device_of
 from trainers.loading import load_with_statistics
 from trainers.mask_sources import MaskDataset, MaskSource
@@ -97,7 +97,7 @@ def evaluate_segmentation(
         for name, each in [(label, encoder), *random]
     ]
     pixels = PixelPatches(patch_size_of(encoders[0][1], size)).to(encoder.device)
-    encoders.append((raw_pixels_label(size), pixels, [0.0] * 3, [1.0] * 3))
+    encoders.append(("raw pixels", pixels, [0.0] * 3, [1.0] * 3))
     datasets = [MaskDataset(source, size, len(names)) for source in (train, test)]
     rows, segmenters = [], []
     for label, each, *of_each in encoders:
