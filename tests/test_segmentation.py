@@ -24,6 +24,7 @@ from trainers.segmentation import (
     SegmentationArguments,
     confusion,
     ious,
+    score_counts,
     score_segmenter,
     summarize,
     train_segmenter,
@@ -120,6 +121,28 @@ def test_intervals_are_quantiles_over_resampled_images(monkeypatch):
     expected = 100 * np.quantile(accuracies, (0.025, 0.975))
     assert expected[1] - expected[0] > 0.5
     np.testing.assert_allclose(row["pixel_accuracy_interval"], expected, atol=0.15 * (expected[1] - expected[0]))
+
+
+@pytest.mark.parametrize("found", [0.0, 0.9])
+def test_classes_that_resamples_lose_do_not_move_the_interval(found):
+    """Six of eight classes are in one of twelve images each, so that a resample has four of them on average."""
+    counts = np.zeros((12, 3, 9))
+    counts[:, :2, 0] = np.stack([40 + 5 * np.arange(12), np.full(12, 100)], axis=1)
+    counts[:, :2, 1] = np.stack([10 + np.arange(12) % 4, np.full(12, 30)], axis=1)
+    rare = np.arange(2, 8)
+    counts[rare, 1, rare] = 20
+    counts[rare, 0, rare] = 20 * found
+    counts[:, 2] = counts[:, 0]
+    counts[0, 2, 8] = 7  # said, and nowhere true
+    row = score_counts(counts)
+    of_rare = row["iou"][2:8]
+    assert of_rare == pytest.approx([100 * found] * 6) and row["iou"][8] is None
+    assert row["miou"] == pytest.approx(np.mean(row["iou"][:8]))
+    (low, high), middle = row["miou_interval"], np.mean(row["miou_interval"])
+    assert low < row["miou"] < high and abs(middle - row["miou"]) < 0.1 * (high - low)
+    # as wide as if there were the two classes alone that each image has
+    common = score_counts(counts[..., :2])["miou_interval"]
+    assert high - low == pytest.approx((common[1] - common[0]) * 2 / 8)
 
 
 def test_patches_of_pixels():

@@ -211,21 +211,39 @@ def score_segmenter(head: LinearSegmenter, maps: FrozenMaps, seed: int = 0) -> d
         seed (`int`): Of the intervals' resamples.
 
     Returns:
-        `dict`: `miou` and `pixel_accuracy`, percent, with 95 % intervals `miou_interval` and
-        `pixel_accuracy_interval` by bootstrap over the images; `iou`, percent, of each class, None where no pixel has
-        it.
+        `dict`: As [`score_counts`].
     """
     counts = []
     for features, masks in maps.batches():
         predictions = head(features).argmax(dim=1)
         counts += [confusion(*pair, maps.dataset.num_classes) for pair in zip(masks, predictions, strict=True)]
-    counts = np.stack(counts)
-    num_images = len(counts)
+    return score_counts(np.stack(counts), seed)
+
+
+def score_counts(counts: np.ndarray, seed: int = 0) -> dict:
+    """
+    The figures of what is counted in each image.
+
+    The classes are those that pixels of all images together have, the same ones for every encoder: to say another
+    costs the class that is right, and has no IoU of its own. A class that a resample has lost with its last image
+    keeps there the IoU of all images: left out, it would move the mean, and upwards, for rare classes are hard ones.
+
+    Args:
+        counts (`np.ndarray` of shape `(n, 3, K)`): Of each image what [`confusion`] counts.
+        seed (`int`): Of the intervals' resamples.
+
+    Returns:
+        `dict`: `miou` and `pixel_accuracy`, percent, with 95 % intervals `miou_interval` and
+        `pixel_accuracy_interval` by bootstrap over the images; `iou`, percent, of each class, None where no pixel has
+        it.
+    """
+    num_images, total = len(counts), counts.sum(axis=0)
+    of_classes = ious(total)
     shares = np.full(num_images, 1 / num_images)
     times_drawn = np.random.default_rng(seed).multinomial(num_images, shares, _NUM_RESAMPLES)
     resampled = (times_drawn @ counts.reshape(num_images, -1)).reshape(-1, *counts.shape[1:])
-    whole, samples = summarize(counts.sum(axis=0)), [summarize(sample) for sample in resampled]
-    row = {"iou": [None if math.isnan(iou) else 100 * iou for iou in ious(counts.sum(axis=0))]}
+    whole, samples = summarize(total), [summarize(sample, of_classes) for sample in resampled]
+    row = {"iou": [None if math.isnan(iou) else 100 * iou for iou in of_classes]}
     for name, value, values in zip(("miou", "pixel_accuracy"), whole, zip(*samples, strict=True), strict=True):
         row[name] = 100 * value
         row[f"{name}_interval"] = [100 * end for end in np.nanquantile(values, (0.025, 0.975)).tolist()]
@@ -257,9 +275,10 @@ def ious(counts: np.ndarray) -> np.ndarray:
         return np.where(true > 0, both / (true + given - both), np.nan)
 
 
-def summarize(counts: np.ndarray) -> tuple[float, float]:
-    """The mean IoU of the classes that pixels have, and the share of right pixels."""
+def summarize(counts: np.ndarray, of_absent: np.ndarray | float = math.nan) -> tuple[float, float]:
+    """The mean IoU of classes that pixels have and of others whose IoU (K,) is given; the share of right pixels."""
     both, true, _ = counts
     if true.sum() == 0:
         return math.nan, math.nan
-    return float(np.nanmean(ious(counts))), float(both.sum() / true.sum())
+    found = np.where(true > 0, ious(counts), of_absent)
+    return float(np.nanmean(found)), float(both.sum() / true.sum())
