@@ -222,7 +222,22 @@ def test_wrong_flags_are_one_sentence(folder, capsys, flags, words):
     assert words in said and "\n" not in said
 
 
-def test_two_images_of_the_same_name_are_refused(folder, tmp_path, capsys):
+@pytest.fixture
+def nothing_fitted(monkeypatch):
+    monkeypatch.setattr("trainers.dense_evaluation.train_segmenter", lambda *_: pytest.fail("a probe was fitted"))
+
+
+def test_images_that_cannot_be_read_are_refused_before_anything_is_fitted(folder, tmp_path, capsys, nothing_fitted):
+    photograph = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 50, 3), dtype=np.uint8))
+    photograph.save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
+    files = [str(tmp_path / name) for name in ("whole.png", "cut.png")]
+    status = main(["probe", "segmentation", str(folder), *FEW, "--output", str(tmp_path / "o"), "--segment", *files])
+    said = capsys.readouterr().err.strip()
+    assert status == 2 and f"Image {files[1]} cannot be read" in said and "\n" not in said
+
+
+def test_two_images_of_the_same_name_are_refused(folder, tmp_path, capsys, nothing_fitted):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")

@@ -62,7 +62,7 @@ def run_segmentation(namespace):
     from trainers.loading import load_encoder_config
     from trainers.mask_sources import MaskArguments, load_mask_sources
     from trainers.segmentation import SegmentationArguments
-    from trainers.segmentation_maps import draw_segmentation, segment_files
+    from trainers.segmentation_maps import check_files, draw_segmentation, segment_files
 
     config = load_encoder_config(namespace.model)
     check_level(namespace.level, config)
@@ -71,6 +71,7 @@ def run_segmentation(namespace):
     for file in namespace.segment:
         if not Path(file).is_file():
             raise InputError(f"--segment {file} is no file; mend it.")
+    check_files(namespace.segment)
     folder = output_folder(namespace, "segmentation")
     train, test, names = load_mask_sources(
         data, max(pair(config.image_size)), not arguments.disable_tqdm, arguments.dataloader_num_workers

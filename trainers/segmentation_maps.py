@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image as PILImage
 
-from trainers.datasets import ImageSource, StoredImages
+from trainers.datasets import read_image
 from trainers.dense_evaluation import Segmenter
 from trainers.errors import InputError
 from trainers.files import whole_file
@@ -68,6 +68,15 @@ def draw_segmentation(segmenters: list[Segmenter], test: MaskSource, names: list
         figure.savefig(unfinished, dpi=130, format="png")
 
 
+def check_files(files: Sequence[str | Path]):
+    """Refuses images to segment that [`segment_files`] could not read or would write one map of two of."""
+    stems = [Path(file).stem for file in files]
+    if len(set(stems)) < len(stems):
+        raise InputError("Two images to segment have the same name, and so would their maps; give one at a time.")
+    for file in files:
+        read_image(file)
+
+
 def segment_files(segmenter: Segmenter, names: list[str], files: Sequence[str | Path], folder: Path) -> list[Path]:
     """
     Segments images of the user's: a PNG each, in the image's own size, whose values are the classes.
@@ -75,21 +84,15 @@ def segment_files(segmenter: Segmenter, names: list[str], files: Sequence[str | 
     Args:
         segmenter ([`Segmenter`]): The encoder and its probe.
         names (`list[str]`): Of the classes.
-        files (`list` of `str` or `Path`): The images.
+        files (`list` of `str` or `Path`): The images, which [`check_files`] has seen.
         folder (`Path`): Where to; the maps are called as the images.
 
     Returns:
         `list[Path]`: The maps.
-
-    Raises:
-        InputError: A file is no image, or two have the same name.
     """
     written = [folder / f"{Path(file).stem}_map.png" for file in files]
-    if len(set(written)) < len(written):
-        raise InputError("Two images to segment have the same name, and so would their maps; give one at a time.")
-    source = ImageSource(StoredImages.of_files(files), name="those to segment")
-    for index, path in enumerate(written):
-        image = source.image(index)
+    for file, path in zip(files, written, strict=True):
+        image = read_image(file)
         classes = PILImage.fromarray(segmenter.segment(image)).resize(image.size, PILImage.Resampling.NEAREST)
         save_map(np.array(classes), len(names), path)
     return written
