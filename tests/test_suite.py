@@ -221,17 +221,25 @@ def test_few_labels_are_of_every_class():
     assert chosen[0] < chosen[1] != set(share_of_each_class(targets, 0.1, 4).tolist())
 
 
-@pytest.mark.parametrize(("num_correct", "total"), [(270, 900), (3, 40), (0, 7), (7, 7)])
+@pytest.mark.parametrize(("num_correct", "total"), [(270, 900), (3, 40), (1, 7), (6, 7)])
 def test_bootstrap_is_that_of_the_images(num_correct, total):
     """Against images drawn with replacement, one by one: percentiles of 20,000 resamples."""
     correct = np.arange(total) < num_correct
     rng = np.random.default_rng(5)
     accuracies = [100 * correct[rng.integers(0, total, total)].mean() for _ in range(20_000)]
     expected = np.percentile(accuracies, [2.5, 97.5])
-    step = 100 / total + 100 * math.sqrt(0.25 / total) * 0.1 * (0 < num_correct < total)
+    step = 100 / total + 100 * math.sqrt(0.25 / total) * 0.1
     assert bootstrap_interval(num_correct, total) == pytest.approx(expected, abs=step)
     assert bootstrap_interval(num_correct, total) == bootstrap_interval(num_correct, total, 0)
     assert len({bootstrap_interval(270, 900, seed) for seed in range(5)}) > 1
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 1000])
+def test_accuracies_at_the_ends_have_an_interval(total):
+    """Wilson's: the shares p from which so extreme an accuracy is less than 1.96 standard deviations of p away."""
+    width = 100 * 1.959964**2 / (total + 1.959964**2)
+    assert bootstrap_interval(0, total) == pytest.approx((0, width), abs=1e-4)
+    assert bootstrap_interval(total, total) == pytest.approx((100 - width, 100), abs=1e-4)
 
 
 def test_table():

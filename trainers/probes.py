@@ -271,6 +271,9 @@ def bootstrap_interval(num_correct: int, num_total: int, seed: int = 0, num_resa
     """
     The 95 % interval of an accuracy by bootstrap over the test images: percentiles of what resamples of them give.
 
+    Where all predictions are correct, or none, so are those of every resample, which says nothing about other images;
+    the interval is then [`accuracy_interval`].
+
     Args:
         num_correct (`int`), num_total (`int`): Correct predictions of how many, at least 1.
         seed (`int`): Of the resamples.
@@ -279,6 +282,8 @@ def bootstrap_interval(num_correct: int, num_total: int, seed: int = 0, num_resa
     Returns:
         `(float, float)`: Low and high, in percent.
     """
+    if num_correct in (0, num_total):
+        return accuracy_interval(num_correct, num_total)
     # images drawn with replacement are correct or not independently of each other: a binomial number of them is
     correct = np.random.default_rng(seed).binomial(num_total, num_correct / num_total, num_resamples)
     low, high = np.percentile(100 * correct / num_total, [2.5, 97.5])
