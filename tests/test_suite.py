@@ -315,6 +315,7 @@ def test_mistakes_are_told_before_images_are_read(folder, tmp_path, capsys):
         (["--suite", "imagent"], "'imagent' is not known; did you mean imagenet?"),
         (["--suite", "7"], "choose one of small, imagenet"),
         (["--suite", "small", "--num_neighbors", "5"], "a suite's are 20 and 200; leave it out"),
+        (["--suite", "small", "--context_encoder"], "wherever a model has one; leave it out"),
         (["--card", str(card)], "give --suite small, too"),
         (["--suite", "small", "--card", str(tmp_path)], "is no file"),
         (["--suite", "small", "--card", str(card)], "cannot be read"),

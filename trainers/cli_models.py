@@ -135,6 +135,8 @@ def check_suite_flags(namespace):
     check_suite(namespace.suite)
     if "num_neighbors" in vars(namespace):
         raise InputError(f"--num_neighbors: a suite's are {NUM_NEIGHBORS[0]} and {NUM_NEIGHBORS[1]}; leave it out.")
+    if "context_encoder" in vars(namespace):
+        raise InputError("--context_encoder: a suite evaluates it wherever a model has one; leave it out.")
     if namespace.card:
         check_card(namespace.card)
 
