@@ -62,7 +62,7 @@ def test_levels_of_a_stack(stack, train, test):
     assert default == rows[1]
     top, _ = evaluate_model(stack, train, test, arguments, level=-1)["rows"]
     assert top == rows[1]
-    with pytest.raises(InputError, match="level=2 is not in this model, which has 2 levels, 0 to 1.*say all"):
+    with pytest.raises(InputError, match="which has 2 levels, 0 to 1; choose one of its own, or say all.$"):
         evaluate_model(stack, train, test, arguments, level=2)
 
 

@@ -73,7 +73,7 @@ def test_wrong_poolings_are_refused():
         pooled_encoder(stack, "mean", 2)
     vit = {"model_type": "vit", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
            "intermediate_size": 64, "patch_size": 8}  # fmt: skip
-    with pytest.raises(InputError, match="needs features on a grid"):
+    with pytest.raises(InputError, match="level 0 of this SJeaModel gives tokens.*; choose a level of maps"):
         embedded(tiny_sjea(sjea_level(stem="standard", backbone=vit)), "patches")
 
 

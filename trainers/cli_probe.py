@@ -56,16 +56,16 @@ def run_segmentation(namespace):
     """Writes figures, picture and maps, and prints the figures."""
     from modeling_cjepa.configuration_cjepa import pair
     from trainers.dense_evaluation import evaluate_segmentation, format_segmentation
-    from trainers.evaluation import check_level
     from trainers.files import full_disk_named, write_json
     from trainers.flags import dataclass_from_flags
     from trainers.loading import load_encoder_config
     from trainers.mask_sources import MaskArguments, load_mask_sources
+    from trainers.pooling import level_of
     from trainers.segmentation import SegmentationArguments
     from trainers.segmentation_maps import check_files, draw_segmentation, segment_files
 
     config = load_encoder_config(namespace.model)
-    check_level(namespace.level, config)
+    level_of(config, namespace.level)
     data = dataclass_from_flags(namespace, MaskArguments)
     arguments = dataclass_from_flags(namespace, SegmentationArguments)
     for file in namespace.segment:
@@ -122,16 +122,16 @@ def run_propagation(namespace):
     """Writes figures, picture and masks, and prints the figures."""
     from modeling_cjepa.configuration_cjepa import pair
     from trainers.clips import ClipArguments, load_clips
-    from trainers.evaluation import check_level
     from trainers.files import full_disk_named, write_json
     from trainers.flags import dataclass_from_flags
     from trainers.loading import load_encoder_config
+    from trainers.pooling import level_of
     from trainers.propagation import PropagationArguments
     from trainers.propagation_evaluation import evaluate_propagation, format_propagation
     from trainers.propagation_maps import MaskWriter
 
     config = load_encoder_config(namespace.model)
-    check_level(namespace.level, config)
+    level_of(config, namespace.level)
     data = dataclass_from_flags(namespace, ClipArguments)
     arguments = dataclass_from_flags(namespace, PropagationArguments)
     folder = output_folder(namespace, "propagation")

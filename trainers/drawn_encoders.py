@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_cjepa import CJepaForPreTraining
-from modeling_cjepa.configuration_cjepa import choose_level, pair
+from modeling_cjepa.configuration_cjepa import pair
 from trainers.embedding import device_of, encoding
-from trainers.errors import InputError
 from trainers.level_embeddings import LoadedModel
 from trainers.loading import load_with_statistics
+from trainers.pooling import level_of
 
 
 @dataclass
@@ -72,10 +72,7 @@ def load_encoders(
 
 def _drawn(title: str, encoder: PreTrainedModel, statistics, level: int | None) -> DrawnEncoder:
     config = encoder.config
-    try:
-        level = choose_level(config.level if level is None else level, config.num_levels)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    level = level_of(config, level)
     if config.num_levels > 1:
         title = f"{title}, level {level}"
     return DrawnEncoder(encoder, pair(config.image_size), *statistics, title, level)

@@ -21,7 +21,7 @@ from trainers.diagnostics import feature_std, rankme
 from trainers.embedding import RawPixels, check_finite, device_of, extract_embeddings
 from trainers.errors import InputError
 from trainers.loading import load_with_statistics
-from trainers.pooling import EveryLevel, OneLevel
+from trainers.pooling import EveryLevel, OneLevel, level_of
 from trainers.probes import accuracy_interval, knn_predict, linear_predict
 from trainers.readable import readable_positions
 from trainers.sources import choose_images, with_common_classes
@@ -326,10 +326,10 @@ class Subject:
 
 
 def check_level(level: int | str | None, config: PreTrainedConfig):
-    """Refuses a level that a model of this configuration does not have."""
+    """Refuses a level that a model of this configuration does not have, unless it is `all` of them."""
     if level == "all":
         return
     try:
-        choose_level(level, config.num_levels)
-    except ValueError as error:
-        raise InputError(f"{error} Or say all.") from error
+        level_of(config, level)
+    except InputError as error:
+        raise InputError(f"{str(error).removesuffix('.')}, or say all.") from error

@@ -5,7 +5,7 @@ Shapes: B images, N tokens, h and w rows and columns of a level's grid, D width 
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_cjepa import CJepaModel
@@ -40,10 +40,7 @@ def pooled_encoder(model: PreTrainedModel, pooling: str = "mean", level: int | N
         if level is not None:
             raise InputError(f"pooling='levels' takes all levels; leave level={level} out.")
         return EveryLevel(model)
-    try:
-        level = choose_level(model.config.level if level is None else level, model.config.num_levels)
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    level = level_of(model.config, level)
     if pooling == "mean":
         return OneLevel(model, level)
     if pooling == "patches":
@@ -52,6 +49,26 @@ def pooled_encoder(model: PreTrainedModel, pooling: str = "mean", level: int | N
         raise InputError(f"pooling='last4' reads the layers of a C-JEPA encoder, and the model is a "
                          f"{type(model).__name__}; choose mean, levels or patches.")  # fmt: skip
     return LastLayers(model, level)
+
+
+def level_of(config: PreTrainedConfig, level: int | None = None) -> int:
+    """
+    The index of a level of a model.
+
+    Args:
+        config (`PreTrainedConfig`): The model's.
+        level (`int`, *optional*): From 0, or from the top as -1; that of the configuration when not given.
+
+    Returns:
+        `int`: From 0.
+
+    Raises:
+        InputError: There is no such level.
+    """
+    try:
+        return choose_level(config.level if level is None else level, config.num_levels)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 class EveryLevel(nn.Module):
@@ -115,8 +132,10 @@ class PatchMap(OneLevel):
         if features.ndim == 4:
             return BaseModelOutputWithPooling(pooler_output=features.permute(0, 2, 3, 1))
         if not isinstance(self.model, CJepaModel):
-            raise InputError("pooling='patches' needs features on a grid, and this level gives tokens; choose mean or "
-                             "a level of maps.")  # fmt: skip
+            raise InputError(
+                f"A map of patches needs features on a grid, and level {self.level} of this "
+                f"{type(self.model).__name__} gives tokens without one; choose a level of maps, such as a ResNet's."
+            )
         return BaseModelOutputWithPooling(
             pooler_output=features.unflatten(1, level_grid(self.model, self.level, pixel_values))
         )
