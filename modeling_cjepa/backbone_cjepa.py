@@ -15,7 +15,9 @@ from .modeling_cjepa import CJepaModel
 
 class CJepaBackbone(BackboneMixin, CJepaModel):
     """
-    The encoder whose outputs are feature maps. `AutoBackbone` loads the target encoder of a pre-trained model.
+    The encoder whose outputs are feature maps. [`~CJepaBackbone.from_pretrained`] loads the target encoder of a
+    pre-trained model; `AutoBackbone.from_config` gives one without its weights, and `AutoBackbone.from_pretrained` of
+    transformers 5.23 reads no folders.
 
     `out_features` or `out_indices` of the configuration choose the maps among `config.stage_names`: `stem` (patches
     with their positions), `stage1` to the last layer, and of a stack `level1_stem`, `level1_stage1` and so on, whose
@@ -47,7 +49,8 @@ class CJepaBackbone(BackboneMixin, CJepaModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalised images of any size of a patch or more;
-                pixels on the right and at the bottom that fill no patch are left out.
+                pixels on the right and at the bottom that fill no patch are left out. For an upper level of a stack
+                the grid of patches must divide into what is merged: 9x11 patches do not into 2x2.
             output_hidden_states (`bool`, *optional*): Whether to return the tokens (B, N, D) of every stage that was
                 run, before the final norm.
             output_attentions (`bool`, *optional*): Those of the last level that was run (with
@@ -55,6 +58,9 @@ class CJepaBackbone(BackboneMixin, CJepaModel):
 
         Returns:
             `BackboneOutput`: `feature_maps`, one (B, D, h, w) a chosen stage, after the final norm of its level.
+
+        Raises:
+            ValueError: Images are smaller than a patch, or the grid of a level cannot be merged.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
