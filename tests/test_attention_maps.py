@@ -25,6 +25,9 @@ def models(tmp_path_factory):
     tiny_model(image_size=16, regularizer_weight=0).save_pretrained(folder / "ijepa")
     tiny_model().cjepa.save_pretrained(folder / "encoder")
     tiny_sjea().save_pretrained(folder / "sjea")
+    diverged = tiny_model()
+    diverged.cjepa.embeddings.patch_embeddings.projection.bias.data[0] = torch.nan
+    diverged.save_pretrained(folder / "diverged")
     return folder
 
 
@@ -128,6 +131,7 @@ def test_mistakes_are_told(models, tmp_path, capsys):
             "layer=2 is not in the C-JEPA target encoder, which has 2 layers; choose 0 to 1",
         ),
         ([cjepa, file, "--layer", -3], "layer=-3 is not in"),
+        ([models / "diverged", file], "embeddings of the C-JEPA target encoder are not finite"),
         ([cjepa, file, "--query", "2,6"], "query=2,6 is not on the 8x6 grid"),
         ([cjepa, file, "--level", 1], "level=1 is not in this model"),
         ([cjepa, file, "--beside", "a=", cjepa], "--beside a=: give a name and a model"),

@@ -226,6 +226,14 @@ def test_models_are_set_beside_others(model):
     assert len({row["j_and_f"] for row in results["rows"]}) > 1
 
 
+def test_an_encoder_that_diverged_is_refused():
+    model = tiny_model(image_size=16)
+    model.cjepa.layernorm.bias.data[0] = np.nan
+    clips = load_clips(ClipArguments(num_clips=1, num_frames=3), 16, progress=False)
+    with pytest.raises(InputError, match="embeddings of the target encoder are not finite"):
+        evaluate_propagation(model, clips, PropagationArguments(num_random_encoders=0, disable_tqdm=True))
+
+
 def test_clips_are_the_same_at_every_call_and_begin_and_end_on_an_object():
     frames, masks = render_clip(3, 7, 5, 32)
     again = render_clip(3, 7, 9, 32)

@@ -17,6 +17,7 @@ import torch
 from modeling_cjepa import CJepaModel
 from trainers.datasets import read_image
 from trainers.drawn_encoders import DrawnEncoder, load_encoders
+from trainers.embedding import check_finite
 from trainers.errors import InputError
 from trainers.panels import Outline, Panel, view_of, write_picture
 from trainers.pooling import OneLevel, level_grid
@@ -79,7 +80,8 @@ def visualize_attention(
         shares of attention that sum to 1, before they are scaled.
 
     Raises:
-        InputError: An image or a model cannot be read, a model has no attention, or there is no such layer or patch.
+        InputError: An image or a model cannot be read, a model has no attention or one that is not finite, or there is
+            no such layer or patch.
     """
     pictures = [read_image(file) for file in images]
     encoders = load_encoders(model, beside, level)
@@ -89,7 +91,9 @@ def visualize_attention(
         rows.append([Panel(view_of(picture, encoders[0].image_size))])
         for encoder, module, maps in zip(encoders, modules, found, strict=True):
             view = view_of(picture, encoder.image_size)
-            maps.append(encoder.run(module, view)[0].cpu().numpy())
+            received = encoder.run(module, view)[0]
+            check_finite(received, encoder.title)
+            maps.append(received.cpu().numpy())
             rows[-1].append(Panel(overlay(view, maps[-1]), outlines=_asking(maps[-1], view, query)))
     for panel, title in zip(rows[0], ["image", *(encoder.title for encoder in encoders)], strict=True):
         panel.title = title

@@ -21,7 +21,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from trainers.clips import objects_of
-from trainers.embedding import device_of
+from trainers.embedding import check_finite, device_of
 from trainers.errors import InputError
 from trainers.mask_sources import MaskSource
 from trainers.transforms import normalize
@@ -90,6 +90,9 @@ class Propagator:
 
         Yields:
             `np.ndarray` of shape `(H, W)`, uint8: The number of the object, or 0, at each pixel.
+
+        Raises:
+            InputError: The features are not finite.
         """
         numbers = np.concatenate([[0], objects_of(clip)]).astype(np.uint8)
         size = self._size(clip.images.image(0).size, frame_size)
@@ -119,6 +122,7 @@ class Propagator:
         pixel_values = normalize(v2.functional.pil_to_tensor(frame).unsqueeze(0).to(device), self.mean, self.std)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             features = self.encoder(pixel_values).pooler_output[0]
+        check_finite(features, self.label)
         return F.normalize(features.float(), dim=-1)
 
     def _labels(self, mask: np.ndarray, numbers: np.ndarray, grid_size: tuple[int, int]) -> torch.Tensor:

@@ -68,7 +68,8 @@ def evaluate_propagation(
         objects of all videos, and their `j_interval`, ..., 95 % by bootstrap over the videos; and the settings.
 
     Raises:
-        InputError: There is no whole model, no such level, its features lie on no grid, or a mask does not fit.
+        InputError: There is no whole model, no such level, its features lie on no grid or are not finite, or a mask
+            does not fit.
     """
     arguments = arguments or PropagationArguments()
     model, *statistics = load_with_statistics(model, image_mean, image_std)
