@@ -124,7 +124,6 @@ def test_a_segmenter_trains_on_it_and_reloads(folder, tmp_path):
 
 
 def test_a_detector_trains_on_it():
-    pytest.importorskip("scipy")
     config = DetrConfig(
         backbone_config=tiny_config(), d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
         decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=5, num_labels=3,

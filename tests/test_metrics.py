@@ -4,9 +4,11 @@ import json
 import math
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 import torch
+from scipy import linalg
 from tiny import seeded, tiny_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
@@ -17,7 +19,6 @@ from trainers.finetune_data import load_splits
 from trainers.publishing import save_model
 from trainers.transforms import image_processor
 
-evaluate = pytest.importorskip("evaluate")
 FOLDER = Path(__file__).resolve().parent.parent / "trainers" / "metrics"
 
 
@@ -39,7 +40,6 @@ def both_ways(name, cls):
 
 
 def test_lidar_is_the_rank_of_the_generalised_eigenvalue_problem():
-    linalg = pytest.importorskip("scipy.linalg")
     centres = torch.randn(60, 1, 8, generator=seeded(), dtype=torch.float64) * torch.arange(1, 9)
     views = centres + 0.3 * torch.randn(60, 5, 8, generator=seeded(1), dtype=torch.float64)
     x = views.numpy()

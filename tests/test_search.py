@@ -54,8 +54,6 @@ def cosines(x, queries):
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_neighbours_are_those_of_largest_cosine(library, dtype):
-    if library == "faiss":
-        pytest.importorskip("faiss")  # of the extra `dev`
     rng = np.random.default_rng(0)
     # a common offset and lengths that mean nothing: neither distances nor inner products have this order
     x = ((rng.normal(size=(60, 6)) + 1) * rng.uniform(0.1, 10, (60, 1))).astype(dtype)

@@ -51,8 +51,6 @@ def test_training_lowers_the_loss(tmp_path):
 
 @pytest.mark.parametrize("data", [{}, {"color_augmentation": "device"}], ids=["workers", "device"])
 def test_resumed_run_is_bit_identical(tmp_path, data):
-    if data:
-        pytest.importorskip("kornia")
     # 3 batches an epoch, two a step: step 2 is in the middle of the second epoch
     training = {
         "max_steps": 4, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "model": LEVELS,
@@ -68,7 +66,6 @@ def test_resumed_run_is_bit_identical(tmp_path, data):
 
 
 def test_colors_on_the_device_are_a_function_of_the_step(tmp_path):
-    pytest.importorskip("kornia")
     trainer = build_trainer(
         str(tmp_path), {"per_device_train_batch_size": 8}, LEVELS, {"color_augmentation": "device"}
     )

@@ -69,7 +69,6 @@ def statistics(views, pictures):
     ids=["paper", "blur", "solarize", "gray", "brightness", "contrast", "saturation", "hue"],
 )
 def test_device_and_workers_draw_from_one_distribution(pictures, changes):
-    pytest.importorskip("kornia")
     ours, theirs = (statistics(make(pictures, **changes), pictures) for make in (by_workers, on_device))
     for name, (mean, error) in ours.items():
         other, other_error = theirs[name]
@@ -79,8 +78,6 @@ def test_device_and_workers_draw_from_one_distribution(pictures, changes):
 
 @pytest.mark.parametrize("make", [by_workers, on_device])
 def test_shares_are_those_of_the_paper(pictures, make):
-    if make is on_device:
-        pytest.importorskip("kornia")
     views = make(pictures)
     found = statistics(views, pictures)
     are_gray = ((views.float().std(1) < 1).flatten(1).all(1)).float().mean().item()
@@ -117,7 +114,6 @@ def test_crops_and_flips_stay_with_the_workers(pictures):
 
 
 def test_device_colors_are_a_function_of_the_seed(pictures):
-    pytest.importorskip("kornia")
     once, again = on_device(pictures[:20]), on_device(pictures[:20])
     assert torch.equal(once, again) and once.dtype == torch.uint8
     # two views of an image are alike only where neither is changed, which 16 in 100 views are not
