@@ -11,7 +11,7 @@ from trainers.cli_models import add_evaluate
 from trainers.cli_probe import add_probe
 from trainers.cli_visualize import add_visualize
 from trainers.errors import InputError, plain_message
-from trainers.flags import closest
+from trainers.flags import GOES_ON_FROM_CHECKPOINT, closest
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         return fail(plain_message(error))
     except KeyboardInterrupt:
-        return fail("interrupted; a run that has saved a checkpoint goes on with --resume_from_checkpoint last.", 130)
+        return fail(f"interrupted; {namespace.after_interruption}.", 130)
     return 0
 
 
@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Self-supervised pre-training of image encoders with C-JEPA (contrastive JEPA, NeurIPS 2024) and "
         "S-JEA (stacked joint embedding architectures).",
     )
+    parser.set_defaults(after_interruption="repeat the call to start again")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
         add_pretrain, add_evaluate, add_probe, add_finetune, add_features, add_visualize, add_benchmark
@@ -93,7 +94,7 @@ def add_pretrain(commands):
         "recipe", metavar="RECIPE", help="a YAML file or the name of a shipped recipe; before all flags"
     )
     add_recipe_flags(parser)
-    parser.set_defaults(run=run_pretrain, parser=parser)
+    parser.set_defaults(run=run_pretrain, parser=parser, after_interruption=GOES_ON_FROM_CHECKPOINT)
 
 
 def run_pretrain(namespace):

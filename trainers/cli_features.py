@@ -33,7 +33,11 @@ def add_features(commands):
     hints = {name: hint for name, hint in type_hints(DataArguments).items() if name in _DATA_FIELDS}
     add_data_flags(parser, DataArguments(), hints)
     add_flags(parser, "features", FeatureArguments(), type_hints(FeatureArguments))
-    parser.set_defaults(run=run_features, parser=parser)
+    parser.set_defaults(
+        run=run_features,
+        parser=parser,
+        after_interruption="repeat the call to go on after the last whole file",
+    )
 
 
 def run_features(namespace):

@@ -16,7 +16,7 @@ def add_finetune(commands):
     import inspect
 
     from trainers.finetune_args import FinetuneArguments, FinetuneDataArguments, FinetuneTrainingArguments
-    from trainers.flags import add_flags, type_hints
+    from trainers.flags import GOES_ON_FROM_CHECKPOINT, add_flags, type_hints
 
     parser = model_parser(
         commands,
@@ -38,7 +38,7 @@ def add_finetune(commands):
     add_data_flags(parser, FinetuneDataArguments(), type_hints(FinetuneDataArguments))
     listed = _COMMON_TRAINING_FIELDS | set(inspect.get_annotations(FinetuneTrainingArguments))
     add_flags(parser, "training", FinetuneTrainingArguments, type_hints(FinetuneTrainingArguments), listed)
-    parser.set_defaults(run=run_finetune, parser=parser)
+    parser.set_defaults(run=run_finetune, parser=parser, after_interruption=GOES_ON_FROM_CHECKPOINT)
 
 
 def run_finetune(namespace):

@@ -12,6 +12,9 @@ import yaml
 
 from trainers.errors import InputError
 
+# what an interrupted training is told
+GOES_ON_FROM_CHECKPOINT = "a run that has saved a checkpoint goes on with --resume_from_checkpoint last"
+
 
 def type_hints(cls) -> dict[str, object]:
     """Type hints of a dataclass' fields that can be set."""

@@ -1,0 +1,28 @@
+"""What `cjepa` says when a command ends before its time."""
+
+import pytest
+
+from trainers.cli import main
+
+START_AGAIN = "repeat the call to start again"
+FROM_CHECKPOINT = "a run that has saved a checkpoint goes on with --resume_from_checkpoint last"
+
+
+@pytest.mark.parametrize(
+    ("run", "command", "advice"),
+    [
+        ("cli.run_pretrain", ["pretrain", "cjepa_scenes"], FROM_CHECKPOINT),
+        ("cli_finetune.run_finetune", ["finetune", "model"], FROM_CHECKPOINT),
+        ("cli_features.run_features", ["features", "model", "--output", "out"], "repeat the call to go on after"),
+        ("cli_models.run_evaluate", ["evaluate", "model"], START_AGAIN),
+        ("cli_probe.run_segmentation", ["probe", "segmentation", "model"], START_AGAIN),
+        ("cli_visualize.run_levels", ["visualize", "levels", "model"], START_AGAIN),
+    ],
+)
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, run, command, advice):
+    def interrupted(namespace):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"trainers.{run}", interrupted)
+    assert main(command) == 130
+    assert capsys.readouterr().err.startswith(f"\ncjepa: interrupted; {advice}")
