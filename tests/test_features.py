@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -24,6 +25,7 @@ from trainers.datasets import read_image
 from trainers.errors import InputError
 from trainers.feature_encoder import FeatureArguments
 from trainers.features import read_manifest, write_features
+from trainers.readable import allowed_to_skip
 from trainers.sources import DataArguments, load_sources
 from trainers.transforms import eval_transform, image_processor, normalize
 
@@ -343,13 +345,33 @@ def test_tars_are_streamed(model, tmp_path):
         np.testing.assert_allclose(rows["embedding"][:], embedded(None, range(7)), atol=1e-6)
 
 
-def test_too_many_unreadable_images_stop_it_and_nothing_is_lost(model, data, tmp_path):
-    with pytest.raises(InputError, match=r"1 of 22 images .* cannot be read, such as 3\.png \(not an image\)"):
-        write(model, data, tmp_path / "out", max_skipped_share=0.01)
-    assert sorted(path.name for path in (tmp_path / "out").glob("t*")) == ["test-00000.parquet", "train-00000.parquet"]
-    write(model, data, tmp_path / "out")
-    write(model, data, tmp_path / "whole")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+def test_too_many_unreadable_images_stop_it_and_nothing_is_lost(model, tmp_path):
+    folder = Path(make_folder(tmp_path / "pets", list("abcdefg")))
+    broken = sorted(folder.glob("*/*.png"))[1:12]
+    for file in broken:
+        file.write_bytes(b"no image")
+    output = tmp_path / "out"
+    for num_shards in (1, 2):  # what a call before it skipped counts, too
+        with pytest.raises(InputError) as error:
+            write(model, str(folder), output, max_skipped_share=0.1, shard_size=12, split=["train"])
+        assert re.search(rf"11 of 28 images .*, such as {broken[0]} \(not an image\).* in {output}/skipped\.jsonl",
+                         str(error.value))  # fmt: skip
+        assert len(list(output.glob("*.parquet"))) == num_shards
+        skipped = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
+        assert [entry["path"] for entry in skipped] == [str(file) for file in broken]
+        assert skipped[0] == {"split": "train", "index": 1, "path": str(broken[0]), "reason": "not an image"}
+    write(model, str(folder), output, max_skipped_share=1, shard_size=12)
+    write(model, str(folder), tmp_path / "whole", max_skipped_share=1, shard_size=12)
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_ten_unreadable_images_may_always_be_skipped(model, tmp_path):
+    folder = Path(make_folder(tmp_path / "pets", ["cat", "dog", "owl", "fox"]))
+    for file in sorted(folder.glob("*/*.png"))[:10]:
+        file.write_bytes(b"no image")
+    manifest = write(model, str(folder), tmp_path / "out", max_skipped_share=0)
+    assert manifest["splits"]["train"] == {"num_images": 16, "num_skipped": 10, "num_shards": 4}
+    assert [allowed_to_skip(*asked) for asked in ((5, 1), (1000, 0.01), (1100, 0.01), (199, 0.1))] == [10, 10, 11, 19]
 
 
 def test_a_shard_without_a_readable_image_is_empty(model, tmp_path):

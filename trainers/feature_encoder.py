@@ -44,7 +44,8 @@ class FeatureArguments:
         default=10_000, metadata={"help": "images of a file; processes share the work and resume by whole files"}
     )
     max_skipped_share: float = field(
-        default=0.01, metadata={"help": "share of images that may be unreadable; they are skipped and listed"}
+        default=0.01,
+        metadata={"help": "share of images that may be unreadable (ten always may); they are skipped and listed"},
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "processes that decode images; 0: the main one"})
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})

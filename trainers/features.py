@@ -1,5 +1,6 @@
 """Embeddings of a whole data set as parquet files, by one process or several, taken up again where they were left."""
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -19,8 +20,18 @@ from trainers.embedding import encoding
 from trainers.errors import InputError, first_line
 from trainers.feature_encoder import FeatureArguments, FeatureEncoder, load_feature_encoder
 from trainers.files import full_disk_named, write_json, write_text_atomically
+from trainers.readable import allowed_to_skip
 from trainers.recipes import first_difference
-from trainers.shards import Shard, find_shards, shard_features, shard_path, shard_rows, write_shard
+from trainers.shards import (
+    Shard,
+    find_shards,
+    hash_rows,
+    shard_features,
+    shard_path,
+    shard_rows,
+    splits_with_shards,
+    write_shard,
+)
 from trainers.sources import DataArguments
 from trainers.tables import ImageTable, RowBatch, load_tables
 from trainers.transforms import eval_transform
@@ -54,8 +65,8 @@ def write_features(
         of its images, of those skipped and of its shards.
 
     Raises:
-        InputError: The folder holds features of other settings, more images are unreadable than may be, the data set
-            has changed or has no such split, or embeddings are not finite.
+        InputError: The folder holds features of other settings or of images as they no longer are, more images are
+            unreadable than may be, the data set has no such split, or embeddings are not finite.
     """
     arguments = arguments or FeatureArguments()
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST_WAIT)
@@ -92,7 +103,7 @@ def write_features(
             manifest["splits"][split] = writer.summary()
         if state.is_main_process:
             write_json(folder / MANIFEST, manifest)
-            _list_skipped(folder, manifest)
+            _list_skipped(folder, arguments.shard_size)
         state.wait_for_everyone()
     return manifest
 
@@ -169,7 +180,9 @@ class _SplitWriter:
     def write(self):
         """Embeds and writes."""
         encoder, arguments = self.encoder, self.arguments
-        self.num_seen = self.num_skipped = 0
+        self.num_rows = 0
+        self.num_seen = sum(shard.stop - shard.start for shard in self.found.values())
+        self.skipped = [entry for shard in self.found.values() for entry in shard.skipped]
         transform = eval_transform(encoder.image_size)
         with encoding(encoder.module, encoder.image_mean, encoder.image_std, self.state.device) as encode:
             # known before the first image that can be read
@@ -183,16 +196,35 @@ class _SplitWriter:
             with tqdm(total=self._num_wanted(), desc=f"embedding {self.split}", unit="image",
                       disable=not self.progress) as bar:  # fmt: skip
                 for number, batches in itertools.groupby(loaded, key=lambda pair: pair[0].shard):
-                    parts = (self._part(batch, views, encode, features, bar) for batch, views in batches)
+                    digest = hashlib.sha256()
+                    parts = (self._part(batch, views, digest, encode, features, bar) for batch, views in batches)
                     shard = write_shard(shard_path(self.folder, self.split, number), parts, features)
-                    self._check_skipped(shard)
+                    self.num_seen += shard.stop - shard.start
+                    self.skipped += shard.skipped
+                    self._check_skipped(self.skipped, self.table.num_images or self.num_seen)
 
     def _wanted(self) -> Iterator[RowBatch]:
-        """The batches of the shards that this process makes."""
-        rank, number = self.state.process_index, self.state.num_processes
-        for batch in self.table.batches(self.arguments.batch_size, self.arguments.shard_size):
-            if batch.shard % number == rank and batch.shard not in self.found:
-                yield batch
+        """The batches of the shards that this process makes; all processes check the rows of those that are there."""
+        rank, num_processes = self.state.process_index, self.state.num_processes
+        all_batches = self.table.batches(self.arguments.batch_size, self.arguments.shard_size)
+        changed = []
+        for number, batches in itertools.groupby(all_batches, key=lambda batch: batch.shard):
+            digest = hashlib.sha256()
+            for batch in batches:
+                self.num_rows = batch.start + batch.rows.num_rows
+                if number in self.found:
+                    self._hash_rows(digest, batch)
+                elif number % num_processes == rank and not changed:
+                    yield batch
+            if number in self.found and digest.hexdigest() != self.found[number].digest:
+                changed.append(shard_path(self.folder, self.split, number).name)
+        if changed:
+            shown = ", ".join(changed[:5]) + (f" and {len(changed) - 5:,} more" if len(changed) > 5 else "")
+            raise InputError(f"{self.table.name} has other images now than those that {self.folder} holds features "
+                             f"of in {shown}; remove what is to be made anew, or give another --output.")  # fmt: skip
+
+    def _hash_rows(self, digest, batch: RowBatch):
+        hash_rows(digest, batch.rows, self.table.image_column, self.table.label_column)
 
     def _num_wanted(self) -> int | None:
         if self.table.num_images is None:
@@ -201,7 +233,7 @@ class _SplitWriter:
         numbers = range(self.state.process_index, self._num_shards(), self.state.num_processes)
         return sum(min(size, total - number * size) for number in numbers if number not in self.found)
 
-    def _part(self, batch: RowBatch, views: Views, encode, features, bar: tqdm) -> tuple[pa.Table, Shard]:
+    def _part(self, batch: RowBatch, views: Views, digest, encode, features, bar: tqdm) -> tuple[pa.Table, Shard]:
         paths = pc.struct_field(batch.rows[self.table.image_column], "path").to_pylist()
         skipped = [
             {"index": batch.start + position, "path": paths[position], "reason": reason}
@@ -221,50 +253,44 @@ class _SplitWriter:
         rows = batch.rows.take(pa.array(readable, pa.int64()))
         indices = batch.start + np.asarray(readable, dtype=np.int64)
         bar.update(len(paths))
+        self._hash_rows(digest, batch)
         table = shard_rows(rows, indices, [paths[position] for position in readable], stored, features)
-        return table, Shard(batch.start, batch.start + len(paths), skipped)
+        return table, Shard(batch.start, batch.start + len(paths), digest.hexdigest(), skipped)
 
-    def _check_skipped(self, shard: Shard):
-        """Stops when more images were unreadable than may be; of a stream, of those seen."""
-        self.num_seen += shard.stop - shard.start
-        self.num_skipped += len(shard.skipped)
-        _check_share(
-            self.table, self.num_skipped, self.table.num_images or self.num_seen, self.arguments, shard.skipped
+    def _check_skipped(self, skipped: list[dict], num_images: int):
+        """Lists the unreadable images and stops when they are more than may be; of a stream, of those seen."""
+        share = self.arguments.max_skipped_share
+        if len(skipped) <= allowed_to_skip(num_images, share):
+            return
+        _list_skipped(self.folder, self.arguments.shard_size)
+        where = skipped[0]["path"] or f"number {skipped[0]['index']}"
+        raise InputError(
+            f"{len(skipped):,} of {num_images:,} images of {self.table.name} cannot be read, such as {where} "
+            f"({skipped[0]['reason']}), more than --max_skipped_share {share:g} allows; those found so far are listed "
+            f"in {self.folder / SKIPPED}: repair them or raise it."
         )
 
     def summary(self) -> dict:
         """Numbers of a finished split, once all processes are done."""
         found, _ = find_shards(self.folder, self.split, self.arguments.shard_size, self.table.num_images)
         shards = [found[number] for number in sorted(found)]
-        for before, after in itertools.pairwise(shards):
-            if before.stop != after.start:
-                raise InputError(f"{self.table.name} has changed while it was embedded; remove {self.folder} and "
-                                 "start again.")  # fmt: skip
-        if not shards or (self.table.num_images is not None and shards[-1].stop != self.table.num_images):
+        if not self.num_rows:
             raise InputError(f"{self.table.name} holds no image; mend --dataset or --split.")
+        # a stream can be shorter than it was, or longer for one process than for another
+        starts = [shard.start for shard in shards]
+        if starts != [0, *(shard.stop for shard in shards[:-1])] or shards[-1].stop != self.num_rows:
+            raise InputError(f"{self.table.name} has changed since {self.folder} was begun; remove it and start "
+                             "again.")  # fmt: skip
         skipped = [entry for shard in shards for entry in shard.skipped]
-        _check_share(self.table, len(skipped), shards[-1].stop, self.arguments, skipped)
+        self._check_skipped(skipped, shards[-1].stop)
         return {"num_images": shards[-1].stop, "num_skipped": len(skipped), "num_shards": len(shards)}
 
 
-def _check_share(
-    table: ImageTable, num_skipped: int, num_images: int, arguments: FeatureArguments, skipped: list[dict]
-):
-    if num_skipped > arguments.max_skipped_share * num_images:
-        first = skipped[0]
-        where = first["path"] or f"number {first['index']}"
-        raise InputError(
-            f"{num_skipped:,} of {num_images:,} images of {table.name} cannot be read, such as {where} "
-            f"({first['reason']}), more than --max_skipped_share {arguments.max_skipped_share:g} allows; repair "
-            "them or raise it."
-        )
-
-
-def _list_skipped(folder: Path, manifest: dict):
-    """Writes which images of all finished splits were skipped, in their order."""
+def _list_skipped(folder: Path, shard_size: int):
+    """Writes which images were skipped in all shards that are there, in their order."""
     lines = []
-    for split, summary in manifest["splits"].items():
-        found, _ = find_shards(folder, split, manifest["settings"]["shard_size"], summary["num_images"])
+    for split in splits_with_shards(folder):
+        found, _ = find_shards(folder, split, shard_size, num_images=None)
         for number in sorted(found):
             lines += [json.dumps({"split": split, **entry}) for entry in found[number].skipped]
     write_text_atomically(folder / SKIPPED, "".join(f"{line}\n" for line in lines))

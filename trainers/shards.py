@@ -1,19 +1,22 @@
 """The parquet shards of a features folder: written whole, in order, and found again.
 
-A shard holds the rows of so many consecutive images of a split. What it covers, and which of its images could not be
-read, stands in the footer of its file, so that a shard tells by itself whether it is whole.
+A shard holds the rows of so many consecutive images of a split. What it covers, which of its images could not be
+read, and a hash of the rows it was made of stand in the footer of its file, so that a shard tells by itself whether it
+is whole, and whether the data set still has these rows.
 
 Shapes: B images, D width of an embedding, h and w rows and columns of a map.
 """
 
 import glob
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Array3D, Features, Image, List, Value
 from datasets.features.features import numpy_to_pyarrow_listarray
@@ -34,11 +37,13 @@ class Shard:
 
     Args:
         start, stop (`int`): Positions in the split, from the first one to that behind the last.
+        digest (`str`): SHA-256 of its rows by [`hash_rows`].
         skipped (`list[dict]`): Images that could not be read: `index`, `path` (null if it is no file), `reason`.
     """
 
     start: int
     stop: int
+    digest: str
     skipped: list[dict] = field(default_factory=list)
 
 
@@ -102,13 +107,43 @@ def shard_rows(
     return embed_table_storage(table) if any(isinstance(features[name], Image) for name in kept) else table
 
 
+def hash_rows(digest, rows: pa.Table, image_column: str, label_column: str | None):
+    """
+    Adds to a hash what tells rows apart and is known without reading whole images.
+
+    Args:
+        digest (`hashlib._Hash`): Is updated row by row: batches of any size give the same.
+        rows (`pa.Table`): Of the source: each image's path, the number of its bytes and the last of them, or else
+            size and time of its file.
+        image_column (`str`): The column of images.
+        label_column (`str`, *optional*): The column of labels, which count, too.
+    """
+    paths = pc.struct_field(rows[image_column], "path").to_pylist()
+    stored = pc.struct_field(rows[image_column], "bytes")
+    # checksums and the end of what is compressed are there: images of one size differ in it
+    sizes, ends = pc.binary_length(stored).to_pylist(), pc.binary_slice(stored, -64, None).to_pylist()
+    labels = rows[label_column].to_pylist() if label_column else [None] * rows.num_rows
+    for path, size, end, label in zip(paths, sizes, ends, labels, strict=True):
+        state = _file_state(path) if size is None and path else (size, end)
+        digest.update(repr((path, state, label)).encode())
+
+
+def _file_state(path: str) -> tuple[int, int] | None:
+    """Size and time of a file; None if there is none, which makes an unreadable image."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def write_shard(path: Path, parts: Iterable[tuple[pa.Table, Shard]], features: Features) -> Shard:
     """
     Writes a shard part by part; it is in its place only when it is whole.
 
     Args:
         path (`Path`): Where to.
-        parts: Rows of [`shard_rows`], and what they cover, in order.
+        parts: Rows of [`shard_rows`], and what they cover, in order; the digest is that of all rows so far.
         features (`Features`): Of [`shard_features`].
 
     Returns:
@@ -121,7 +156,7 @@ def write_shard(path: Path, parts: Iterable[tuple[pa.Table, Shard]], features: F
                 if rows.num_rows:  # `datasets` cannot read a file whose first group of rows is empty
                     writer.write_table(rows)
                 skipped = whole.skipped + part.skipped if whole else part.skipped
-                whole = Shard(whole.start if whole else part.start, part.stop, skipped)
+                whole = Shard(whole.start if whole else part.start, part.stop, part.digest, skipped)
             writer.add_key_value_metadata({_FOOTER_KEY: json.dumps(asdict(whole))})
     return whole
 
@@ -135,6 +170,12 @@ def read_shard(path: Path) -> Shard | None:
         return None
     is_whole = metadata.num_rows == shard.stop - shard.start - len(shard.skipped)
     return shard if is_whole else None
+
+
+def splits_with_shards(folder: Path) -> list[str]:
+    """The splits of which a folder holds shards, finished or not, by the names of its files."""
+    names = [path.stem.rpartition("-") for path in folder.glob("*-[0-9][0-9][0-9][0-9][0-9]*.parquet")]
+    return sorted({split for split, _, digits in names if digits.isdecimal()})
 
 
 def find_shards(
