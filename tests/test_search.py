@@ -17,7 +17,8 @@ from trainers.cli import main
 from trainers.errors import InputError
 from trainers.feature_cost import benchmark_features, format_feature_cost
 from trainers.feature_encoder import FeatureArguments
-from trainers.features import write_features
+from trainers.features import read_manifest, write_features
+from trainers.files import write_json
 from trainers.search import LIBRARIES, find_neighbours, load_features
 from trainers.sources import DataArguments
 
@@ -80,9 +81,17 @@ def test_features_are_loaded_in_order_and_whole(model, photos, tmp_path):
     assert split == "train" and rows["index"][:] == list(range(8))
     with pytest.raises(InputError, match="no finished split 'test', only train"):
         load_features(folder, "test")
+    (tmp_path / "out/test-00000.parquet").touch()
+    with pytest.raises(InputError, match="out is half finished; repeat the `cjepa features` call"):
+        load_features(folder, "test")
     (tmp_path / "out/train-00001.parquet").unlink()
     with pytest.raises(InputError, match="lacks shards"):
         load_features(folder)
+    manifest = read_manifest(folder)
+    for splits in ({}, {"test": {}}):  # nothing is finished, another split is
+        write_json(tmp_path / "out/features.json", manifest | {"splits": splits})
+        with pytest.raises(InputError, match="out is half finished; repeat the `cjepa features` call"):
+            load_features(folder)
     with pytest.raises(InputError, match=r"features\.json cannot be read"):
         load_features(tmp_path)
 
@@ -122,6 +131,25 @@ def test_the_page_shows_the_nearest_images(model, tmp_path, capsys, keep_columns
         assert np.array_equal(image, np.asarray(picture(10 * (number // 4) + number % 4)))
     with Image.open(tmp_path / "drawn/neighbours.png") as drawn:
         assert drawn.size[0] > 4 * 100
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("moved", r"has changed .*: image 0 was .*<cat>/0\.png and is .*<cat>/-\.png; write features anew"),
+        ("more", r"\(train\) has 9 images now, and had 8 when"),
+    ],
+)
+def test_pictures_of_other_images_are_refused(model, tmp_path, capsys, change, sentence):
+    photos = make_folder(tmp_path / "photos", NAMES)
+    features = features_of(model, photos, tmp_path / "out")
+    picture(70).save(tmp_path / "photos/<cat>/-.png")
+    if change == "moved":
+        (tmp_path / "photos/<cat>/1.png").unlink()
+    command = ["visualize", "neighbours", str(model), f"{photos}/<cat>/0.png", "--features", features, "--k", "2"]
+    assert main([*command, "--output", str(tmp_path / "drawn")]) == 2
+    assert re.search(sentence, capsys.readouterr().err)
+    assert not (tmp_path / "drawn").exists()
 
 
 def test_mistakes_are_told(model, photos, tmp_path, capsys):

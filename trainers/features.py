@@ -20,7 +20,7 @@ from trainers.embedding import encoding
 from trainers.errors import InputError, first_line
 from trainers.feature_encoder import FeatureArguments, FeatureEncoder, load_feature_encoder
 from trainers.files import full_disk_named, write_json, write_text_atomically
-from trainers.readable import allowed_to_skip
+from trainers.readable import SKIPPED, allowed_to_skip
 from trainers.recipes import first_difference
 from trainers.shards import (
     Shard,
@@ -36,7 +36,7 @@ from trainers.sources import DataArguments
 from trainers.tables import ImageTable, RowBatch, load_tables
 from trainers.transforms import eval_transform
 
-MANIFEST, SKIPPED = "features.json", "skipped.jsonl"
+MANIFEST = "features.json"
 # processes wait for each other at the end of a split, and some have a shard more to embed
 _LONGEST_WAIT = timedelta(days=7)
 

@@ -23,7 +23,7 @@ from trainers.loading import load_encoder_config
 from trainers.resources import render_template
 from trainers.search import find_neighbours, load_features
 from trainers.sources import DataArguments
-from trainers.tables import load_tables
+from trainers.tables import ImageTable, load_tables
 from trainers.transforms import eval_transform
 
 _THUMBNAIL_SIDE = 128
@@ -152,6 +152,8 @@ def _thumbnails(rows: Dataset, positions: np.ndarray, manifest: dict, split: str
         indices = {position: rows[position]["index"] for position in wanted}
         stored = table.images_at(indices.values()) if table else {}
         items = {position: stored.get(index) for position, index in indices.items()}
+        if table:
+            _check_unchanged(rows, items, table, manifest["splits"][split]["num_images"])
     try:
         return {position: _thumbnail(decode_image(item)) for position, item in items.items()}
     except UnreadableImage as error:
@@ -159,6 +161,18 @@ def _thumbnails(rows: Dataset, positions: np.ndarray, manifest: dict, split: str
             f"An image of the features cannot be read any more ({error}); restore {manifest['settings']['dataset']}, "
             "or write features with --keep_columns."
         ) from error
+
+
+def _check_unchanged(rows: Dataset, items: dict[int, dict | None], table: ImageTable, num_images: int):
+    """Stops when other images are where those were that were embedded; images in tables may have no path."""
+    if table.num_images not in (None, num_images):
+        raise InputError(f"{table.name} has {table.num_images:,} images now, and had {num_images:,} when its features "
+                         "were written; write features anew.")  # fmt: skip
+    for position, item in items.items():
+        index, path = rows[position]["index"], rows[position]["path"]
+        if item and item["path"] != path:
+            raise InputError(f"{table.name} has changed since its features were written: image {index} was {path} and "
+                             f"is {item['path']}; write features anew.")  # fmt: skip
 
 
 def _thumbnail(image: PILImage.Image) -> PILImage.Image:

@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from trainers.errors import InputError
 from trainers.features import read_manifest
-from trainers.shards import find_shards, shard_path
+from trainers.shards import find_shards, shard_path, splits_with_shards
 
 LIBRARIES = ("faiss", "sklearn")
 
@@ -29,15 +29,18 @@ def load_features(folder: str | Path, split: str | None = None) -> tuple[Dataset
         `(Dataset, str)`: The rows, and the split's name.
 
     Raises:
-        InputError: There is no such folder or finished split.
+        InputError: There is no such folder or split, or it is half finished.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     splits = manifest["splits"]
-    split = split or ("train" if "train" in splits else next(iter(splits), None))
+    begun = [*splits, *splits_with_shards(folder)]
+    split = split or ("train" if "train" in begun else next(iter(begun), None))
+    if split not in splits and (split in begun or not splits):
+        raise InputError(f"{folder} is half finished; repeat the `cjepa features` call that began it.")
     if split not in splits:
-        raise InputError(f"{folder} has no finished split {split!r}, only {', '.join(splits) or 'none'}; call "
-                         "`cjepa features` again or name another --split.")  # fmt: skip
+        raise InputError(f"{folder} has no finished split {split!r}, only {', '.join(splits)}; call `cjepa features` "
+                         "again or name another --split.")  # fmt: skip
     found, _ = find_shards(folder, split, manifest["settings"]["shard_size"], splits[split]["num_images"])
     if len(found) != splits[split]["num_shards"]:
         raise InputError(f"{folder} lacks shards of {split!r}; call `cjepa features` again to make them anew.")
