@@ -374,6 +374,14 @@ def test_ten_unreadable_images_may_always_be_skipped(model, tmp_path):
     assert [allowed_to_skip(*asked) for asked in ((5, 1), (1000, 0.01), (1100, 0.01), (199, 0.1))] == [10, 10, 11, 19]
 
 
+def test_images_none_of_which_can_be_read_are_refused(model, tmp_path):
+    folder = Path(make_folder(tmp_path / "pets", ["cat"]))
+    for file in folder.glob("*/*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(InputError, match="None of the .* images .* can be read, .*: not an image"):
+        write(model, str(folder), tmp_path / "out", split=["train"])
+
+
 def test_a_shard_without_a_readable_image_is_empty(model, tmp_path):
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a"])})
     rows = [{"image": {"bytes": png(picture(i)) if i > 2 else b"", "path": None}, "label": 0} for i in range(5)]

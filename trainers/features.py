@@ -283,6 +283,11 @@ class _SplitWriter:
                              "again.")  # fmt: skip
         skipped = [entry for shard in shards for entry in shard.skipped]
         self._check_skipped(skipped, shards[-1].stop)
+        if len(skipped) == shards[-1].stop:
+            raise InputError(
+                f"None of the {len(skipped):,} images of {self.table.name} can be read, the first one because of: "
+                f"{skipped[0]['reason']}; mend --dataset, or remove {self.folder} once they are repaired."
+            )
         return {"num_images": shards[-1].stop, "num_skipped": len(skipped), "num_shards": len(shards)}
 
 
