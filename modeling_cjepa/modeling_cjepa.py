@@ -180,11 +180,29 @@ class CJepaModel(CJepaPreTrainedModel):
     def join_last_layers(
         self, hidden_states: tuple[torch.Tensor, ...], num_layers: int = 4, level: int | None = None
     ) -> torch.Tensor:
-        """The same of a level's `hidden_states`, the first of which is what its layers read."""
+        """The mean tokens of [`~CJepaModel.last_layers`], side by side, `(B, num_layers * D)`."""
+        return torch.cat([tokens.mean(dim=1) for tokens in self.last_layers(hidden_states, num_layers, level)], dim=1)
+
+    def last_layers(
+        self, hidden_states: tuple[torch.Tensor, ...], num_layers: int = 4, level: int | None = None
+    ) -> list[torch.Tensor]:
+        """
+        The tokens of a level's last layers.
+
+        Args:
+            hidden_states (`tuple` of `torch.Tensor` of shape `(B, N, D)`): The level's, the first of which is what its
+                layers read.
+            num_layers, level: As in [`~CJepaModel.embed_last_layers`].
+
+        Returns:
+            `list` of `torch.Tensor` of shape `(B, N, D)`: From the lower to the last layer, each after the final norm.
+
+        Raises:
+            ValueError: There is no such level.
+        """
         level = choose_level(self.config.level if level is None else level, self.config.num_levels)
         layernorm = self.upper_levels[level - 1].layernorm if level else self.layernorm
-        layers = hidden_states[1:][-num_layers:]
-        return torch.cat([layernorm(tokens).mean(dim=1) for tokens in layers], dim=1)
+        return [layernorm(tokens) for tokens in hidden_states[1:][-num_layers:]]
 
     @can_return_tuple
     def forward(

@@ -23,8 +23,10 @@ def test_last_layers_are_normed_means_side_by_side():
     model = tiny_model(num_hidden_layers=6)
     outputs = model.cjepa.eval()(images(), output_hidden_states=True)
     expected = [model.cjepa.layernorm(tokens).mean(1) for tokens in outputs.hidden_states[3:]]
+    layers = model.cjepa.last_layers(outputs.hidden_states)
+    assert len(layers) == 4 and torch.equal(layers[-1], outputs.last_hidden_state)
     found = embedded(model, "last4")
-    assert found.shape == (4, 4 * 32)
+    assert found.shape == (4, 4 * 32) and torch.equal(found, torch.cat([tokens.mean(1) for tokens in layers], 1))
     torch.testing.assert_close(found, torch.cat(expected, 1))
     torch.testing.assert_close(found[:, -32:], outputs.pooler_output)
     # fewer layers than four: all of them, without what the first one reads
