@@ -32,7 +32,8 @@ def test_reads_what_the_mean_does_not_say(monkeypatch):
     assert (of_mean == test_y).float().mean() < 0.75
     assert (found.predictions - 4 == test_y).float().mean() > 0.93
     encoded = [
-        EncodedTokens(lambda ids, size, tokens=tokens: iter(tokens[ids].split(size))) for tokens in (train, test)
+        EncodedTokens(lambda ids, size, tokens=tokens: iter(tokens[ids].split(size)), tokens.shape[2])
+        for tokens in (train, test)
     ]
     again = attentive_predict(encoded[0], train_y + 4, encoded[1], 400)
     assert torch.equal(again.predictions, found.predictions) and again.learning_rate == found.learning_rate

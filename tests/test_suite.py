@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import weakref
+from functools import partialmethod
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from trainers.suite_features import ImageReader
 
 QUIET = dataclasses.replace(ARGUMENTS, disable_tqdm=True, num_random_encoders=0)
 UPPER = {"patch_size": 6, "upper_levels": [{"hidden_size": 16, "num_hidden_layers": 1}], "min_context_patches": 4}
+TOKENS = ["patches", "patches, last4"]
 PROBES = ["kNN, k 20", "kNN, k 120", "linear", "linear, 10 % of labels", "linear, 1 % of labels"]
 
 
@@ -92,42 +96,78 @@ def test_features_are_the_poolings_in_one_pass(model, train, test):
         pooled = pooled_encoder(encoder, "patches", level)
         expected = extract_embeddings(pooled, as_dataset(test), MEAN, STD, 16, progress=False)[0].flatten(1, 2)
         ids = torch.tensor([7, 3, 30])
-        stored = torch.cat(list(features.tokens[1].batches(ids, 2)))
+        stored, joined = (torch.cat(list(features.tokens[name][1].batches(ids, 2))) for name in TOKENS)
         assert stored.dtype == torch.float32 and torch.equal(stored, expected[ids].bfloat16().float())
+        # the last quarter is the last layer; the means of all are the pooling
+        assert list(features.tokens) == TOKENS and torch.equal(joined[..., -stored.shape[2] :], stored)
+        torch.testing.assert_close(joined.mean(1), features.embeddings["last4"][1][ids], rtol=0.01, atol=0.01)
+        for kinds in zip(*features.tokens.values(), strict=True):
+            patches, last4 = (kind.tokens.untyped_storage().data_ptr() for kind in kinds)
+            assert patches == last4  # kept once
         assert features.num_parameters == encoder.num_parameters_up_to(level)
 
 
 def test_tokens_beyond_the_budget_are_encoded_again(train, test, monkeypatch):
     encoder = tiny_model(image_size=SIZE).cjepa
-    num_bytes = 2 * 36 * 32 * (len(train) + len(test))
+    num_bytes = 2 * 36 * (2 * 32) * (len(train) + len(test))  # of both layers
     kept = reader(train, test).read(encoder, [0], "encoder")[0].tokens
     ids = torch.tensor([7, 3, 30])
     for budget, cls in ((num_bytes, "StoredTokens"), (num_bytes - 1, "EncodedTokens")):
-        monkeypatch.setattr(suite_features, "TOKEN_BYTES", budget)
+        monkeypatch.setattr(suite_features, "token_budget", lambda device, budget=budget: budget)
         tokens = reader(train, test).read(encoder, [0], "encoder")[0].tokens
-        assert {type(part).__name__ for part in tokens} == {cls}
-        for part, expected in zip(tokens, kept, strict=True):
+        assert {type(part).__name__ for both in tokens.values() for part in both} == {cls}
+        for part, expected in [pair for name in TOKENS for pair in zip(tokens[name], kept[name], strict=True)]:
             batches = list(part.batches(ids, 2))
             assert [len(batch) for batch in batches] == [2, 1] and not batches[0].requires_grad
             torch.testing.assert_close(
                 torch.cat(batches), torch.cat(list(expected.batches(ids, 2))), rtol=0.01, atol=0.01
             )
     found = evaluate_suite(tiny_model(image_size=SIZE), train, test, "small", QUIET, MEAN, STD)["rows"]
-    assert [row["num_labels"] for row in found if row["probe"] == "attentive"] == [120, 120]
+    assert [row["num_labels"] for row in found if row["probe"] == "attentive"] == [120] * 4
+
+
+def test_the_budget_is_half_of_what_is_free(monkeypatch):
+    monkeypatch.setattr(suite_features.psutil, "virtual_memory", lambda: SimpleNamespace(total=3000, available=1001))
+    assert suite_features.token_budget(torch.device("cpu")) == 500
+    free = [100]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: free.append(700))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[-1], 9000))
+    # with what torch holds of tokens that are no more
+    assert suite_features.token_budget(torch.device("cuda")) == 350
+
+
+def test_no_features_are_in_memory_when_the_next_encoder_is_read(train, test, monkeypatch):
+    earlier = []
+
+    def watched(self, *args, read):
+        assert not [reference for reference in earlier if reference() is not None]
+        found = read(self, *args)
+        for features in found:
+            parts = [part for both in (*features.embeddings.values(), *features.tokens.values()) for part in both]
+            tensors = [part.tokens for both in features.tokens.values() for part in both]
+            earlier.extend(weakref.ref(part) for part in (features, *parts, *tensors))
+        return found
+
+    for name in ("read", "read_pixels"):
+        monkeypatch.setattr(ImageReader, name, partialmethod(watched, read=getattr(ImageReader, name)))
+    arguments = dataclasses.replace(QUIET, num_random_encoders=1)
+    evaluate_suite(tiny_model(image_size=SIZE), train.take(np.arange(40)), test, "small", arguments, MEAN, STD)
+    # of each encoder itself, two embeddings and two kinds of tokens, and their tensors; of pixels one embedding
+    assert len(earlier) == 3 * (1 + 4 + 4 + 4) + 1 + 2
 
 
 def test_rows(results, train, test):
     rows = results["rows"]
     vectors = [(features, probe) for features in ("mean", "last4") for probe in PROBES]
-    of_encoder = [*vectors, ("patches", "attentive")]
+    of_encoder = [*vectors, *((name, "attentive") for name in TOKENS)]
     encoders = ("target encoder", "context encoder", "random encoder")
     assert [(row["encoder"], row["features"], row["probe"]) for row in rows] == [
         *((encoder, *kind) for encoder in encoders for kind in of_encoder),
         *(("raw pixels", "pixels", probe) for probe in PROBES),
     ]  # fmt: skip
-    assert [row["role"] for row in rows] == ["model"] * 22 + ["baseline"] * 16
+    assert [row["role"] for row in rows] == ["model"] * 24 + ["baseline"] * 17
     encoder = tiny_model(image_size=SIZE).context_encoder
-    for features, offset in (("mean", 11), ("last4", 16)):
+    for features, offset in (("mean", 12), ("last4", 17)):
         pooled = pooled_encoder(encoder, features)
         (train_x, train_y), (test_x, _) = (
             extract_embeddings(pooled, as_dataset(source), MEAN, STD, 16, progress=False) for source in (train, test)
@@ -149,20 +189,21 @@ def test_rows(results, train, test):
     json.dumps(results, allow_nan=False)
 
 
-def test_the_last_row_of_an_encoder_is_the_attentive_probe(results, folder, train, test):
+def test_the_last_rows_of_an_encoder_are_the_attentive_probes(results, folder, train, test):
     features = reader(train, test).read(tiny_model(image_size=SIZE).cjepa, [0], "target encoder")[0]
     train_y = torch.from_numpy(train.labels)
-    probe = attentive_probe.attentive_predict(features.tokens[0], train_y, features.tokens[1], 40)
-    row = results["rows"][10]
-    assert row["accuracy"] == pytest.approx(100 * (probe.predictions.numpy() == test.labels).mean())
-    assert row["settings"] == {"learning_rate": probe.learning_rate}
+    for row, name, width in zip(results["rows"][10:12], TOKENS, (32, 64), strict=True):
+        train_tokens, test_tokens = features.tokens[name]
+        probe = attentive_probe.attentive_predict(train_tokens, train_y, test_tokens, 40)
+        assert row["accuracy"] == pytest.approx(100 * (probe.predictions.numpy() == test.labels).mean())
+        assert row["settings"] == {"learning_rate": probe.learning_rate} and row["dim"] == width
 
 
 def test_an_encoder_alone_has_no_context_encoder(tmp_path, results, folder, train, test):
     CJepaModel.from_pretrained(folder).save_pretrained(tmp_path)
     rows = evaluate_suite(tmp_path, train, test, "small", QUIET, MEAN, STD)["rows"]
-    assert [row["encoder"] for row in rows] == ["encoder"] * 11 + ["raw pixels"] * 5
-    assert rows[:11] == [row | {"encoder": "encoder"} for row in results["rows"][:11]]
+    assert [row["encoder"] for row in rows] == ["encoder"] * 12 + ["raw pixels"] * 5
+    assert rows[:12] == [row | {"encoder": "encoder"} for row in results["rows"][:12]]
 
 
 def test_levels_of_a_stack_and_models_beside(folder, train, test):
@@ -175,6 +216,7 @@ def test_levels_of_a_stack_and_models_beside(folder, train, test):
         ("model", "encoder, level 1", "mean", 16), ("model", "encoder, level 1", "patches", 16),
         ("model", "encoder, all levels", "mean", 48),
         ("beside", "plain", "mean", 32), ("beside", "plain", "last4", 64), ("beside", "plain", "patches", 32),
+        ("beside", "plain", "patches, last4", 64),
         ("baseline", "raw pixels", "pixels", 3 * SIZE * SIZE),
     ]  # fmt: skip
     alone = evaluate_suite(stack, train, test, "small", QUIET, MEAN, STD, 0)["rows"]
@@ -183,7 +225,7 @@ def test_levels_of_a_stack_and_models_beside(folder, train, test):
     features = reader(train, test).read(stack.sjea, [0], "encoder")[0]
     pooled = pooled_encoder(stack.sjea, "patches", 0)
     expected = extract_embeddings(pooled, as_dataset(test), MEAN, STD, 16, progress=False)[0].flatten(1, 2)
-    found = torch.cat(list(features.tokens[1].batches(torch.arange(40), 16)))
+    found = torch.cat(list(features.tokens["patches"][1].batches(torch.arange(40), 16)))
     assert torch.equal(found, expected.bfloat16().float())
 
 
@@ -270,7 +312,10 @@ def test_figures_go_into_the_card(results, tmp_path):
         "kNN accuracy (k 20; target encoder, last layer)",
         "Linear probe accuracy (10 % of labels; target encoder, last layer)",
     ]
-    assert metric_name(own[-1]) == "Attentive probe accuracy (context encoder, patches)"
+    assert [metric_name(row) for row in own[-2:]] == [
+        "Attentive probe accuracy (context encoder, patches)",
+        "Attentive probe accuracy (context encoder, patches, last 4 layers)",
+    ]
     assert len({result.metric_name for result in found}) == len(found)
     index = ModelCardData(model_name="x", eval_results=found).to_dict()["model-index"]
     assert sum(len(entry["metrics"]) for entry in index[0]["results"]) == len(found)

@@ -50,7 +50,7 @@ class StoredTokens:
     """
 
     def __init__(self, tokens: torch.Tensor):
-        self.tokens = tokens
+        self.tokens, self.width = tokens, tokens.shape[2]
 
     def batches(self, ids: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
         """The tokens (B, N, D), float32, of the images at some positions, in their order."""
@@ -63,16 +63,18 @@ class EncodedTokens:
     Tokens that are made each time anew, for more images than memory holds the tokens of.
 
     Args:
-        encode (`Callable`): Takes positions of images and a batch size, and gives batches (B, N, D) without gradients.
+        encode (`Callable`): Takes positions of images and a batch size, and gives batches of tokens without gradients,
+            of D features or more.
+        width (`int`): D; the last so many features are taken.
     """
 
-    def __init__(self, encode: Callable[[torch.Tensor, int], Iterator[torch.Tensor]]):
-        self.encode = encode
+    def __init__(self, encode: Callable[[torch.Tensor, int], Iterator[torch.Tensor]], width: int):
+        self.encode, self.width = encode, width
 
     def batches(self, ids: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
         """As [`StoredTokens.batches`]."""
         for tokens in self.encode(ids, batch_size):
-            yield tokens.float()
+            yield tokens[..., -self.width :].float()
 
 
 def attentive_predict(

@@ -43,7 +43,8 @@ def eval_results(results: dict) -> list[EvalResult]:
 def metric_name(row: dict) -> str:
     """What a row's accuracy is called, such as `kNN accuracy (k 20; target encoder, last 4 layers)`."""
     kind, _, details = row["probe"].partition(", ")
-    features = {"mean": "last layer", "last4": "last 4 layers"}.get(row["features"], row["features"])
+    names = {"mean": "last layer", "last4": "last 4 layers", "patches, last4": "patches, last 4 layers"}
+    features = names.get(row["features"], row["features"])
     where = f"{row['encoder']}, {features}"
     kind = {"linear": "Linear probe", "attentive": "Attentive probe"}.get(kind, kind)
     return f"{kind} accuracy ({'; '.join([details, where] if details else [where])})"

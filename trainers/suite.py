@@ -1,14 +1,15 @@
 """The protocol suite: what a frozen encoder is good for by every usual probe, in one table.
 
-Weighted kNN (k 20 and 200), a linear probe, an attentive probe on the tokens, and linear probes on 1 % and 10 % of the
-labels (I-JEPA's low-shot protocol), of the target and the context encoder and of last and last four layers, beside
-random encoders and raw pixels. No setting is chosen on test images. Intervals are by bootstrap over these; where an
-accuracy is 0 or 100 %, Wilson's.
+Weighted kNN (k 20 and 200), a linear probe, linear probes on 1 % and 10 % of the labels (I-JEPA's low-shot protocol),
+and an attentive probe on the tokens; of the target and the context encoder, each of the last and the last four layers
+(S-JEA: of the last), beside random encoders and raw pixels. No setting is chosen on test images. Intervals are by
+bootstrap over these; where an accuracy is 0 or 100 %, Wilson's.
 
 Shapes: n images to fit on, m to test on, D width of an embedding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,10 +79,10 @@ def evaluate_suite(
 
     Returns:
         `dict`: `rows`, one for each encoder, features and probe: `encoder`, `role` (`model`, `beside`, `baseline`),
-        `features` (`mean`, `last4`, `patches`, `pixels`), `probe`, `accuracy` in percent (None if the probe could not
-        be run), `interval` (95 %), `num_labels`, `settings` (chosen on train images), `dim`, `num_parameters`, and
-        `note` where a probe was not run; and the data sets' names and sizes, `skipped` (images left out), `chance` and
-        the settings of all rows.
+        `features` (`mean`, `last4`; of the attentive probe `patches`, `patches, last4`; `pixels`), `probe`, `accuracy`
+        in percent (None if the probe could not be run), `interval` (95 %), `num_labels`, `settings` (chosen on train
+        images), `dim` (of an embedding or a token), `num_parameters`, and `note` where a probe was not run; and the
+        data sets' names and sizes, `skipped` (images left out), `chance` and the settings of all rows.
 
     Raises:
         InputError: As [`~evaluation.evaluate_model`]; the suite is not known.
@@ -91,8 +92,13 @@ def evaluate_suite(
     subject = Subject.load(model, train_source, test_source, arguments, image_mean, image_std, level, beside)
     subject.leave_out_unreadable(arguments)
     sources, rows = (subject.train, subject.test), []
-    for role, features in _all_features(subject, arguments, level):
-        rows += [{"role": role} | row for row in probe_features(features, *sources, SUITES[suite], arguments)]
+    for role, read in _all_features(subject, arguments, level):
+        # read in here, where nothing outlives the list: the memory is the next encoder's
+        rows += [
+            {"role": role} | row
+            for features in read()
+            for row in probe_features(features, *sources, SUITES[suite], arguments)
+        ]
     return {
         "suite": suite,
         **subject.facts(),
@@ -103,8 +109,10 @@ def evaluate_suite(
     }
 
 
-def _all_features(subject: Subject, arguments: EvaluationArguments, level) -> Iterator[tuple[str, Features]]:
-    """The role and the features of each encoder in turn, so that those of one are in memory."""
+def _all_features(
+    subject: Subject, arguments: EvaluationArguments, level
+) -> Iterator[tuple[str, Callable[[], list[Features]]]]:
+    """The role of each encoder in turn, and what reads its features when called, so that only these are in memory."""
     model, sources = subject.model, (subject.train, subject.test)
     image_size = model.config.image_size
     reader = ImageReader(sources, image_size, *subject.statistics, arguments, model.device)
@@ -118,12 +126,10 @@ def _all_features(subject: Subject, arguments: EvaluationArguments, level) -> It
         other_levels = _levels(other, "all" if level == "all" else None)
         encoders.append(("beside", name, other.base_model, other_reader, other_levels))
     for role, label, encoder, images, chosen in encoders:
-        for features in images.read(encoder, chosen, label):
-            yield role, features
+        yield role, partial(images.read, encoder, chosen, label)
     for label, encoder in random_encoders(model.base_model, arguments.num_random_encoders, arguments.seed):
-        for features in reader.read(encoder, levels, label):
-            yield "baseline", features
-    yield "baseline", reader.read_pixels(raw_pixels_label(pair(image_size)))
+        yield "baseline", partial(reader.read, encoder, levels, label)
+    yield "baseline", partial(reader.read_pixels, raw_pixels_label(pair(image_size)))
 
 
 def _levels(model: PreTrainedModel, level: int | str | None) -> list[int]:
@@ -167,12 +173,11 @@ def probe_features(
                 continue
             found, settings = linear(train_x[ids], train_y[ids], test_x, seed, progress)
             yield row | _score(found, test_y, len(ids), seed, settings)
-    if features.tokens is not None:
-        row = common | {"features": "patches", "dim": features.embeddings["mean"][0].shape[1], "probe": "attentive"}
+    for name, (train_tokens, test_tokens) in features.tokens.items():
+        row = common | {"features": name, "dim": test_tokens.width, "probe": "attentive"}
         if _is_too_few(train_y):
             yield row | _not_run(len(train_y))
-            return
-        train_tokens, test_tokens = features.tokens
+            continue
         probe = attentive_predict(train_tokens, train_y, test_tokens, len(test_y), seed, progress)
         settings = {"learning_rate": probe.learning_rate}
         yield row | _score(probe.predictions, test_y, len(train_y), seed, settings)
