@@ -42,7 +42,7 @@ def test_reads_what_the_mean_does_not_say(monkeypatch):
 def test_each_probe_is_trained_as_if_alone(monkeypatch):
     monkeypatch.setattr(attentive_probe, "_NUM_STEPS", 20)
     tokens, y = marked(300, 0)
-    settings = (StoredTokens(tokens), y, torch.arange(300), 3, 0, False)
+    settings = (lambda: new_probe(16, 3), StoredTokens(tokens), y, torch.arange(300), 0, False)
     together = attentive_probe._train(*settings)
     for probe, rate in zip(together, attentive_probe.LEARNING_RATES, strict=True):
         monkeypatch.setattr(attentive_probe, "LEARNING_RATES", (rate,))
@@ -83,6 +83,9 @@ def test_held_out_images_are_not_fitted(monkeypatch):
 def test_heads_divide_the_width(width, num_heads):
     assert new_probe(width, 5)[0].num_heads == num_heads
     assert new_probe(width, 5)(torch.randn(2, 3, width)).shape == (2, 5)
+    wide = new_probe(4 * width, 5, width)
+    assert wide(torch.randn(2, 3, 4 * width)).shape == (2, 5) and wide[1].in_features == width
+    assert wide[0].num_heads == num_heads
 
 
 def test_one_image_of_each_class_is_too_few():

@@ -83,13 +83,13 @@ def test_wrong_poolings_are_refused():
 def test_attentive_pooling_is_torchs_attention_and_an_mlp():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pooling = CJepaAttentivePooling(32, 4)
+        pooling = CJepaAttentivePooling(32, 4, token_width=48)
         for parameter in pooling.parameters():
             parameter.data = 0.3 * torch.randn_like(parameter)
-    tokens = torch.randn(3, 10, 32, generator=seeded())
-    theirs = nn.MultiheadAttention(32, 4, batch_first=True)
-    names = ("q_proj", "k_proj", "v_proj")
-    theirs.in_proj_weight.copy_(torch.cat([getattr(pooling, name).weight for name in names]))
+    tokens = torch.randn(3, 10, 48, generator=seeded())
+    theirs = nn.MultiheadAttention(32, 4, kdim=48, vdim=48, batch_first=True)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(theirs, f"{name}_weight").copy_(getattr(pooling, name).weight)
     theirs.in_proj_bias.copy_(torch.cat([pooling.q_proj.bias, torch.zeros(32), pooling.v_proj.bias]))
     theirs.out_proj.load_state_dict(pooling.o_proj.state_dict())
     keys = pooling.layernorm_tokens(tokens)

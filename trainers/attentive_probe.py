@@ -9,6 +9,7 @@ Shapes: n images, B images of a batch, N tokens, D width of a token, K classes.
 import copy
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,7 @@ def attentive_predict(
     num_test_images: int,
     seed: int = 0,
     progress: bool = False,
+    width: int | None = None,
 ) -> AttentiveProbe:
     """
     Classes by the best of a few attentive probes, trained on nine tenths of the train images and chosen on the rest.
@@ -97,6 +99,7 @@ def attentive_predict(
         num_test_images (`int`): How many the latter are.
         seed (`int`): Of the first weights, of the tenth that is held out and of the order of the images.
         progress (`bool`): Whether to show a bar.
+        width (`int`, *optional*): Features of the pooled embedding; as many as a token has when not given.
 
     Returns:
         [`AttentiveProbe`].
@@ -106,7 +109,8 @@ def attentive_predict(
     """
     classes, targets = train_y.unique(return_inverse=True)
     kept, held_out = folds_of(targets, seed)[0]
-    probes = _train(train, targets, kept, len(classes), seed, progress)
+    probe = partial(new_probe, train.width, len(classes), width)
+    probes = _train(probe, train, targets, kept, seed, progress)
     held_out_logits = _logits(probes, train, held_out)
     num_correct = (held_out_logits.argmax(dim=2) == targets[held_out, None].to(held_out_logits.device)).sum(dim=0)
     best = int(num_correct.argmax())
@@ -114,17 +118,20 @@ def attentive_predict(
     return AttentiveProbe(classes[logits[:, 0].argmax(dim=1).to(classes.device)], LEARNING_RATES[best])
 
 
-def new_probe(width: int, num_classes: int) -> nn.Sequential:
+def new_probe(token_width: int, num_classes: int, width: int | None = None) -> nn.Sequential:
     """An attentive pooling of heads some 64 features wide, and a linear classifier, with torch's initial weights."""
+    width = width or token_width
     num_heads = next(number for number in range(max(width // 64, 1), 0, -1) if width % number == 0)
-    return nn.Sequential(CJepaAttentivePooling(width, num_heads), nn.Linear(width, num_classes))
+    return nn.Sequential(
+        CJepaAttentivePooling(width, num_heads, token_width=token_width), nn.Linear(width, num_classes)
+    )
 
 
-def _train(tokens, targets: torch.Tensor, kept: torch.Tensor, num_classes: int, seed: int, progress: bool):
+def _train(new: Callable, tokens, targets: torch.Tensor, kept: torch.Tensor, seed: int, progress: bool):
     """A trained probe for each learning rate, of the images at positions `kept`."""
     first = next(tokens.batches(kept[:1], 1))
     with seeded(sample_seed(seed)):
-        probe = new_probe(first.shape[2], num_classes).to(first.device)
+        probe = new().to(first.device)
     probes = nn.ModuleList(copy.deepcopy(probe) for _ in LEARNING_RATES)
     groups = [{"params": probe.parameters(), "lr": rate} for probe, rate in zip(probes, LEARNING_RATES, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=_WEIGHT_DECAY)

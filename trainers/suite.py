@@ -178,7 +178,9 @@ def probe_features(
         if _is_too_few(train_y):
             yield row | _not_run(len(train_y))
             continue
-        probe = attentive_predict(train_tokens, train_y, test_tokens, len(test_y), seed, progress)
+        # of more layers the tokens are wider, and the embedding is not: a probe of the same kind, and no more costly
+        width = features.tokens["patches"][0].width
+        probe = attentive_predict(train_tokens, train_y, test_tokens, len(test_y), seed, progress, width)
         settings = {"learning_rate": probe.learning_rate}
         yield row | _score(probe.predictions, test_y, len(train_y), seed, settings)
 
