@@ -129,7 +129,7 @@ def test_the_stock_trainer_with_top_accuracy_gives_the_numbers_of_finetune(tmp_p
         for entry in facts["history"]
         if "eval_accuracy" in entry and entry["step"] == facts["training"]["best_step"]
     )
-    _, held_out, _ = load_splits(data, 32, progress=False)
+    held_out = load_splits(data, 32, progress=False).validation
     processor = AutoImageProcessor.from_pretrained(tmp_path / "run/final")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "run/final")
     items = [

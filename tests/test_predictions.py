@@ -148,7 +148,7 @@ def test_command(models, tmp_path, capsys):
     assert results["num_dataset_images"] == 3 and results["num_candidates"] == 3 * 64 and len(results["drawn"]) == 6
     said = capsys.readouterr().out.splitlines()
     assert said == [format_predictions(results), f"Written to {folder}: predictions.png, predictions.json."]
-    assert f"Of 192 patches of {photos} (train) {100 * results['share_nearer']:.1f} % are nearer" in said[0]
+    assert f"Of 192 patches of {photos} (held out) {100 * results['share_nearer']:.1f} % are nearer" in said[0]
     with Image.open(folder / "predictions.png") as drawn:
         assert drawn.width == 6 * 280 and drawn.height > 6 * 280
 
