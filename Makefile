@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help pretrain smoke test check format clean
+.PHONY: help pretrain smoke demo test check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -19,6 +19,13 @@ pretrain: $(INSTALLED) ## pre-train with RECIPE (a name or a file), e.g. ARGS="-
 smoke: $(INSTALLED) ## pre-train for a few steps on a few images, into runs/smoke
 	rm -rf runs/smoke
 	$(BIN)/cjepa pretrain cjepa_scenes --max_steps 4 --num_train_images 256 --num_eval_images 128 --output_dir runs/smoke
+
+demo: smoke ## with the model of smoke count objects, segment, carry masks through clips and fine-tune
+	$(BIN)/cjepa evaluate runs/smoke/final --label_column count --num_train_images 512 --num_eval_images 256
+	$(BIN)/cjepa probe segmentation runs/smoke/final --num_train_images 256 --num_eval_images 128 --num_probe_epochs 2
+	$(BIN)/cjepa probe propagation runs/smoke/final --num_clips 8
+	$(BIN)/cjepa finetune runs/smoke/final --num_train_images 256 --num_eval_images 128 --num_train_epochs 1 \
+		--output_dir runs/smoke/classifier
 
 test: $(INSTALLED) ## run the tests, e.g. ARGS="-k packaging"
 	$(BIN)/python -m pytest $(ARGS)

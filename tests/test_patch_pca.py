@@ -90,7 +90,7 @@ def test_mistakes_are_told(models, tmp_path, capsys):
     (file,) = image_files(tmp_path, 1)
     for arguments, words in (
         ([models / "cjepa", "no.png"], "Image no.png cannot be read"),
-        ([models / "tokens", file, "--level", 1], "level 1 of this SJeaModel gives tokens without one; choose a level of maps"),
+        ([models / "tokens", file, "--level", 1], "level 1 of this SJeaModel gives tokens without one; choose"),
         ([models / "sjea", file, "--level", 2], "level=2 is not in this model, which has 2 levels"),
     ):
         assert words in refused(capsys, "pca", *arguments, "--output", tmp_path / "out")
