@@ -108,8 +108,9 @@ def finetune(run: Finetuning) -> Path:
     image_size = pair(config.image_size)
     checking = not args.disable_tqdm, args.dataloader_num_workers, args.distributed_state
     splits = load_splits(run.data, max(image_size), *checking)
+    images = splits.fingerprints()
     if checkpoint is not None:
-        check_same_images(checkpoint, splits.fingerprints())
+        check_same_images(checkpoint, images)
     set_seed(args.seed)
     config = classifier_config(run.model, run.settings, splits.train.label_names)
     model = build_model(run, config, args)
@@ -120,7 +121,7 @@ def finetune(run: Finetuning) -> Path:
     trainer = build_trainer(run, model, args, splits.train, splits.validation)
     with full_disk_named(Path(args.output_dir)):
         if trainer.is_world_process_zero():
-            values = run.values() | {"processes": args.world_size, _IMAGES: splits.fingerprints()}
+            values = run.values() | {"processes": args.world_size, _IMAGES: images}
             write_text_atomically(Path(args.output_dir, _SETTINGS), recipe_text(values))
             write_skipped(Path(args.output_dir), splits.skipped)
         started = time.perf_counter()

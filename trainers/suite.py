@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_cjepa import CJepaForPreTraining
-from modeling_cjepa.configuration_cjepa import choose_level, pair
+from modeling_cjepa.configuration_cjepa import pair
 from trainers.attentive_probe import attentive_predict
 from trainers.baselines import random_encoders, raw_pixels_label
 from trainers.datasets import ImageSource
@@ -25,6 +25,7 @@ from trainers.errors import InputError
 from trainers.evaluation import EvaluationArguments, Subject
 from trainers.flags import closest
 from trainers.linear_sweep import sweep_predict
+from trainers.pooling import level_of
 from trainers.probes import bootstrap_interval, knn_predict, linear_predict, share_of_each_class
 from trainers.suite_features import Features, ImageReader
 
@@ -134,10 +135,7 @@ def _all_features(
 
 def _levels(model: PreTrainedModel, level: int | str | None) -> list[int]:
     """The levels of a model that are asked for: one, or all."""
-    num_levels = model.config.num_levels
-    if level == "all":
-        return list(range(num_levels))
-    return [choose_level(model.config.level if level is None else level, num_levels)]
+    return list(range(model.config.num_levels)) if level == "all" else [level_of(model.config, level)]
 
 
 def probe_features(

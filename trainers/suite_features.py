@@ -98,10 +98,9 @@ class LevelFeatures(nn.Module):
         return [self._of_sjea(outputs[level]) for level in self.levels]
 
     def _of_cjepa(self, output: BaseModelOutputWithPooling, level: int) -> LevelBatch:
-        last4 = self.model.join_last_layers(output.hidden_states, 4, level)
         tokens = torch.cat(self.model.last_layers(output.hidden_states, 4, level), dim=2)
         widths = {"patches": output.last_hidden_state.shape[2], "patches, last4": tokens.shape[2]}
-        return LevelBatch({"mean": output.pooler_output, "last4": last4}, tokens, widths)
+        return LevelBatch({"mean": output.pooler_output, "last4": tokens.mean(dim=1)}, tokens, widths)
 
     def _of_sjea(self, output: LevelOutput) -> LevelBatch:
         tokens = as_tokens(output.features)
