@@ -23,7 +23,7 @@ from trainers.errors import InputError
 from trainers.loading import load_with_statistics
 from trainers.pooling import EveryLevel, OneLevel, level_of
 from trainers.probes import accuracy_interval, knn_predict, linear_predict
-from trainers.readable import readable_positions
+from trainers.readable import readable_splits
 from trainers.sources import choose_images, with_common_classes
 from trainers.transforms import eval_transform
 
@@ -302,12 +302,9 @@ class Subject:
 
     def leave_out_unreadable(self, arguments: EvaluationArguments):
         """Leaves out the images that cannot be read, and notes which; raises `InputError` if they are too many."""
-        readable = []
-        for source in (self.train, self.test):
-            kept, skipped = readable_positions(source, arguments.dataloader_num_workers, not arguments.disable_tqdm)
-            readable.append(source.take(kept))
-            self.skipped += skipped
-        self.train, self.test = with_common_classes(*readable)  # once more: a class may have lost its images
+        self.train, self.test, self.skipped = readable_splits(
+            self.train, self.test, arguments.dataloader_num_workers, not arguments.disable_tqdm
+        )
 
     def facts(self) -> dict:
         """What results say of images and classes."""

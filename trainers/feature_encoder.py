@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_cjepa import CJepaForPreTraining
-from modeling_cjepa.configuration_cjepa import choose_level, pair
+from modeling_cjepa.configuration_cjepa import pair
 from trainers.errors import InputError
 from trainers.loading import load_with_statistics
-from trainers.pooling import pooled_encoder
+from trainers.pooling import level_of, pooled_encoder
 
 DTYPES = ("float32", "float16")
 
@@ -104,13 +104,12 @@ def load_feature_encoder(
     encoder = model.context_encoder if arguments.context_encoder else model.base_model
     module = pooled_encoder(encoder, arguments.pooling, arguments.level)
     config = encoder.config
-    level = config.level if arguments.level is None else arguments.level
     settings = {
         "model_type": config.model_type,
         "fingerprint": fingerprint(encoder),
         "encoder": ("context encoder" if arguments.context_encoder else "target encoder") if is_cjepa else "encoder",
         "pooling": arguments.pooling,
-        "level": None if arguments.pooling == "levels" else choose_level(level, config.num_levels),
+        "level": None if arguments.pooling == "levels" else level_of(config, arguments.level),
         "precision": "bfloat16" if device.type == "cuda" else "float32",
         "image_size": list(pair(config.image_size)),
         "image_mean": list(image_mean),

@@ -15,7 +15,7 @@ from trainers.datasets import ImageDataset, ImageSource, sample_seed, seeded
 from trainers.errors import InputError
 from trainers.finetune_args import FinetuneDataArguments
 from trainers.probes import share_of_each_class, spare_positions
-from trainers.readable import readable_positions
+from trainers.readable import readable_splits
 from trainers.sources import load_sources, with_common_classes
 from trainers.transforms import normalize, train_transform
 
@@ -70,17 +70,13 @@ def load_splits(
     """
     train, test = with_common_classes(*load_sources(arguments, image_size, progress))
     train = share_of_labels(train, arguments.label_share)
-    (kept, skipped), (kept_test, skipped_test) = (
-        readable_positions(source, num_workers, progress, state) for source in (train, test)
-    )
-    # once more: a class may have lost its images
-    train, test = with_common_classes(train.take(kept), test.take(kept_test))
+    train, test, skipped = readable_splits(train, test, num_workers, progress, state)
     if len(train.label_names) < 2:
         raise InputError(f"{train.name} has one class only, {train.label_names[0]!r}; give images of two or more.")
     validation = None
     if arguments.validation_share > 0:
         train, validation = hold_out_share(train, arguments.validation_share)
-    return Splits(train, validation, test, skipped + skipped_test)
+    return Splits(train, validation, test, skipped)
 
 
 def share_of_labels(source: ImageSource, share: float) -> ImageSource:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from trainers.datasets import ImageSource, StoredImages, UnreadableImage, decode_image
 from trainers.errors import InputError
 from trainers.files import write_text_atomically
+from trainers.sources import with_common_classes
 
 SKIPPED = "skipped.jsonl"
 MAX_SKIPPED_SHARE = 0.01
@@ -64,6 +65,33 @@ def readable_positions(
         if state is None or state.is_main_process:
             print(f"{said} and are left out: {shown}", flush=True)
     return np.setdiff1d(np.arange(total), list(reasons)), skipped
+
+
+def readable_splits(
+    train: ImageSource,
+    test: ImageSource,
+    num_workers: int = 0,
+    progress: bool = True,
+    state: PartialState | None = None,
+) -> tuple[ImageSource, ImageSource, list[dict]]:
+    """
+    Labelled train and test images without those that cannot be read.
+
+    Args:
+        train, test ([`ImageSource`]): The images, whose classes are alike.
+        num_workers, progress, state: As in [`readable_positions`].
+
+    Returns:
+        `(train, test, skipped)`: Both, their classes numbered alike, and those left out of either.
+
+    Raises:
+        InputError: Too many cannot be read, or a test class has lost all of its train images.
+    """
+    (kept, skipped), (kept_test, skipped_test) = (
+        readable_positions(source, num_workers, progress, state) for source in (train, test)
+    )
+    # once more: a class may have lost its images
+    return *with_common_classes(train.take(kept), test.take(kept_test)), skipped + skipped_test
 
 
 def write_skipped(folder: Path, skipped: list[dict]):
