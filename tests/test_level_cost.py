@@ -60,7 +60,5 @@ def test_memory_is_that_of_what_is_kept(monkeypatch):
 def test_command(capsys):
     assert main(["benchmark", "levels", "no_such_recipe"]) == 2
     assert "no recipe 'no_such_recipe'" in capsys.readouterr().err
-    assert main(["benchmark", "masks", "sjea_cifar10"]) == 2
-    assert "needs no recipe" in capsys.readouterr().err
     with pytest.raises(InputError, match="--batch_size 1 and --rounds 5 must be 2 or more"):
         benchmark_levels(recipe_of("sjea"), batch_size=1)

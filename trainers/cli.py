@@ -5,6 +5,7 @@ import sys
 
 from transformers.utils import logging
 
+from trainers.cli_benchmark import add_benchmark
 from trainers.cli_features import add_features
 from trainers.cli_finetune import add_finetune
 from trainers.cli_models import add_evaluate
@@ -105,53 +106,6 @@ def run_pretrain(namespace):
     recipe = read_recipe(namespace.recipe, overrides_of(namespace))
     recipe.command = namespace.command
     pretrain(recipe)
-
-
-def add_benchmark(commands):
-    """`cjepa benchmark masks`, `cjepa benchmark levels RECIPE` and `cjepa benchmark features`."""
-    parser = commands.add_parser(
-        "benchmark",
-        help="measure speed and memory",
-        description="Measure the speed of the mask sampler, what each level of a stack costs in time and memory, or "
-        "what `cjepa features` takes beside a ViT-S's forward passes alone.",
-    )
-    parser.add_argument(
-        "part",
-        choices=["masks", "levels", "features"],
-        help="the mask sampler, the levels of a recipe's model, or the writing of features",
-    )
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="levels: the recipe (default sjea_cifar10)")
-    parser.add_argument("--batch_size", type=int, help="images of a batch (default: masks 256, else 64)")
-    parser.add_argument("--rounds", type=int, help="timed rounds (default: masks 20, else 5)")
-    parser.add_argument("--num_images", type=int, help="features: images of a round (default 256)")
-    parser.add_argument("--dataset", help="features: where they are from (default: rendered scenes)")
-    parser.set_defaults(run=run_benchmark, parser=parser)
-
-
-def run_benchmark(namespace):
-    """Prints the medians."""
-    sizes = {"batch_size": namespace.batch_size, "num_rounds": namespace.rounds}
-    sizes = {name: value for name, value in sizes.items() if value is not None}
-    images = {name: getattr(namespace, name) for name in ("num_images", "dataset")}
-    images = {name: value for name, value in images.items() if value is not None}
-    if images and namespace.part != "features":
-        raise InputError(f"--{next(iter(images))} is of `cjepa benchmark features`; leave it out.")
-    if namespace.part != "levels" and namespace.recipe:
-        raise InputError(f"`cjepa benchmark {namespace.part}` needs no recipe {namespace.recipe!r}; leave it out.")
-    if namespace.part == "features":
-        from trainers.feature_cost import benchmark_features, format_feature_cost
-
-        print(format_feature_cost(benchmark_features(**sizes, **images)))
-        return
-    if namespace.part == "masks":
-        from trainers.benchmark import benchmark_masks, format_benchmark
-
-        print(format_benchmark(benchmark_masks(**sizes)))
-        return
-    from trainers.level_cost import benchmark_levels, format_level_cost
-    from trainers.recipes import read_recipe
-
-    print(format_level_cost(benchmark_levels(read_recipe(namespace.recipe or "sjea_cifar10"), **sizes)))
 
 
 if __name__ == "__main__":

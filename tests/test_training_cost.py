@@ -1,0 +1,53 @@
+"""The cost of the training loop: bare steps that do what a trainer's do, turns without its saves, and the command."""
+
+import pytest
+import torch
+from tiny import FLAGS
+from training_worker import build_trainer
+
+from trainers.cli import main, parse
+from trainers.errors import InputError
+from trainers.recipes import read_recipe, write_recipe
+from trainers.training_cost import _BareSteps, benchmark_training
+
+
+def test_a_bare_step_is_a_step(tmp_path):
+    training = {
+        "max_steps": 1, "per_device_train_batch_size": 16, "warmup_steps": 0, "max_grad_norm": 0.01,
+        "ema_momentum": 0.996,
+    }  # fmt: skip
+    trainer = build_trainer(str(tmp_path), training, {"regularizer_weight": 0.01}, num_images=16)
+    batch = next(iter(trainer.get_train_dataloader()))
+    bare = _BareSteps(trainer)
+    bare.batches = iter([batch])
+    trainer.get_train_dataloader = lambda: [batch]
+    start = trainer.model.context_encoder.layernorm.bias.clone()
+    trainer.state.max_steps = 1
+    bare.step()
+    trainer.train()
+    for (name, one), other in zip(trainer.model.named_parameters(), bare.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+    assert not torch.equal(start, trainer.model.context_encoder.layernorm.bias)
+
+
+def test_command_prints_a_table(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = {flag.removeprefix("--"): int(value) for flag, value in zip(FLAGS[:14:2], FLAGS[1:14:2], strict=True)}
+    sizes |= {"logging_steps": 2, "num_train_images": 64, "num_eval_images": 16, "use_cpu": True}
+    write_recipe(read_recipe("cjepa_scenes", sizes).values, path := tmp_path / "tiny.yaml")
+    assert main(["benchmark", "training", str(path), "--rounds", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "| of the trainer " in said and "overhead" in said and "turns of 2 steps" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_too_few_rounds_are_refused():
+    with pytest.raises(InputError, match="--rounds 1 must be 2 or more"):
+        benchmark_training(read_recipe("cjepa_scenes"), num_rounds=1)
+
+
+def test_each_part_has_its_own_flags(capsys):
+    assert parse(["benchmark", "training"]).recipe == "cjepa_cifar10"
+    with pytest.raises(SystemExit):
+        parse(["benchmark", "masks", "--dataset", "scenes"])
+    assert "'--dataset' is not known" in capsys.readouterr().err

@@ -1,0 +1,179 @@
+"""What the training loop costs beside the bare steps of its model, measured on this machine in turns."""
+
+import copy
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, TrainerCallback
+
+from modeling_cjepa.configuration_cjepa import pair
+from trainers.errors import InputError
+from trainers.pretraining import build_model, build_trainer, training_arguments
+from trainers.recipes import Recipe
+from trainers.reports import markdown_table
+from trainers.sources import load_sources
+
+
+def benchmark_training(recipe: Recipe, num_rounds: int = 9) -> dict:
+    """
+    Times steps of a recipe's trainer, with its logs, the doctor, checks and stops, and bare steps of an equal model.
+
+    A bare step is the forward pass under the same masks or views, the backward pass, the optimizer and the moving
+    average, on batches of a plain data loader. A round is as many steps of each as lie between two logs.
+
+    Args:
+        recipe ([`Recipe`]): What to train; checkpoints go to a temporary folder.
+        num_rounds (`int`): Timed rounds; one more comes before them.
+
+    Returns:
+        `dict`: `steps` of a round, `batch_size`, `device`, of `bare` and `trainer` a `dict` of `median`, `low` and
+        `high` (quartiles) in seconds a step, `overhead` with the same of trainer over bare less 1, `save` and `write`,
+        the seconds that one checkpoint took and that its bytes take to be written alone, and `bytes`.
+
+    Raises:
+        InputError: There are too few rounds to measure with, or the images are too few.
+    """
+    if num_rounds < 2:
+        raise InputError(f"--rounds {num_rounds} must be 2 or more.")
+    with tempfile.TemporaryDirectory() as folder:
+        recipe.training |= {
+            "output_dir": folder, "disable_tqdm": True, "save_strategy": "no", "logging_first_step": False,
+        }  # fmt: skip
+        args = training_arguments(recipe)
+        args.max_steps = (num_rounds + 1) * int(args.logging_steps) + 1
+        model = build_model(recipe, args)
+        source, _ = load_sources(recipe.data, max(pair(model.config.image_size)), progress=False)
+        trainer = build_trainer(recipe, model, args, source)
+        turns = _Turns(_BareSteps(trainer), int(args.logging_steps))
+        trainer.pop_callback(PrinterCallback)
+        trainer.add_callback(turns)
+        trainer.train()
+        found = _summary(turns)
+        save = _time_save(trainer, Path(folder))
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps
+    return {"steps": turns.length, "batch_size": batch_size, "device": args.device.type} | found | save
+
+
+class _BareSteps:
+    """Steps of a copy of a trainer's model, with nothing beside them."""
+
+    def __init__(self, trainer):
+        self.trainer, self.model = trainer, copy.deepcopy(trainer.model).train()
+        args = trainer.args
+        loader = DataLoader(
+            trainer.train_dataset,
+            args.train_batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=args.dataloader_num_workers,
+            generator=torch.Generator().manual_seed(0),
+        )
+        self.batches = itertools.chain.from_iterable(iter(lambda: loader, None))
+        self.num_batches = args.gradient_accumulation_steps
+        self.optimizer = None
+
+    def step(self):
+        """One optimizer step."""
+        trainer, args = self.trainer, self.trainer.args
+        if self.optimizer is None:
+            groups = [
+                {"params": [p for p in self.model.parameters() if p.requires_grad and (p.ndim > 1) == decays],
+                 "weight_decay": args.weight_decay if decays else 0.0}
+                for decays in (True, False)
+            ]  # fmt: skip
+            optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(args, self.model)
+            self.optimizer = optimizer_class(groups, **options)
+        for batch in itertools.islice(self.batches, self.num_batches):
+            inputs = trainer._prepare_inputs(batch)
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+                loss = trainer.forward_batch(self.model, inputs).loss / self.num_batches
+            loss.backward()
+        if args.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.max_grad_norm)
+        self.optimizer.step()
+        if hasattr(self.model, "update_target_encoder"):
+            self.model.update_target_encoder(0.996)
+        self.optimizer.zero_grad()
+
+
+class _Turns(TrainerCallback):
+    """Lets the bare steps have their turn each time the trainer has logged."""
+
+    def __init__(self, bare: _BareSteps, length: int):
+        self.bare, self.length = bare, length
+        self.seconds: dict[str, list[float]] = {"trainer": [], "bare": []}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step % self.length:
+            return
+        _finish(args.device)
+        if state.global_step:
+            self.seconds["trainer"].append(time.perf_counter() - self.started)
+        started = time.perf_counter()
+        for _ in range(self.length):
+            self.bare.step()
+        _finish(args.device)
+        if state.global_step:
+            self.seconds["bare"].append(time.perf_counter() - started)
+        self.started = time.perf_counter()
+
+
+def _finish(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _summary(turns: _Turns) -> dict:
+    # the first turns set things up
+    bare, trainer = (turns.seconds[name][1:] for name in ("bare", "trainer"))
+    # the trainer's turn lies between two bare ones: what else the machine did in them slowed it, too
+    around = [(before + after) / 2 for before, after in itertools.pairwise(turns.seconds["bare"])]
+    found = {
+        "bare": [seconds / turns.length for seconds in bare],
+        "trainer": [seconds / turns.length for seconds in trainer],
+        "overhead": [whole / alone - 1 for whole, alone in zip(trainer, around, strict=True)],
+    }
+    return {
+        name: dict(zip(("low", "median", "high"), statistics.quantiles(values, n=4), strict=True))
+        for name, values in found.items()
+    }
+
+
+def _time_save(trainer, folder: Path) -> dict:
+    """Seconds of a checkpoint, and of its bytes alone, written to the same disk and waited for."""
+    started = time.perf_counter()
+    trainer._save_checkpoint(trainer.model, None)
+    saved = time.perf_counter() - started
+    contents = [path.read_bytes() for path in folder.glob("checkpoint-*/*") if path.is_file()]
+    started = time.perf_counter()
+    with (folder / "alone").open("wb") as file:
+        for content in contents:
+            file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"save": saved, "write": time.perf_counter() - started, "bytes": sum(map(len, contents))}
+
+
+def format_training_cost(found: dict) -> str:
+    """The measurements as a table."""
+    cells = [["a step", "ms (quartiles)", "images/s"]]
+    for name, called in (("bare", "bare"), ("trainer", "of the trainer")):
+        times = found[name]
+        spread = f"{times['median'] * 1e3:.1f} ({times['low'] * 1e3:.1f} - {times['high'] * 1e3:.1f})"
+        cells.append([called, spread, f"{found['batch_size'] / times['median']:.1f}"])
+    overhead = found["overhead"]
+    return "\n".join(
+        [
+            *markdown_table(cells),
+            f"\noverhead {overhead['median']:.2%} ({overhead['low']:.2%} - {overhead['high']:.2%}): the trainer's "
+            f"turns of {found['steps']} steps and a log over the bare ones around them",
+            f"a checkpoint of {found['bytes'] / 1e6:.1f} MB took {found['save']:.2f} s, its bytes alone "
+            f"{found['write']:.2f} s",
+        ]
+    )
