@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from modeling_cjepa import CJepaForPreTraining, CJepaModel
 from trainers import pretraining
+from trainers.checkpoint_files import write_manifest
 from trainers.cli import main
 from trainers.datasets import ImageSource
 from trainers.pretraining import images_seen
@@ -189,7 +190,7 @@ def test_finished_and_begun_runs_are_not_overwritten(run, tmp_path, capsys):
     status = pretrain(tmp_path / "new", "--resume_from_checkpoint", "last")
     fails_in_one_sentence(capsys, status, "no whole checkpoint to resume from")
     status = pretrain(begun, "--resume_from_checkpoint", str(tmp_path))
-    fails_in_one_sentence(capsys, status, "no whole checkpoint", "trainer_state.json")
+    fails_in_one_sentence(capsys, status, "no whole checkpoint", "manifest.json")
     (begun / "recipe.yaml").write_text("a: [1")
     fails_in_one_sentence(capsys, pretrain(begun, "--resume_from_checkpoint", "last"), "recipe.yaml", "mend or remove")
 
@@ -243,8 +244,8 @@ def test_resuming_a_run_at_its_end_trains_nothing(run, tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
 
 
-@pytest.mark.parametrize("part", ["trainer_state.json", "config.json", "model.safetensors", "optimizer.pt",
-                                  "rng_state.pth"])  # fmt: skip
+@pytest.mark.parametrize("part", ["trainer_state.json", "config.json", "model.safetensors", "optimizer.safetensors",
+                                  "manifest.json"])  # fmt: skip
 def test_broken_checkpoint_is_passed_over_for_a_whole_one(run, tmp_path, capsys, part):
     folder, _, _ = run
     begun = tmp_path / "begun"
@@ -264,12 +265,12 @@ def test_damage_inside_a_checkpoint_is_found(run, tmp_path, capsys):
     begun = tmp_path / "begun"
     shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
     shutil.copytree(begun / "checkpoint-3", begun / "checkpoint-10")
-    damaged = begun / "checkpoint-10" / "optimizer.pt"
+    damaged = begun / "checkpoint-10" / "optimizer.safetensors"
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 255
     damaged.write_bytes(data)
     assert pretrain(begun, "--resume_from_checkpoint", "last") == 0
-    assert "checkpoint-10 is passed over: optimizer.pt" in capsys.readouterr().out
+    assert "checkpoint-10 is passed over: optimizer.safetensors" in capsys.readouterr().out
 
 
 def test_other_settings_are_said_on_resuming(run, tmp_path, capsys):
@@ -292,7 +293,7 @@ def test_settings_that_no_weight_depends_on_are_not_spoken_of(run, tmp_path, cap
 
 
 def test_steps_of_another_number_of_images_are_refused_on_resuming(run, tmp_path, capsys):
-    """By processes, too: each leaves the state of its random numbers."""
+    """By processes, too."""
     folder, _, _ = run
     begun = tmp_path / "begun"
     shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
@@ -302,9 +303,8 @@ def test_steps_of_another_number_of_images_are_refused_on_resuming(run, tmp_path
 
     halved = resume("--per_device_train_batch_size", "8")
     fails_in_one_sentence(capsys, halved, "trained with 16 images a step", "would take 8", "--gradient_accumulation")
-    state = begun / "checkpoint-3" / "rng_state.pth"
-    shutil.copy(state, state.with_stem("rng_state_0"))
-    state.rename(state.with_stem("rng_state_1"))
+    (begun / "checkpoint-3" / "progress.json").write_text('{"batch_size": 32, "num_processes": 2}')
+    write_manifest(begun / "checkpoint-3", 3)
     fails_in_one_sentence(capsys, resume(), "trained with 32 images a step, in 2 process(es)", "would take 16, in 1")
     assert resume("--gradient_accumulation_steps", "2", "--max_steps", "4") == 0
     assert "gradient_accumulation_steps was not set and is 2" in (said := capsys.readouterr().out)

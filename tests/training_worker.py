@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors.torch import save_file  # noqa: E402
 from tiny import SIZES  # noqa: E402
-from transformers.trainer_utils import get_last_checkpoint, set_seed  # noqa: E402
+from transformers.trainer_utils import set_seed  # noqa: E402
 
 from trainers.objectives import OBJECTIVES  # noqa: E402
 from trainers.sources import DataArguments, load_sources  # noqa: E402
@@ -51,7 +51,7 @@ def train(output: str, training: dict, resume: bool = False) -> tuple[dict[str, 
     training = dict(training)
     others = {name: training.pop(name) for name in ("model", "data", "num_images") if name in training}
     trainer = build_trainer(output, training, **others)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if resume else None)
+    trainer.train(resume_from_checkpoint=resume)
     weights = {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in trainer.model.state_dict().items()

@@ -1,27 +1,25 @@
 """Checkpoints to resume from: the newest whole one is found, a broken or foreign one refused with the reason."""
 
 import json
-import re
-import zipfile
 from pathlib import Path
 
 import yaml
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, TrainerState
 
+from trainers.checkpoint_files import LAST, all_checkpoints, choose_checkpoint
 from trainers.errors import InputError
 from trainers.evaluation import EvaluationArguments
 from trainers.flags import type_hints
+from trainers.processes import in_main_process
 from trainers.recipes import Recipe, first_difference, model_fields
 from trainers.training_args import JepaTrainingArguments
 
-LAST = "last"
 # keys that may differ between a run and its continuation without a word: no weight depends on them
 WITHOUT_EFFECT = {
     "output_dir", "resume_from_checkpoint", "report_to", "run_name", "num_monitored_images",
     *(f"dataloader_{name}" for name in ("num_workers", "persistent_workers", "prefetch_factor", "pin_memory")),
     *(f"logging_{name}" for name in ("strategy", "steps", "first_step", "nan_inf_filter")),
-    *(f"save_{name}" for name in ("strategy", "steps", "total_limit")),
+    *(f"save_{name}" for name in ("strategy", "steps", "total_limit")), "keep_checkpoints_every",
     *(type_hints(EvaluationArguments).keys() - {"seed"}),
 }  # fmt: skip
 
@@ -39,68 +37,19 @@ def find_checkpoint(args: JepaTrainingArguments) -> str | None:
     Raises:
         InputError: The output folder holds a run that was not asked for, or there is no whole checkpoint.
     """
+    # one process reads for all: a checkpoint is large, and all must choose the same
     asked, output = args.resume_from_checkpoint, Path(args.output_dir)
     if (output / "final").exists():
         raise InputError(f"{output} already holds a finished run; choose another --output_dir.")
-    checkpoints = sorted(output.glob("checkpoint-*"), key=_step, reverse=True)
-    if asked is None:
-        if checkpoints:
-            raise InputError(
-                f"{output} already holds {checkpoints[0].name}; go on with --resume_from_checkpoint {LAST} or choose "
-                "another --output_dir."
-            )
-        return None
-    if asked != LAST:
-        broken = broken_part(Path(asked))
-        if broken:
-            raise InputError(f"{asked} is no whole checkpoint ({broken}); mend --resume_from_checkpoint.")
-        return asked
-    for checkpoint in checkpoints:
-        broken = broken_part(checkpoint)
-        if not broken:
-            return str(checkpoint)
-        if args.process_index == 0:
-            print(f"{checkpoint} is passed over: {broken}", flush=True)
-    raise InputError(f"{output} holds no whole checkpoint to resume from; mend --output_dir.")
-
-
-def _step(checkpoint: Path) -> int:
-    number = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
-    return int(number.group(1)) if number else -1
-
-
-def broken_part(checkpoint: Path) -> str | None:
-    """Why a folder is no whole checkpoint, or None if it is one."""
-    is_adapter = (checkpoint / "adapter_config.json").exists()  # of weights that are saved elsewhere
-    for name in ("trainer_state.json", "adapter_config.json" if is_adapter else "config.json"):
-        try:
-            json.loads((checkpoint / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return f"{name} is missing or broken"
-    weights = sorted(checkpoint.glob("adapter_model*.safetensors" if is_adapter else "model*.safetensors"))
-    if not weights:
-        return "it has no weights"
-    for file in weights:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (OSError, SafetensorError):
-            return f"{file.name} is broken"
-    # of each process the state of its random numbers
-    states = sorted(path.name for path in checkpoint.glob("rng_state*.pth")) or ["rng_state.pth"]
-    for name in ("optimizer.pt", "scheduler.pt", *states):
-        if not _is_whole_zip(checkpoint / name):
-            return f"{name} is missing or broken"
+    if asked is not None:
+        return in_main_process(choose_checkpoint, output, asked)
+    checkpoints = in_main_process(all_checkpoints, output)
+    if checkpoints:
+        raise InputError(
+            f"{output} already holds {checkpoints[0].name}; go on with --resume_from_checkpoint {LAST} or choose "
+            "another --output_dir."
+        )
     return None
-
-
-def _is_whole_zip(file: Path) -> bool:
-    """Whether a file that `torch.save` wrote is there and its checksums are right."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
-        return False
 
 
 def check_same_model(checkpoint: str, config: PreTrainedConfig):
@@ -123,9 +72,8 @@ def check_same_model(checkpoint: str, config: PreTrainedConfig):
 
 def check_same_batch(checkpoint: str, args: JepaTrainingArguments):
     """Refuses steps of another number of images: what has been read is known in steps only."""
-    num_processes = _num_processes(checkpoint)
-    before = load_state(checkpoint).train_batch_size * num_processes
-    before *= (_settings_before(checkpoint) or {}).get("gradient_accumulation_steps", 1)
+    progress = _progress(checkpoint)
+    num_processes, before = progress["num_processes"], progress["batch_size"]
     now = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
     if before != now:
         raise InputError(
@@ -143,7 +91,7 @@ def changed_settings(recipe: Recipe, checkpoint: str, num_processes: int) -> str
     before, now = (
         {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
         for settings in (
-            before | {"processes": _num_processes(checkpoint)},
+            before | {"processes": _progress(checkpoint)["num_processes"]},
             recipe.values | {"processes": num_processes},
         )
     )
@@ -166,9 +114,9 @@ def _settings_before(checkpoint: str) -> dict | None:
         raise InputError(f"{path}, the recipe of the run to resume, cannot be read; mend or remove it.") from error
 
 
-def _num_processes(checkpoint: str) -> int:
-    """How many processes wrote a checkpoint: each the state of its random numbers."""
-    return len(list(Path(checkpoint).glob("rng_state*.pth")))
+def _progress(checkpoint: str) -> dict:
+    """How many images a step of the run that wrote a checkpoint had, and in how many processes."""
+    return json.loads(Path(checkpoint, "progress.json").read_text(encoding="utf-8"))
 
 
 def load_state(checkpoint: str) -> TrainerState:

@@ -3,8 +3,7 @@
 import math
 from contextlib import contextmanager
 
-from transformers import Trainer
-
+from trainers.checkpointed_trainer import CheckpointedTrainer
 from trainers.errors import InputError
 from trainers.finetune_args import FinetuneTrainingArguments
 
@@ -14,9 +13,9 @@ _DIVERGED = (
 )
 
 
-class ClassifierTrainer(Trainer):
+class ClassifierTrainer(CheckpointedTrainer):
     """
-    transformers' `Trainer`, with two differences: `dataloader_drop_last` leaves out train images alone, where
+    A [`CheckpointedTrainer`] with two differences: `dataloader_drop_last` leaves out train images alone, where
     transformers' evaluates and predicts without the last, too; and a training loss that is not finite ends the run.
     """
 

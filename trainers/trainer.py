@@ -4,24 +4,25 @@ A step's randomness is a function of (seed, step, micro-step), so that a resumed
 """
 
 import math
-import shutil
 import time
 from collections import deque
 from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import ProgressCallback, Trainer
+from transformers import ProgressCallback
 
 from modeling_cjepa.losses_cjepa import level_term
 from trainers.callbacks import CropEpochCallback, ImagesPerSecondBar, WeightDecayCallback, weight_decay
+from trainers.checkpointed_trainer import CheckpointedTrainer
 from trainers.diagnostics import feature_std, rankme
 from trainers.errors import InputError
+from trainers.files import write_json
 from trainers.schedules import warmup_cosine
 from trainers.training_args import JepaTrainingArguments
 
 
-class JepaTrainer(Trainer):
+class JepaTrainer(CheckpointedTrainer):
     """
     Pre-trains a model that returns its loss, named `loss_terms` and `level_embeddings`; see `CJepaTrainer` and
     `SJeaTrainer`.
@@ -58,7 +59,6 @@ class JepaTrainer(Trainer):
         self.add_callback(WeightDecayCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ImagesPerSecondBar)
-        self._micro_step = 0
         self._reset_window()
         batch_size = args.train_batch_size * args.world_size
         # the embeddings of each level of the latest batches
@@ -113,7 +113,6 @@ class JepaTrainer(Trainer):
         started = time.perf_counter()
         result = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._waited += time.perf_counter() - started
-        self._micro_step = 0
         return result
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -121,7 +120,6 @@ class JepaTrainer(Trainer):
         outputs = self.forward_batch(model, inputs)
         if model.training:
             self._monitor(outputs)
-            self._micro_step += 1
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -170,30 +168,12 @@ class JepaTrainer(Trainer):
             "data_wait_share": self._waited / seconds,
         }
 
-    def _save_checkpoint(self, model, trial):
-        """Saves a checkpoint whole: one that cannot be finished, such as on a full disk, is taken away again."""
-        try:
-            super()._save_checkpoint(model, trial)
-        except BaseException:
-            shutil.rmtree(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}"), ignore_errors=True)
-            raise
+    def write_extra_files(self, folder: Path):
+        """How many images a step of this run has, and in how many processes."""
+        args = self.args
+        batch_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        write_json(folder / "progress.json", {"batch_size": batch_size, "num_processes": args.world_size})
 
     def floating_point_ops(self, inputs) -> int:
         """None are counted: transformers' estimate is one of text models."""
         return 0
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Loads weights through the model's own loader, and refuses a checkpoint that lacks some."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        model = self.model if model is None else model
-        loaded, info = type(model).from_pretrained(
-            resume_from_checkpoint, config=model.config, output_loading_info=True
-        )
-        missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-        if missing or unexpected:
-            raise InputError(
-                f"Checkpoint {resume_from_checkpoint} does not fit the model: missing {missing[:3] or 'nothing'}, not "
-                f"known {unexpected[:3] or 'nothing'}; resume with the recipe it was trained with."
-            )
-        model.load_state_dict(loaded.state_dict())

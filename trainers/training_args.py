@@ -19,13 +19,18 @@ class PrecisionTrainingArguments(TrainingArguments):
 
     Args:
         precision (`"auto"`, `"bf16"` or `"float32"`): Autocast; `auto` is bf16 where the device computes in it.
+        keep_checkpoints_every (`int`, *optional*): Checkpoints of steps that are multiples of it are never removed;
+            1 or more.
 
     Raises:
-        ValueError: The precision is not known.
+        ValueError: The precision is not known, or a number is out of its range.
     """
 
     precision: str = field(
         default="auto", metadata={"help": "`auto` (bf16 where the device computes in it), `bf16` or `float32`"}
+    )
+    keep_checkpoints_every: int | None = field(
+        default=None, metadata={"help": "never remove the checkpoints of steps that are multiples of it"}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "it would wait for the device each step"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "images have no column to keep"})
@@ -33,6 +38,8 @@ class PrecisionTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
+        if self.keep_checkpoints_every is not None and self.keep_checkpoints_every < 1:
+            raise ValueError(f"keep_checkpoints_every={self.keep_checkpoints_every} must be 1 or more steps.")
         if self.bf16:
             self.precision = "bf16"
         self.bf16 = False  # decided below, when the device is known

@@ -1,0 +1,318 @@
+"""transformers' `Trainer` with checkpoints that are whole or not there, without pickles, for any number of processes.
+
+A checkpoint holds no state of random generators: every micro-batch seeds them from (seed, step, micro-step, process).
+"""
+
+import json
+import random
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import HubStrategy
+
+from trainers.checkpoint_files import (
+    LAST,
+    MANIFEST,
+    all_checkpoints,
+    choose_checkpoint,
+    finish_checkpoint,
+    removed_on_error,
+    rotate_checkpoints,
+    start_checkpoint,
+    unfinished_folder,
+)
+from trainers.checkpoint_push import push_checkpoint
+from trainers.datasets import sample_seed
+from trainers.errors import InputError, first_line
+from trainers.optimizer_files import host_state, load_optimizer, load_weights, optimizer_state, save_optimizer
+from trainers.processes import in_main_process
+
+SCHEDULER = "scheduler.json"
+STATE = "trainer_state.json"
+
+
+@dataclass
+class _Save:
+    """A checkpoint that is being saved: the best one as of then, and in the process that writes what comes of it."""
+
+    step: int
+    output: Path
+    best: tuple
+    writing: Future | None = None
+
+
+class CheckpointedTrainer(Trainer):
+    """
+    transformers' `Trainer` with other checkpoints.
+
+    Each is a folder `checkpoint-N` of safetensors and JSON that appears when it is whole (see
+    [`~checkpoint_files.finish_checkpoint`]); its optimizer's state goes by parameter names, whole, so that another
+    number of processes can go on, with DDP or FSDP2. Where the device is not the CPU, tensors are copied to host
+    memory at the step, and a thread writes them while training goes on; the next save, and the end of training, wait
+    for it. A save that fails is said and forgotten, unless it is the last of the run. `output_dir` must be on a file
+    system that all machines share, or `save_on_each_node` be set.
+
+    With DeepSpeed (not run) all processes save what is theirs into the folder by its engine, and load it by that.
+
+    Attributes:
+        checkpoint_executor (`concurrent.futures.Executor`, *optional*): What writes in the background; None writes at
+            once.
+        save_error (`str`, *optional*): Why the latest save failed, in all processes; None if it did not.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) != 2:
+            raise InputError("FSDP of version 1 shards what cannot be saved by name; set fsdp_version: 2.")
+        # a CPU would take the thread's time from the steps
+        background = self.args.device.type != "cpu"
+        self.checkpoint_executor = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self.save_error: str | None = None
+        self._pending: _Save | None = None
+        self._saved_best = self._best()
+        self._pushed: Path | None = None
+        self._micro_step = 0
+
+    # randomness
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of an optimizer step, whose micro-steps are counted from 0."""
+        self._micro_step = 0
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def seed_micro_step(self, micro_step: int):
+        """Seeds the generators of Python, numpy and torch, of all devices, for a micro-batch of the present step."""
+        # the last number tells it from other seeds of a step
+        numbers = (self.args.seed, self.state.global_step, micro_step, self.args.process_index, 1)
+        seed = sample_seed(*numbers)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward pass of a micro-batch, with the same random numbers whenever it is repeated."""
+        self.seed_micro_step(self._micro_step)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._micro_step += 1
+        return loss
+
+    # saving
+
+    def write_extra_files(self, folder: Path):
+        """Writes what else a checkpoint holds into its folder; the main process calls it, at the checkpoint's step."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """Saves weights, configuration and image processor in a folder; pushes them if asked to."""
+        folder = Path(output_dir or self.args.output_dir)
+        weights = self._host_weights(copied=False)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_model(folder, weights)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def wait_for_checkpoint(self):
+        """
+        Waits until the checkpoint that is being saved is whole; all processes call it.
+
+        Raises:
+            InputError: It could not be saved, and the run ends with it; else that is printed.
+        """
+        if self._pending is None:
+            return
+        save, self._pending = self._pending, None
+        outcome: list[str | None] = [None]
+        if save.writing is not None:
+            try:
+                save.writing.result()
+            except (OSError, SafetensorError) as error:
+                outcome = [first_line(error)]
+        broadcast_object_list(outcome)
+        self.save_error = outcome[0]
+        if self.save_error is not None:
+            self._after_failure(save)
+            return
+        self._saved_best = save.best
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(save.output / f"checkpoint-{save.step}"))
+
+    def _after_failure(self, save: _Save):
+        """Forgets a checkpoint that could not be saved, or ends the run if it was to be the last."""
+        if self.state.best_global_step == save.step:
+            self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint = self._saved_best
+        whole = [path.name for path in all_checkpoints(save.output) if (path / MANIFEST).exists()]
+        last = f"the last whole one is {whole[0]}" if whole else "there is none yet"
+        failed = f"The checkpoint of step {save.step} could not be saved ({self.save_error})"
+        if save.step == self.state.global_step and self.control.should_training_stop:
+            raise InputError(
+                f"{failed}, with which the run would end; {last}. Make room for {save.output} and go on with "
+                f"--resume_from_checkpoint {LAST}."
+            )
+        if self.is_world_process_zero():
+            print(f"{failed}: training goes on; {last}.", flush=True)
+
+    def _best(self) -> tuple:
+        state = self.state
+        return state.best_metric, state.best_global_step, state.best_model_checkpoint
+
+    def _save_checkpoint(self, model, trial):
+        """Takes what a checkpoint holds at this step; it is written at once, or in the background."""
+        self.wait_for_checkpoint()
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        output, step = Path(self._get_output_dir(trial=trial)), self.state.global_step
+        if self.state.best_global_step:
+            best = output / f"checkpoint-{self.state.best_global_step}"
+            if best.exists() or self.state.best_global_step == step:
+                self.state.best_model_checkpoint = str(best)
+        in_background = self.checkpoint_executor and not self.is_deepspeed_enabled and not self.args.push_to_hub
+        kept, copied = self.args.should_save, bool(in_background)
+        weights, optimizer = self._host_weights(copied), None
+        if not self.args.save_only_model and not self.is_deepspeed_enabled:
+            optimizer = optimizer_state(self._plain_model(), self.optimizer, kept, copied)
+        self._pending = _Save(step, output, self._best())
+        if kept:
+            self._pending.writing = run_now(self._start_checkpoint, output, step)
+        if self.is_deepspeed_enabled:
+            self.accelerator.wait_for_everyone()
+            self.model_wrapped.save_checkpoint(str(unfinished_folder(output, step)))
+            self.accelerator.wait_for_everyone()
+        if kept and self._pending.writing.exception() is None:
+            submit = self.checkpoint_executor.submit if in_background else run_now
+            folder = self._pending.writing.result()
+            self._pending.writing = submit(self._write, folder, step, weights, optimizer)
+        if not in_background:
+            self.wait_for_checkpoint()
+
+    def _start_checkpoint(self, output: Path, step: int) -> Path:
+        """Begins a checkpoint with what is small and changes from step to step."""
+        folder = start_checkpoint(output, step)
+        with removed_on_error(folder):
+            for callback in (*self.callback_handler.callbacks, self.control):
+                if isinstance(callback, ExportableState):
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+            self.state.save_to_json(str(folder / STATE))
+            if not self.args.save_only_model:
+                (folder / SCHEDULER).write_text(json.dumps(self.lr_scheduler.state_dict()) + "\n", encoding="utf-8")
+            self.write_extra_files(folder)
+        return folder
+
+    def _write(self, folder: Path, step: int, weights: dict, optimizer: tuple | None):
+        """Writes the tensors of a checkpoint that is begun, finishes it, and removes older ones."""
+        with removed_on_error(folder):
+            self._write_model(folder, weights)
+            if optimizer is not None:
+                save_optimizer(folder, *optimizer)
+            finish_checkpoint(folder, step)
+        args, kept = self.args, {Path(self.state.best_model_checkpoint or "").name}
+        if self._is_pushing():
+            kept.add(self._pushed.name)
+        rotate_checkpoints(folder.parent, step, args.save_total_limit, args.keep_checkpoints_every, kept)
+
+    def _plain_model(self):
+        """The model without what wraps it."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _host_weights(self, copied: bool) -> dict[str, torch.Tensor]:
+        """The model's weights in the process that writes them; the others have a part in gathering them."""
+        if self.is_deepspeed_enabled:
+            return self.accelerator.get_state_dict(self.deepspeed)
+        return host_state(self._plain_model(), self.args.should_save, copied)
+
+    def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]):
+        self._plain_model().save_pretrained(folder, state_dict=weights)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """As in transformers, but from the checkpoint itself, which is kept as long, and without a pickle."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self._is_pushing() and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        earlier = self.push_in_progress.jobs if self._is_pushing() else []
+        self._pushed = Path(checkpoint_folder)
+        self.push_in_progress = push_checkpoint(self._pushed, self.hub_model_id, self.args)
+        self.push_in_progress.jobs += earlier
+
+    def _is_pushing(self) -> bool:
+        return getattr(self, "push_in_progress", None) is not None and not self.push_in_progress.is_done()
+
+    def _finalize_training(self, *args):
+        """As in transformers, with the last checkpoint whole, and without the end's own removal of checkpoints."""
+        self.wait_for_checkpoint()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args)
+        finally:
+            self.args.save_total_limit = limit
+
+    # resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        As in transformers; a checkpoint is resumed from only if it is whole.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): A checkpoint's folder; `last` or True for the newest
+                whole one of `output_dir`.
+
+        Raises:
+            InputError: The checkpoint is broken or foreign, or there is none.
+        """
+        checkpoint = LAST if resume_from_checkpoint is True else resume_from_checkpoint or None
+        if checkpoint is not None:
+            checkpoint = in_main_process(choose_checkpoint, Path(self.args.output_dir), checkpoint)
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _init_training_state(self, *args):
+        found = super()._init_training_state(*args)
+        self._saved_best = self._best()
+        return found
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Loads all weights of a checkpoint; raises `InputError` if they are not those of the model."""
+        if self.is_deepspeed_enabled or hasattr(self.model, "peft_config"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(Path(resume_from_checkpoint), self._plain_model())
+
+    def _load_best_model(self):
+        """Loads the best checkpoint; raises `InputError` if it is no longer whole."""
+        best = in_main_process(choose_checkpoint, Path(self.args.output_dir), self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled or hasattr(self.model, "peft_config"):
+            super()._load_best_model()
+        else:
+            load_weights(Path(best), self._plain_model())
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if not self.is_deepspeed_enabled:
+            load_optimizer(folder, self._plain_model(), self.optimizer)
+        self.lr_scheduler.load_state_dict(json.loads((folder / SCHEDULER).read_text(encoding="utf-8")))
+
+    def _load_rng_state(self, checkpoint):
+        """Nothing: each micro-batch seeds the generators."""
+
+    def _load_scaler(self, checkpoint):
+        """Nothing: no run scales its losses."""
+
+
+def run_now(function, *args) -> Future:
+    """What an executor's `submit` does, at once."""
+    future = Future()
+    try:
+        future.set_result(function(*args))
+    except Exception as error:
+        future.set_exception(error)
+    return future
