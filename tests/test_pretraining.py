@@ -15,14 +15,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import FLAGS, tiny_model
-from torch.utils.data import DataLoader
 
 from modeling_cjepa import CJepaForPreTraining, CJepaModel
 from trainers import pretraining
 from trainers.checkpoint_files import write_manifest
 from trainers.cli import main
 from trainers.datasets import ImageSource
-from trainers.pretraining import images_seen
 from trainers.publishing import whole_folder
 from trainers.recipes import read_recipe
 
@@ -213,27 +211,6 @@ def test_resuming_goes_on_where_the_run_stopped(run, tmp_path):
     assert [entry["step"] for entry in facts["history"] if "loss" in entry] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("drop_last", [True, False])
-@pytest.mark.parametrize("num_batches", [1, 2, 3])
-def test_images_seen_are_those_of_a_loader(drop_last, num_batches):
-    """In steps of so many batches, fewer at the end of an epoch."""
-    loader = DataLoader(range(50), batch_size=8, drop_last=drop_last)
-    total, expected = 0, []
-    for _ in range(3):
-        batches = [len(batch) for batch in loader]
-        for first in range(0, len(batches), num_batches):
-            total += sum(batches[first : first + num_batches])
-            expected.append(total)
-    found = [images_seen(step, 50, 8, num_batches, drop_last) for step in range(1, len(expected) + 1)]
-    assert found == expected
-
-
-def test_images_that_fill_the_last_batch_of_several_processes_are_seen():
-    """Two processes of 4 images each: of 50 the last batch has 2, to which the first 6 are added."""
-    assert [images_seen(step, 50, 8, 1, False, num_processes=2) for step in (6, 7, 8, 14)] == [48, 56, 64, 112]
-    assert images_seen(14, 50, 8, 1, True, num_processes=2) == 112
-
-
 def test_resuming_a_run_at_its_end_trains_nothing(run, tmp_path):
     folder, _, _ = run
     begun = tmp_path / "begun"
@@ -292,23 +269,31 @@ def test_settings_that_no_weight_depends_on_are_not_spoken_of(run, tmp_path, cap
     assert "going on from" in said and "other settings" not in said
 
 
-def test_steps_of_another_number_of_images_are_refused_on_resuming(run, tmp_path, capsys):
-    """By processes, too."""
+def test_other_batches_go_on_at_the_same_image(run, tmp_path, capsys):
     folder, _, _ = run
     begun = tmp_path / "begun"
     shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
+    halved = ["--per_device_train_batch_size", "8", "--max_steps", "5"]
+    assert pretrain(begun, "--resume_from_checkpoint", "last", *halved) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "with 8 images a step in 1 process, before 16 images a step in 1 process, from the image" in said
+    assert "number 48 of the order" in said and "per_device_train_batch_size" not in said
+    facts = json.loads((begun / "final" / "results.json").read_text())
+    assert facts["training"]["images_seen"] == 3 * 16 + 2 * 8
+    progress = json.loads((begun / "checkpoint-5" / "progress.json").read_text())
+    assert (progress["step"], progress["samples_seen"], progress["batch_size"]) == (5, 64, 8)
 
-    def resume(*flags):
-        return pretrain(begun, "--resume_from_checkpoint", "last", *flags)
 
-    halved = resume("--per_device_train_batch_size", "8")
-    fails_in_one_sentence(capsys, halved, "trained with 16 images a step", "would take 8", "--gradient_accumulation")
-    (begun / "checkpoint-3" / "progress.json").write_text('{"batch_size": 32, "num_processes": 2}')
+def test_other_images_are_refused_on_resuming(run, tmp_path, capsys):
+    folder, _, _ = run
+    begun = tmp_path / "begun"
+    shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
+    status = pretrain(begun, "--resume_from_checkpoint", "last", "--num_train_images", "63", "--max_steps", "4")
+    fails_in_one_sentence(capsys, status, "other train images (64 images, ", "now (63 images, ", "--output_dir")
+    (begun / "checkpoint-3" / "progress.json").unlink()
     write_manifest(begun / "checkpoint-3", 3)
-    fails_in_one_sentence(capsys, resume(), "trained with 32 images a step, in 2 process(es)", "would take 16, in 1")
-    assert resume("--gradient_accumulation_steps", "2", "--max_steps", "4") == 0
-    assert "gradient_accumulation_steps was not set and is 2" in (said := capsys.readouterr().out)
-    assert "processes was 2 and is 1" in said
+    status = pretrain(begun, "--resume_from_checkpoint", "last", "--max_steps", "4")
+    fails_in_one_sentence(capsys, status, "progress.json is missing or broken", "another checkpoint")
 
 
 def test_classes_that_train_lacks_are_said_before_training(tmp_path, capsys):
@@ -413,10 +398,7 @@ def test_two_processes_make_one_run(run, tmp_path):
         (["--target_scale", "0.2"], ["target_scale"]),
         (["--patch_size", "0"], ["patch_size"]),
         (["--dataset", "*.parquet"], ["*.parquet"]),
-        (
-            ["--num_train_images", "49", "--dataloader_drop_last", "false"],
-            ["last batch of an epoch would have 1 image", "49 being 1 more than a multiple of 16", "drop_last"],
-        ),
+        (["--dataloader_drop_last", "false"], ["dataloader_drop_last=False", "all batches are full"]),
         (["--accelerator_config", "{foo: 1}"], ["foo"]),
         (["--attn_implementation", "flex_attention"], ["flex_attention", "sdpa"]),
         (["--seed", "-1"], ["seed=-1"]),

@@ -1,6 +1,7 @@
 """Trains a tiny model for a few steps and saves its weights; started by tests, alone or by torchrun.
 
-python tests/training_worker.py OUTPUT '{"max_steps": 4, ...}' [--resume]
+python tests/training_worker.py OUTPUT '{"name": {"max_steps": 4, ...}, ...}'; "resume": true goes on from the last
+checkpoint in OUTPUT/name.
 """
 
 import json
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors.torch import save_file  # noqa: E402
 from tiny import SIZES  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
 from transformers.trainer_utils import set_seed  # noqa: E402
 
 from trainers.objectives import OBJECTIVES  # noqa: E402
@@ -51,6 +53,7 @@ def train(output: str, training: dict, resume: bool = False) -> tuple[dict[str, 
     training = dict(training)
     others = {name: training.pop(name) for name in ("model", "data", "num_images") if name in training}
     trainer = build_trainer(output, training, **others)
+    trainer.add_callback(SampleIds(trainer))
     trainer.train(resume_from_checkpoint=resume)
     weights = {
         name: tensor.clone(memory_format=torch.contiguous_format)
@@ -59,13 +62,27 @@ def train(output: str, training: dict, resume: bool = False) -> tuple[dict[str, 
     return weights, trainer.state.log_history
 
 
+class SampleIds(TrainerCallback):
+    """Logs which images this process has read, as `seen`."""
+
+    def __init__(self, trainer: JepaTrainer):
+        self.trainer, self.seen = trainer, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seen += [sample_id["index"] for sample_id in self.trainer.sample_ids(state.global_step - 1)]
+
+    def on_train_end(self, args, state, control, **kwargs):
+        state.log_history.append({"step": state.global_step, "seen": self.seen})
+
+
 def main(output: str, runs: str):
     """Trains each of several runs as one of the processes that torchrun started."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     for name, training in json.loads(runs).items():
-        weights, log = train(output, training)
-        assert torch.distributed.get_world_size() == 2
+        resume = training.pop("resume", False)
+        weights, log = train(f"{output}/{name}", training, resume)
+        assert torch.distributed.get_world_size() == int(os.environ["WORLD_SIZE"])
         save_file(weights, f"{output}/{name}-{rank}.safetensors")
         Path(output, f"{name}-{rank}.json").write_text(json.dumps(log))
 

@@ -4,6 +4,7 @@ import time
 
 from transformers import ProgressCallback, TrainerCallback
 
+from trainers.progress import RunClock
 from trainers.schedules import cosine, linear
 
 
@@ -15,26 +16,43 @@ class TargetUpdateCallback(TrainerCallback):
         momentum (`float`): Share of the old target kept in the first step, in [0, 1].
         final_momentum (`float`): The same at the schedule's end; linear in between.
         schedule_scale (`float`): Length of the schedule in units of the run.
+        clock ([`RunClock`], *optional*): What it counts by; the optimizer's steps when not given.
     """
 
-    def __init__(self, momentum: float = 0.996, final_momentum: float = 1.0, schedule_scale: float = 1.0):
+    def __init__(
+        self,
+        momentum: float = 0.996,
+        final_momentum: float = 1.0,
+        schedule_scale: float = 1.0,
+        clock: RunClock | None = None,
+    ):
         self.momentum, self.final_momentum, self.schedule_scale = momentum, final_momentum, schedule_scale
+        self.clock = clock
 
-    def momentum_at(self, step: int, num_steps: int) -> float:
+    def momentum_at(self, step: float, num_steps: int) -> float:
         """Share of the old target kept after the step that follows `step` of `num_steps` finished ones."""
         return linear(step, num_steps * self.schedule_scale, self.momentum, self.final_momentum)
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-        model.update_target_encoder(self.momentum_at(state.global_step, state.max_steps))
+        place = state.global_step, state.max_steps
+        model.update_target_encoder(self.momentum_at(*(self.clock.place(*place) if self.clock else place)))
 
 
 class WeightDecayCallback(TrainerCallback):
-    """Sets the weight decay of the parameters that have any, before each optimizer step."""
+    """
+    Sets the weight decay of the parameters that have any, before each optimizer step.
+
+    Args:
+        clock ([`RunClock`]): What its schedule counts by.
+    """
+
+    def __init__(self, clock: RunClock):
+        self.clock = clock
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         for group in optimizer.param_groups:
             if group.get("decays", False):
-                group["weight_decay"] = weight_decay(args, state.global_step, state.max_steps)
+                group["weight_decay"] = weight_decay(args, *self.clock.place(state.global_step, state.max_steps))
 
 
 class CropEpochCallback(TrainerCallback):
@@ -79,6 +97,6 @@ class ImagesPerSecondBar(ProgressCallback):
         self.shown |= {title: f"{logs[name]:.4g}" for name, title in self.figures.items() if name in logs}
 
 
-def weight_decay(args, step: int, num_steps: int) -> float:
+def weight_decay(args, step: float, num_steps: int) -> float:
     """Weight decay of the step that follows `step` finished ones."""
     return cosine(step, num_steps * args.schedule_scale, args.weight_decay, args.final_weight_decay)

@@ -11,6 +11,7 @@ from trainers.errors import InputError
 from trainers.evaluation import EvaluationArguments
 from trainers.flags import type_hints
 from trainers.processes import in_main_process
+from trainers.progress import Progress
 from trainers.recipes import Recipe, first_difference, model_fields
 from trainers.training_args import JepaTrainingArguments
 
@@ -22,6 +23,8 @@ WITHOUT_EFFECT = {
     *(f"save_{name}" for name in ("strategy", "steps", "total_limit")), "keep_checkpoints_every",
     *(type_hints(EvaluationArguments).keys() - {"seed"}),
 }  # fmt: skip
+# what batches are made of: [`changed_batches`] tells
+_BATCHES = {"per_device_train_batch_size"}
 
 
 def find_checkpoint(args: JepaTrainingArguments) -> str | None:
@@ -70,30 +73,26 @@ def check_same_model(checkpoint: str, config: PreTrainedConfig):
             )
 
 
-def check_same_batch(checkpoint: str, args: JepaTrainingArguments):
-    """Refuses steps of another number of images: what has been read is known in steps only."""
-    progress = _progress(checkpoint)
-    num_processes, before = progress["num_processes"], progress["batch_size"]
-    now = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    if before != now:
-        raise InputError(
-            f"{checkpoint} was trained with {before} images a step, in {num_processes} process(es), and this run "
-            f"would take {now}, in {args.world_size}, and read images of the epoch anew; mend "
-            "--per_device_train_batch_size or --gradient_accumulation_steps, or start as many processes."
-        )
+def changed_batches(checkpoint: str, args: JepaTrainingArguments) -> str:
+    """In words how a run goes on with other batches or processes than those that wrote a checkpoint; or nothing."""
+    progress = Progress.read(checkpoint)
+    before = progress.batch_size, progress.num_processes
+    now = args.train_batch_size * args.world_size * args.gradient_accumulation_steps, args.world_size
+    if before == now:
+        return ""
+    told = [f"{images} images a step in {count} process{'es' if count > 1 else ''}" for images, count in (before, now)]
+    place = f"the image at which it stopped, number {progress.samples_seen:,} of the order"
+    return f"; with {told[1]}, before {told[0]}, from {place}"
 
 
-def changed_settings(recipe: Recipe, checkpoint: str, num_processes: int) -> str:
+def changed_settings(recipe: Recipe, checkpoint: str) -> str:
     """What the run sets otherwise than the one that wrote a checkpoint, and weights depend on, in words."""
     before = _settings_before(checkpoint)
     if before is None:
         return ""
     before, now = (
-        {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
-        for settings in (
-            before | {"processes": _progress(checkpoint)["num_processes"]},
-            recipe.values | {"processes": num_processes},
-        )
+        {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT | _BATCHES}
+        for settings in (before, recipe.values)
     )
     changed = [
         f"{name} was {before.get(name, 'not set')} and is {now.get(name, 'not set')}"
@@ -112,11 +111,6 @@ def _settings_before(checkpoint: str) -> dict | None:
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise InputError(f"{path}, the recipe of the run to resume, cannot be read; mend or remove it.") from error
-
-
-def _progress(checkpoint: str) -> dict:
-    """How many images a step of the run that wrote a checkpoint had, and in how many processes."""
-    return json.loads(Path(checkpoint, "progress.json").read_text(encoding="utf-8"))
 
 
 def load_state(checkpoint: str) -> TrainerState:

@@ -132,15 +132,19 @@ class ImageDataset(torch.utils.data.Dataset):
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int):
-        """Chooses the crops of an epoch; the data loader calls it."""
+        """Chooses the crops of an epoch for those who ask by index alone."""
         self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict:
+        return self.view(int(self.epoch), index)
+
+    def view(self, epoch: int, index: int) -> dict:
+        """The item of an image, with the crop of an epoch."""
         image = self.source.image(index)
-        with seeded(sample_seed(self.seed, int(self.epoch), index)):
+        with seeded(sample_seed(self.seed, epoch, index)):
             item = {"pixel_values": self.transform(image)}
         if self.source.labels is not None:
             item["labels"] = int(self.source.labels[index])

@@ -4,7 +4,6 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from transformers.trainer_utils import set_seed
 from modeling_cjepa.configuration_cjepa import pair
 from modeling_cjepa.losses_cjepa import level_term
 from trainers.checkpoints import (
+    changed_batches,
     changed_settings,
-    check_same_batch,
     check_same_model,
     find_checkpoint,
     is_finished,
@@ -28,6 +27,7 @@ from trainers.datasets import ImageSource
 from trainers.errors import InputError
 from trainers.evaluation import evaluate_model
 from trainers.files import full_disk_named, write_json
+from trainers.progress import Progress
 from trainers.publishing import save_model, whole_folder
 from trainers.recipes import Recipe, model_fields, recipe_text, write_recipe
 from trainers.reports import draw_curves, format_table, machine_facts, software_facts
@@ -58,11 +58,10 @@ def pretrain(recipe: Recipe) -> Path:
     checkpoint = find_checkpoint(args)
     if checkpoint is not None:
         check_same_model(checkpoint, model.config)
-        check_same_batch(checkpoint, args)
     if args.process_index == 0:
         print(describe(recipe, model, args), flush=True)
         if checkpoint is not None:
-            changed = changed_settings(recipe, checkpoint, args.world_size)
+            changed = changed_settings(recipe, checkpoint) + changed_batches(checkpoint, args)
             print(f"going on from {checkpoint}{changed}", flush=True)
     image_size = max(pair(model.config.image_size))
     sources = load_sources(recipe.data, image_size, not args.disable_tqdm)
@@ -74,6 +73,7 @@ def pretrain(recipe: Recipe) -> Path:
         started = time.perf_counter()
         if checkpoint is not None and is_finished(checkpoint, args):
             trainer.state = load_state(checkpoint)
+            trainer.clock.set(trainer.clock.batch_size, begun=Progress.read(checkpoint))
             trainer._load_from_checkpoint(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -167,13 +167,6 @@ def build_trainer(recipe: Recipe, model, args, train_source: ImageSource) -> Jep
     if recipe.objective.batch_of_one_is_error(model.config):
         if batch_size < 2:
             raise InputError("A batch of 1 image has no variance; raise --per_device_train_batch_size to 2 or more.")
-        # with several processes Accelerate fills the last batch
-        is_smaller = args.world_size == 1 and not args.dataloader_drop_last
-        if is_smaller and len(train_source) % batch_size == 1:
-            raise InputError(
-                f"The last batch of an epoch would have 1 image, {len(train_source)} being 1 more than a multiple of "
-                f"{batch_size}, and so no variance; leave it out (--dataloader_drop_last true)."
-            )
     can_checkpoint = any(hasattr(module, "gradient_checkpointing") for module in model.modules())
     if args.gradient_checkpointing and not can_checkpoint:
         raise InputError("gradient_checkpointing: no layer of this model can do it; leave it out.")
@@ -234,55 +227,25 @@ Saved in {folder} (weights, config, image processor, curves.png, results.json, R
     embeddings = encoder(**processor(images, return_tensors="pt")).pooler_output"""
 
 
-def images_seen(
-    step: int, num_images: int, batch_size: int, num_batches: int, drop_last: bool, num_processes: int = 1
-) -> int:
-    """
-    Images that optimizer steps have read; those read again count again, the two views of one count once.
-
-    Args:
-        step (`int`): Optimizer steps done.
-        num_images (`int`): Train images.
-        batch_size (`int`): Images of a batch over all processes.
-        num_batches (`int`): Batches of an optimizer step.
-        drop_last (`bool`): Whether the last, smaller batch of an epoch is left out.
-        num_processes (`int`): If there are several, Accelerate fills the last batch with images of the first.
-    """
-    rest = num_images % batch_size
-    of_epoch = num_images - rest
-    if rest > 0 and not drop_last:
-        of_epoch += batch_size if num_processes > 1 else rest
-    epochs, steps = divmod(step, math.ceil(of_epoch / (batch_size * num_batches)))
-    return epochs * of_epoch + steps * batch_size * num_batches
-
-
-def trained_seconds(logged: list[dict], seen: Callable[[int], int]) -> float:
-    """Seconds of training by the log, the parts before a resume included, of so many images seen after a step."""
-    steps = [0, *(entry["step"] for entry in logged)]
+def trained_seconds(logged: list[dict]) -> float:
+    """Seconds of training by the log, the parts before a resume included."""
+    seen = [0, *(entry["images_seen"] for entry in logged)]
     return math.fsum(
-        (seen(step) - seen(before)) / entry["images_per_second"]
-        for before, step, entry in zip(steps, steps[1:], logged, strict=False)
+        (now - before) / entry["images_per_second"] for before, now, entry in zip(seen, seen[1:], logged, strict=False)
     )
 
 
 def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float) -> dict:
     """What is known about a finished run, for `results.json` and the card."""
     state, args = trainer.state, trainer.args
-    batch_size = args.train_batch_size * args.world_size
-    num_batches = args.gradient_accumulation_steps
-
-    def seen(step: int) -> int:
-        drop_last = args.dataloader_drop_last
-        return images_seen(step, len(trainer.train_dataset), batch_size, num_batches, drop_last, args.world_size)
-
     logged = [entry for entry in state.log_history if "rankme" in entry]
     objective = recipe.objective
     speeds = sorted(entry["images_per_second"] for entry in logged)
     training = {
         "steps": state.global_step,
-        "batch_size": batch_size * num_batches,
-        "images_seen": seen(state.global_step),
-        "seconds": round(trained_seconds(logged, seen) or seconds, 1),
+        "batch_size": trainer.clock.batch_size,
+        "images_seen": trainer.clock.samples_seen(state.global_step),
+        "seconds": round(trained_seconds(logged) or seconds, 1),
         "processes": args.world_size,
         "precision": "bf16" if args.bf16 else "float32",
     }

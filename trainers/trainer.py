@@ -6,23 +6,21 @@ A step's randomness is a function of (seed, step, micro-step), so that a resumed
 import math
 import time
 from collections import deque
-from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback
 
 from modeling_cjepa.losses_cjepa import level_term
-from trainers.callbacks import CropEpochCallback, ImagesPerSecondBar, WeightDecayCallback, weight_decay
-from trainers.checkpointed_trainer import CheckpointedTrainer
+from trainers.callbacks import ImagesPerSecondBar, WeightDecayCallback, weight_decay
 from trainers.diagnostics import feature_std, rankme
 from trainers.errors import InputError
-from trainers.files import write_json
+from trainers.positioned_trainer import PositionedTrainer
 from trainers.schedules import warmup_cosine
 from trainers.training_args import JepaTrainingArguments
 
 
-class JepaTrainer(CheckpointedTrainer):
+class JepaTrainer(PositionedTrainer):
     """
     Pre-trains a model that returns its loss, named `loss_terms` and `level_embeddings`; see `CJepaTrainer` and
     `SJeaTrainer`.
@@ -55,8 +53,7 @@ class JepaTrainer(CheckpointedTrainer):
         self.image_mean, self.image_std = (
             torch.tensor(list(values), device=args.device) for values in (image_mean, image_std)
         )
-        self.add_callback(CropEpochCallback)
-        self.add_callback(WeightDecayCallback)
+        self.add_callback(WeightDecayCallback(self.clock))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ImagesPerSecondBar)
         self._reset_window()
@@ -70,8 +67,8 @@ class JepaTrainer(CheckpointedTrainer):
         """The model's output for a batch; of each objective its own."""
         raise NotImplementedError
 
-    def step_facts(self, step: int, num_steps: int) -> dict[str, float]:
-        """What else is logged of the step that follows `step` of `num_steps` finished ones."""
+    def step_facts(self, step: float, num_steps: int) -> dict[str, float]:
+        """What else is logged of a step; where it is in the schedules, see [`~RunClock.place`]."""
         return {"weight_decay": weight_decay(self.args, step, num_steps)}
 
     def _reset_window(self):
@@ -98,11 +95,12 @@ class JepaTrainer(CheckpointedTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """Linear warm-up, then a cosine over `schedule_scale` times the run."""
         if self.lr_scheduler is None:
-            args, num_warmup_steps = self.args, self.args.get_warmup_steps(num_training_steps)
+            args = self.args
 
             def factor(step: int) -> float:
+                place, num_steps = self.clock.place(step, num_training_steps)
                 rates = args.start_learning_rate, args.learning_rate, args.final_learning_rate
-                rate = warmup_cosine(step, num_training_steps * args.schedule_scale, num_warmup_steps, *rates)
+                rate = warmup_cosine(place, num_steps * args.schedule_scale, args.get_warmup_steps(num_steps), *rates)
                 return rate / args.learning_rate
 
             self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, factor)
@@ -162,17 +160,13 @@ class JepaTrainer(CheckpointedTrainer):
             summary[level_term("feature_std", level)] = feature_std(embeddings)
             summary[level_term("rankme", level)] = rankme(embeddings)
         seconds = time.perf_counter() - self._window_started
-        summary |= self.step_facts(max(self.state.global_step - 1, 0), self.state.max_steps)
+        step = self.state.global_step
+        summary |= self.step_facts(*self.schedule_place(max(step - 1, 0)))
         return summary | {
+            "images_seen": self.clock.samples_seen(step),
             "images_per_second": self._num_images / seconds,
             "data_wait_share": self._waited / seconds,
         }
-
-    def write_extra_files(self, folder: Path):
-        """How many images a step of this run has, and in how many processes."""
-        args = self.args
-        batch_size = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-        write_json(folder / "progress.json", {"batch_size": batch_size, "num_processes": args.world_size})
 
     def floating_point_ops(self, inputs) -> int:
         """None are counted: transformers' estimate is one of text models."""

@@ -37,20 +37,23 @@ class CJepaTrainer(JepaTrainer):
                 "regularizer_weight=0; set --final_regularizer_weight 0, too."
             )
         super().__init__(model, args, **kwargs)
-        self.target_update = TargetUpdateCallback(args.ema_momentum, args.final_ema_momentum, args.schedule_scale)
+        self.target_update = TargetUpdateCallback(
+            args.ema_momentum, args.final_ema_momentum, args.schedule_scale, self.clock
+        )
         self.add_callback(self.target_update)
 
     def forward_batch(self, model, inputs):
         """The output for a batch (B, C, H, W) under masks seeded by (seed, step, micro-step)."""
         pixel_values = normalize(inputs["pixel_values"], self.image_mean, self.image_std)
         context_ids, target_ids = self._masks(pixel_values)
-        weight = self._regularizer_weight(self.state.global_step) if model.training else None
+        place = self.schedule_place(self.state.global_step)
+        weight = self._regularizer_weight(*place) if model.training else None
         return model(pixel_values, context_ids, target_ids, regularizer_weight=weight)
 
-    def step_facts(self, step: int, num_steps: int) -> dict[str, float]:
+    def step_facts(self, step: float, num_steps: int) -> dict[str, float]:
         """Beside weight decay the regulariser's weight and the target encoder's momentum."""
         return super().step_facts(step, num_steps) | {
-            "regularizer_weight": self._regularizer_weight(step),
+            "regularizer_weight": self._regularizer_weight(step, num_steps),
             "ema_momentum": self.target_update.momentum_at(step, num_steps),
         }
 
@@ -60,13 +63,13 @@ class CJepaTrainer(JepaTrainer):
         generator = torch.Generator().manual_seed(sample_seed(*self.seed_numbers()))
         grid_size = model.grid_sizes(pixel_values)[-1]
         num_images = pixel_values.shape[0]
-        rows = slice(args.process_index * num_images, (args.process_index + 1) * num_images)
+        rows = slice(args.process_index, None, args.world_size)  # as the images are dealt
         masks = model.sample_masks(num_images * args.world_size, grid_size, generator)
         return tuple(ids[rows].to(pixel_values.device, non_blocking=True) for ids in masks)
 
-    def _regularizer_weight(self, step: int) -> float:
+    def _regularizer_weight(self, step: float, num_steps: int) -> float:
         """The regulariser's weight in the step that follows `step` finished ones."""
         args, start = self.args, self.accelerator.unwrap_model(self.model).config.regularizer_weight
         if args.final_regularizer_weight is None:
             return start
-        return cosine(step, self.state.max_steps * args.schedule_scale, start, args.final_regularizer_weight)
+        return cosine(step, num_steps * args.schedule_scale, start, args.final_regularizer_weight)

@@ -89,7 +89,7 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to this norm; 0 never clips"})
     logging_steps: float = field(default=20, metadata={"help": "log every so many optimizer steps"})
     logging_first_step: bool = field(default=True, metadata={"help": "log the first step, too"})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "leave out the last, smaller batch"})
+    dataloader_drop_last: bool | None = field(default=None, metadata={"help": "no batch is smaller: leave it out"})
     prediction_loss_only: bool = field(default=True, metadata={"help": "do not gather predictions in evaluation"})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "every parameter is used"})
 
@@ -119,6 +119,12 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
                 f"lr_scheduler_type={self.lr_scheduler_type!r} has no effect: the schedule is set by warmup_steps, "
                 "start_learning_rate, final_learning_rate and schedule_scale."
             )
+        if self.dataloader_drop_last is not None:
+            raise ValueError(
+                f"dataloader_drop_last={self.dataloader_drop_last} has no effect: all batches are full, each pass "
+                "over the images beginning in the batch in which the last one ends; leave it out."
+            )
+        self.dataloader_drop_last = False
         super().__post_init__()
 
 

@@ -1,0 +1,137 @@
+"""transformers' `Trainer` on one stream of images for the whole run, whose position is known in images.
+
+Trainer sees one epoch of all steps and skips nothing on a resume: the loader starts at the position that the
+checkpoint tells, whatever the processes and batches were that wrote it.
+"""
+
+from collections import deque
+from pathlib import Path
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from trainers.checkpointed_trainer import CheckpointedTrainer
+from trainers.errors import InputError
+from trainers.progress import Progress, RunClock
+from trainers.train_data import SAMPLE_IDS, StoredTrainData, TrainLoader
+
+
+class PositionedTrainer(CheckpointedTrainer):
+    """
+    A `Trainer` that resumes at the image where it stopped, also with other processes or batches.
+
+    Attributes:
+        clock ([`RunClock`]): How far the run is in its images, which its schedules follow.
+    """
+
+    def __init__(self, model, args, **kwargs):
+        super().__init__(model, args, **kwargs)
+        self.clock = RunClock(self.get_total_train_batch_size(args))
+        self.train_data = None
+        # ids of the images of the latest steps
+        self._sample_ids: deque[tuple[int, list[dict]]] = deque(maxlen=4)
+        # behind transformers' own flow, before those that look at the epoch
+        self.callback_handler.callbacks.insert(1, EpochCallback(self))
+
+    def make_train_data(self) -> StoredTrainData:
+        """The images in their order."""
+        if self.train_dataset is None:
+            raise ValueError("Training requires a train_dataset.")
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return StoredTrainData(self.train_dataset, seed)
+
+    def schedule_place(self, step: int) -> tuple[float, int]:
+        """Where the schedules are after a step, and how long; see [`RunClock.place`]."""
+        return self.clock.place(step, self.state.max_steps)
+
+    def sample_ids(self, step: int) -> list[dict]:
+        """Which images of this process an optimizer step has read, by `index`, of the latest few steps."""
+        return next((ids for number, ids in self._sample_ids if number == step), [])
+
+    def _inner_training_loop(self, *args, resume_from_checkpoint=None, **kwargs):
+        """Finds the place to go on from before anything is made."""
+        begun = None if resume_from_checkpoint is None else Progress.read(resume_from_checkpoint)
+        self.train_data = self.make_train_data()
+        if begun is not None and begun.fingerprint != self.train_data.fingerprint():
+            raise InputError(
+                f"{resume_from_checkpoint} was trained with other train images ({begun.fingerprint}) than there are "
+                f"now ({self.train_data.fingerprint()}); make the data set as it was, or start a new run with another "
+                "--output_dir."
+            )
+        by_epochs = self.args.max_steps <= 0
+        total = round(self.args.num_train_epochs * self.train_data.num_images) if by_epochs else None
+        self.clock.set(self.get_total_train_batch_size(self.args), total, begun)
+        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_train_dataloader(self) -> TrainLoader:
+        """The batches of this process from where the run is, on its device."""
+        return TrainLoader(
+            self.train_data, self.data_collator, self.args, self._train_batch_size, self.clock.first_sample
+        )
+
+    def set_initial_training_values(self, args, dataloader):
+        """One epoch of all steps."""
+        max_steps = args.max_steps if args.max_steps > 0 else self.clock.num_steps()
+        num_samples = max_steps * self.clock.batch_size
+        steps_in_epoch = max_steps * args.gradient_accumulation_steps
+        return 1, max_steps, num_samples, num_samples, self.clock.batch_size, steps_in_epoch, max_steps
+
+    def _init_training_state(self, *args, **kwargs):
+        """No batches are skipped: the loader starts at its position."""
+        epochs_trained, _ = super()._init_training_state(*args, **kwargs)
+        return epochs_trained, 0
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of an optimizer step, whose sample ids are kept here."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        ids = [sample_id for batch in batches for sample_id in batch.pop(SAMPLE_IDS, [])]
+        self._sample_ids.append((self.state.global_step, ids))
+        return batches, num_items
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """A checkpoint ends the window of a log, so that a resumed run logs the losses of an uninterrupted one."""
+        self.control.should_log |= self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def write_extra_files(self, folder: Path):
+        """Writes into a checkpoint's folder where the run is in its data."""
+        step, data = self.state.global_step, self.train_data
+        Progress(
+            step=step,
+            samples_seen=self.clock.samples_seen(step),
+            batch_size=self.clock.batch_size,
+            num_processes=self.args.world_size,
+            schedule_batch_size=self.clock.schedule_batch_size,
+            num_lanes=data.num_lanes,
+            fingerprint=data.fingerprint(),
+            shard_rows=data.shard_rows,
+        ).write(folder)
+
+
+class EpochCallback(TrainerCallback):
+    """
+    Says which epoch it is, one pass over the images, and does what shall be done at the end of each.
+
+    Args:
+        trainer ([`PositionedTrainer`]): Whose.
+    """
+
+    def __init__(self, trainer: PositionedTrainer):
+        self.trainer, self._ended = trainer, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        clock, num_images = self.trainer.clock, self.trainer.train_data.num_images
+        if num_images is None:
+            state.epoch = None
+            return
+        before, now = (clock.samples_seen(step) for step in (state.global_step - 1, state.global_step))
+        state.epoch = now / num_images
+        if before // num_images < now // num_images:
+            self._ended = state.global_step
+            control.should_log |= args.logging_strategy == IntervalStrategy.EPOCH
+            control.should_save |= args.save_strategy == SaveStrategy.EPOCH
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._ended == state.global_step:  # all of it is done: Trainer's one epoch ends here, too
+            control.should_save = control.should_evaluate = False
