@@ -169,14 +169,38 @@ def fails_in_one_sentence(capsys, status: int, *words: str):
         assert word in sentences[0], sentences[0]
 
 
-def test_corrupt_image_stops_the_run_with_its_name(tmp_path, capsys):
+def test_corrupt_image_is_replaced_and_listed(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     for index in range(40):
         Image.new("RGB", (40, 40), (index, 0, 0)).save(tmp_path / "photos" / f"{index}.png")
+    flags = ["--dataset", str(tmp_path / "photos"), "--dataloader_num_workers", "1"]
     (tmp_path / "photos" / "17.png").write_bytes(b"this is no picture")
-    status = pretrain(tmp_path / "run", "--dataset", str(tmp_path / "photos"), "--dataloader_num_workers", "1")
-    fails_in_one_sentence(capsys, status, "17.png", "cannot be read", "repair or remove")
+    assert pretrain(tmp_path / "run", *flags) == 0
+    said = capsys.readouterr().out
+    listed = tmp_path / "run" / "quarantine.jsonl"
+    assert f"1 image cannot be read ({tmp_path}/photos/17.png: not an image; all in {listed})" in said
+    (entry,) = map(json.loads, listed.read_text().splitlines())
+    assert entry["file"] == str(tmp_path / "photos" / "17.png") and entry["reason"] == "not an image"
+    facts = json.loads((tmp_path / "run" / "final" / "results.json").read_text())
+    assert facts["data"]["num_unreadable"] == 1
+
+
+def test_too_many_corrupt_images_stop_the_run(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for index in range(60):
+        file = tmp_path / "photos" / f"{index:02d}.png"
+        if index % 4:
+            Image.new("RGB", (40, 40), (index, 0, 0)).save(file)
+        else:
+            file.write_bytes(b"this is no picture")
+    status = pretrain(tmp_path / "run", "--dataset", str(tmp_path / "photos"), "--max_steps", "20")
+    fails_in_one_sentence(
+        capsys, status, "images cannot be read", ".png: not an image; ", "up to 10 would be replaced"
+    )
     assert not (tmp_path / "run" / "final").exists()
+    assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) > 10
+    share = ["--max_unreadable_share", "0.5"]
+    assert pretrain(tmp_path / "run", "--dataset", str(tmp_path / "photos"), "--max_steps", "20", *share) == 0
 
 
 def test_finished_and_begun_runs_are_not_overwritten(run, tmp_path, capsys):

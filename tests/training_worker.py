@@ -19,7 +19,7 @@ from transformers import TrainerCallback  # noqa: E402
 from transformers.trainer_utils import set_seed  # noqa: E402
 
 from trainers.objectives import OBJECTIVES  # noqa: E402
-from trainers.sources import DataArguments, load_sources  # noqa: E402
+from trainers.sources import load_sources  # noqa: E402
 from trainers.trainer import JepaTrainer  # noqa: E402
 
 MODEL = SIZES | {"predictor_num_hidden_layers": 1, "initializer_range": 0.02}
@@ -42,9 +42,9 @@ def build_trainer(
     objective = OBJECTIVES["sjea" if "levels" in fields else "cjepa"]
     arguments = objective.training_class(output_dir=output, **{**TRAINING, **training})
     set_seed(arguments.seed)
-    source, _ = load_sources(DataArguments(num_train_images=num_images, num_eval_images=1), image_size=32)
+    data = objective.data_class(**{"num_train_images": num_images, "num_eval_images": 1} | (data or {}))
+    source, _ = load_sources(data, image_size=32, progress=False)
     config = objective.config_class(**(fields if "levels" in fields else MODEL | fields))
-    data = objective.data_class(**(data or {}))
     return objective.build_trainer(objective.model_class(config), arguments, data, source)
 
 

@@ -139,16 +139,15 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict:
-        return self.view(int(self.epoch), index)
-
-    def view(self, epoch: int, index: int) -> dict:
-        """The item of an image, with the crop of an epoch."""
-        image = self.source.image(index)
-        with seeded(sample_seed(self.seed, epoch, index)):
-            item = {"pixel_values": self.transform(image)}
+        item = {"pixel_values": self.view(self.source.image(index), int(self.epoch), index)}
         if self.source.labels is not None:
             item["labels"] = int(self.source.labels[index])
         return item
+
+    def view(self, image: PILImage.Image, epoch: int, index: int) -> torch.Tensor:
+        """An image transformed as that at a position is in an epoch."""
+        with seeded(sample_seed(self.seed, epoch, index)):
+            return self.transform(image)
 
 
 @contextmanager

@@ -13,21 +13,26 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trainers.checkpointed_trainer import CheckpointedTrainer
 from trainers.errors import InputError
 from trainers.progress import Progress, RunClock
-from trainers.train_data import SAMPLE_IDS, StoredTrainData, TrainLoader
+from trainers.quarantine import Quarantine
+from trainers.train_data import SAMPLE_IDS, UNREADABLE, StoredTrainData, TrainLoader
 
 
 class PositionedTrainer(CheckpointedTrainer):
     """
     A `Trainer` that resumes at the image where it stopped, also with other processes or batches.
 
+    An image that cannot be read is replaced by another, and the run stops where they are too many.
+
     Attributes:
         clock ([`RunClock`]): How far the run is in its images, which its schedules follow.
+        quarantine ([`Quarantine`]): Which images could not be read.
     """
 
     def __init__(self, model, args, **kwargs):
         super().__init__(model, args, **kwargs)
         self.clock = RunClock(self.get_total_train_batch_size(args))
         self.train_data = None
+        self.quarantine = Quarantine(Path(args.output_dir), self.accelerator, args.max_unreadable_share)
         # ids of the images of the latest steps
         self._sample_ids: deque[tuple[int, list[dict]]] = deque(maxlen=4)
         # behind transformers' own flow, before those that look at the epoch
@@ -61,6 +66,7 @@ class PositionedTrainer(CheckpointedTrainer):
         by_epochs = self.args.max_steps <= 0
         total = round(self.args.num_train_epochs * self.train_data.num_images) if by_epochs else None
         self.clock.set(self.get_total_train_batch_size(self.args), total, begun)
+        self.quarantine.begin(resume_from_checkpoint)
         return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def get_train_dataloader(self) -> TrainLoader:
@@ -82,16 +88,28 @@ class PositionedTrainer(CheckpointedTrainer):
         return epochs_trained, 0
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of an optimizer step, whose sample ids are kept here."""
+        """The batches of an optimizer step; what no model reads is kept here."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         ids = [sample_id for batch in batches for sample_id in batch.pop(SAMPLE_IDS, [])]
         self._sample_ids.append((self.state.global_step, ids))
+        self.quarantine.add([entry for batch in batches for entry in batch.pop(UNREADABLE, [])])
         return batches, num_items
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         """A checkpoint ends the window of a log, so that a resumed run logs the losses of an uninterrupted one."""
         self.control.should_log |= self.control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        """Logs; of what could not be read since the last time all processes learn here."""
+        if self.is_in_train:
+            self.quarantine.collect(self.num_distinct_seen())
+        super().log(logs, start_time)
+
+    def num_distinct_seen(self) -> int:
+        """Images that the run has seen, those seen again not counted again."""
+        seen, num_images = self.clock.samples_seen(self.state.global_step), self.train_data.num_images
+        return seen if num_images is None else min(seen, num_images)
 
     def write_extra_files(self, folder: Path):
         """Writes into a checkpoint's folder where the run is in its data."""

@@ -206,6 +206,8 @@ def finish(recipe: Recipe, trainer: JepaTrainer, labelled: tuple | None, seconds
         write_json(unfinished / "results.json", facts | {"history": trainer.state.log_history})
         card = render_template(recipe.objective.card, card_facts(facts, folder))
         (unfinished / "README.md").write_text(card, encoding="utf-8")
+    if trainer.quarantine.entries:
+        print(f"\n{trainer.quarantine.summary()} and were replaced by others.")
     if "evaluation" in facts:
         print("\n" + format_table(facts["evaluation"]))
     print(CLOSING.format(folder=folder, downstream=recipe.objective.downstream), flush=True)
@@ -270,7 +272,11 @@ def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float) -> di
             "parameters": objective.parameters(model),
             **{name: getattr(model.config, name) for name in model_fields(objective.config_class)},
         },
-        "data": {"dataset": recipe.data.dataset, "num_train_images": len(trainer.train_dataset)},
+        "data": {
+            "dataset": recipe.data.dataset,
+            "num_train_images": len(trainer.train_dataset),
+            "num_unreadable": len(trainer.quarantine.entries),
+        },
         "training": training,
         "machine": machine_facts(),
         "software": software_facts(),

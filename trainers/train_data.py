@@ -1,17 +1,36 @@
 """The images of a run in its order: batches of a process from any position on, decoded by workers.
 
-An item is what a data set gives for an image; a batch hides from the model which images are in it (`sample_ids`).
+Beside what a model reads a batch holds which images are in it (`sample_ids`), and which could not be read and were
+replaced (`unreadable`).
 """
 
 from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from trainers.datasets import ImageDataset, sample_seed, seeded
+from trainers.datasets import ImageDataset, UnreadableImage, decode_image, sample_seed, seeded
+from trainers.errors import InputError
 from trainers.run_order import RunOrder, shares
 
-SAMPLE_IDS = "sample_ids"
+SAMPLE_IDS, UNREADABLE = "sample_ids", "unreadable"
+
+
+class Sample(NamedTuple):
+    """
+    What is made of an image.
+
+    Args:
+        item (`dict`): What the model reads.
+        sample_id (`dict`): Which image it is.
+        unreadable (`list[dict]`): Those that it stands for, as entries of [`~quarantine.Quarantine`].
+    """
+
+    item: dict
+    sample_id: dict
+    unreadable: list[dict]
 
 
 class StoredTrainData:
@@ -45,19 +64,34 @@ class StoredTrainData:
 
 
 class _Items(Dataset):
-    """The items of places (epoch, index), each with its id."""
+    """The samples of places (epoch, index)."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
 
-    def __getitems__(self, places: list[tuple[int, int]]) -> list[tuple[dict, dict]]:
-        return [(self._item(epoch, index), {"index": index}) for epoch, index in places]
+    def __getitems__(self, places: list[tuple[int, int]]) -> list[Sample]:
+        read = self._readable if isinstance(self.dataset, ImageDataset) else self._plain
+        return [read(epoch, index) for epoch, index in places]
 
-    def _item(self, epoch: int, index: int) -> dict:
-        if isinstance(self.dataset, ImageDataset):
-            return self.dataset.view(epoch, index)
+    def _plain(self, epoch: int, index: int) -> Sample:
         with seeded(sample_seed(self.seed, epoch, index)):
-            return self.dataset[index]
+            return Sample(self.dataset[index], {"index": index}, [])
+
+    def _readable(self, epoch: int, index: int) -> Sample:
+        """An image, or the next one in the source's order that can be read, cropped as that in whose place it is."""
+        source, unreadable = self.dataset.source, []
+        for position in chain(range(index, len(source)), range(index)):
+            stored = source.images[position]
+            path = stored.get("path") if isinstance(stored, dict) else None
+            try:
+                view = self.dataset.view(decode_image(stored), epoch, index)
+            except UnreadableImage as error:
+                row = int(source.images.indices[position])
+                unreadable.append({"dataset": source.name, "file": path, "offset": row, "reason": str(error)})
+                continue
+            sample_id = {"index": position} | ({"file": path} if path else {})
+            return Sample({"pixel_values": view}, sample_id, unreadable)
+        raise InputError(f"None of the {len(source)} images of {source.name} can be read; repair or remove them.")
 
 
 class TrainLoader:
@@ -87,8 +121,11 @@ class TrainLoader:
             generator=torch.Generator(),
         )
 
-    def _collated(self, items: list[tuple[dict, dict]]) -> dict:
-        return self.collate([item for item, _ in items]) | {SAMPLE_IDS: [sample_id for _, sample_id in items]}
+    def _collated(self, samples: list[Sample]) -> dict:
+        return self.collate([sample.item for sample in samples]) | {
+            SAMPLE_IDS: [sample.sample_id for sample in samples],
+            UNREADABLE: [entry for sample in samples for entry in sample.unreadable],
+        }
 
     def __iter__(self) -> Iterator[dict]:
         for batch in self._loader:

@@ -67,6 +67,8 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
         schedule_scale (`float`): Length of the schedules in units of the run; 1 or more.
         num_monitored_images (`int`): Latest images whose embeddings the logged standard deviation and RankMe are
             computed on.
+        max_unreadable_share (`float`): Share of the train images seen that may be unreadable, and are replaced, in
+            [0, 1]; of few images ten may be.
 
     Raises:
         ValueError: A value is out of its range; the message names it.
@@ -83,6 +85,9 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
     schedule_scale: float = field(default=1.25, metadata={"help": "length of the schedules in units of the run"})
     num_monitored_images: int = field(
         default=2048, metadata={"help": "latest images that the logged feature statistics are computed on"}
+    )
+    max_unreadable_share: float = field(
+        default=0.01, metadata={"help": "stop if a larger share of the train images seen (and over ten) is unreadable"}
     )
     per_device_train_batch_size: int = field(default=128, metadata={"help": "images of a process in a batch"})
     num_train_epochs: float = field(default=100.0, metadata={"help": "passes over the train images"})
@@ -112,6 +117,8 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1).")
+        if not 0 <= self.max_unreadable_share <= 1:
+            raise ValueError(f"max_unreadable_share={self.max_unreadable_share} is not in [0, 1].")
         if self.fp16:
             raise ValueError("fp16 is not supported: moving averages and batch statistics need float32 or bf16.")
         if self.lr_scheduler_type not in ("linear", SchedulerType.LINEAR):
