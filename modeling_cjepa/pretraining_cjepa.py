@@ -6,7 +6,6 @@ Shapes: B images, C channels, N patches, Nc context patches, M target blocks, K 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,17 +16,8 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_cjepa import CJepaConfig
 from .encoders_cjepa import sincos_positions
 from .heads_cjepa import CJepaExpander, CJepaPredictor
-from .losses_cjepa import (
-    block_vicreg_terms,
-    covariance_term,
-    gather,
-    level_term,
-    normalize_targets,
-    prediction_loss,
-    take,
-    variance_term,
-    vicreg_terms,
-)
+from .levels_cjepa import MaskedLevel
+from .losses_cjepa import level_term
 from .masking_cjepa import check_ids, grids_by_level, ids_by_level, sample_block_masks
 from .modeling_cjepa import CJepaModel, CJepaPreTrainedModel, combine
 
@@ -183,6 +173,7 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         generator: torch.Generator | None = None,
         return_loss: bool = True,
         regularizer_weight: float | None = None,
+        other_rows: list[tuple[torch.Tensor, ...]] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -201,6 +192,8 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             return_loss (`bool`): Whether to compute the loss.
             regularizer_weight (`float`, *optional*): Of this step, for a schedule; the configuration's when not given.
                 Those of upper levels change in proportion.
+            other_rows (`list` of what [`~CJepaForPreTraining.statistic_rows`] gives, *optional*): Those of the step's
+                other micro-batches, so that VICReg's statistics are those of all of the step's images.
             output_hidden_states, output_attentions (`bool`, *optional*): Whether to return the target encoder's.
 
         Returns:
@@ -223,17 +216,18 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             tokens = self.cjepa.encode(
                 pixel_values, output_hidden_states=output_hidden_states, output_attentions=output_attentions
             )
-        contexts = self.context_encoder.encode(pixel_values, context_ids, stop_gradients=True)
-        levels = self._predict(tokens, contexts, context_ids, target_ids, grid_sizes)
+        levels = self._levels(pixel_values, context_ids, target_ids)
+        predictions = [level.predict() for level in levels]
+        targets = [level.targets(encoded.last_hidden_state) for level, encoded in zip(levels, tokens, strict=True)]
         loss = terms = None
         if return_loss:
-            loss, terms = self._loss(levels, regularizer_weight)
+            loss, terms = self._loss(levels, predictions, targets, regularizer_weight, other_rows or [])
         outputs = combine(tokens, self.config.num_levels)
         return CJepaForPreTrainingOutput(
             loss=loss,
             loss_terms=terms,
-            predictions=levels[0].predictions,
-            targets=levels[0].targets,
+            predictions=predictions[0],
+            targets=targets[0],
             level_embeddings=outputs.level_embeddings,
             context_ids=context_ids,
             target_ids=target_ids,
@@ -241,81 +235,50 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    @torch.no_grad()
+    def statistic_rows(self, pixel_values, context_ids, target_ids) -> tuple[torch.Tensor, ...]:
+        """
+        What VICReg's statistics are made of, without the target encoder's forward pass, for `other_rows` of `forward`.
+
+        Args:
+            pixel_values, context_ids, target_ids: As of `forward`, all of them needed.
+
+        Returns:
+            `tuple` of `torch.Tensor` of shape `(B, G, D)`: Level by level the G embeddings of an image.
+        """
+        levels = self._levels(pixel_values, context_ids, target_ids)
+        # all or none, so that their dropout is drawn as in `forward`
+        predicts = any(level.config.regularizer != "context" for level in levels)
+        return tuple(level.rows(level.predict() if predicts else None) for level in levels)
+
     def grid_sizes(self, pixel_values: torch.Tensor) -> list[tuple[int, int]]:
         """The grid (rows, columns) of each level for images (B, C, H, W), from the image up."""
         return grids_by_level(self.cjepa.embeddings.patch_embeddings.grid_size(pixel_values), self.cjepa.merges)
 
-    def _predict(self, tokens, contexts, context_ids, target_ids, grid_sizes) -> list["_Level"]:
-        """Each level's predictions of its target encoder's tokens, from the image up."""
+    def _levels(self, pixel_values, context_ids, target_ids) -> list[MaskedLevel]:
+        """What each level reads of a batch, from the image up."""
+        contexts = self.context_encoder.encode(pixel_values, context_ids, stop_gradients=True)
+        grid_sizes = self.grid_sizes(pixel_values)
         ids = (ids_by_level(each, grid_sizes[0], self.cjepa.merges) for each in (context_ids, target_ids))
-        levels = []
-        for encoded, context, context_here, target_here, predictor, expander, grid_size in zip(
-            tokens, contexts, *ids, [self.predictor, *self.upper_predictors],
-            [self.expander, *self.upper_expanders], grid_sizes, strict=True,
-        ):  # fmt: skip
-            targets = take(normalize_targets(encoded.last_hidden_state), target_here)
-            predictions = predictor(context.last_hidden_state, context_here, target_here, grid_size)
-            levels.append(_Level(predictor.config, predictions, targets, context.last_hidden_state, expander))
-        return levels
+        predictors, expanders = [self.predictor, *self.upper_predictors], [self.expander, *self.upper_expanders]
+        tokens = [context.last_hidden_state for context in contexts]
+        return [MaskedLevel(*parts) for parts in zip(predictors, expanders, tokens, *ids, grid_sizes, strict=True)]
 
-    def _loss(self, levels: list["_Level"], regularizer_weight: float | None):
+    def _loss(self, levels: list[MaskedLevel], predictions, targets, regularizer_weight: float | None, other_rows):
         """C-JEPA's loss (Eq. 21 and 22) summed over levels, and its detached, unweighted terms."""
         configured = self.config.regularizer_weight
         scale = 1.0 if regularizer_weight is None or configured == 0 else regularizer_weight / configured
         losses, terms = [], {}
-        with torch.autocast(levels[0].predictions.device.type, enabled=False):
+        with torch.autocast(predictions[0].device.type, enabled=False):
             for number, level in enumerate(levels):
                 weight = level.config.regularizer_weight * scale
                 if number == 0 and regularizer_weight is not None:
                     weight = regularizer_weight  # itself, not what a division leaves of it
-                loss, of_level = level.loss(weight)
+                others = [rows[number] for rows in other_rows]
+                loss, of_level = level.loss(predictions[number], targets[number], weight, others)
                 losses.append(level.config.level_weight * loss)
                 terms |= {level_term(name, number): term.detach() for name, term in of_level.items()}
         return sum(losses), terms
-
-
-class _Level(NamedTuple):
-    """What the loss of one level is computed from."""
-
-    config: CJepaConfig
-    predictions: torch.Tensor  # (B, M, K, D)
-    targets: torch.Tensor  # (B, M, K, D)
-    context: torch.Tensor  # (B, Nc, D)
-    expander: nn.Module
-
-    def loss(self, regularizer_weight: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The level's loss and its unweighted terms."""
-        prediction = prediction_loss(self.predictions, self.targets, self.config.prediction_loss)
-        if regularizer_weight == 0:
-            with torch.no_grad():
-                terms = self._regularizer_terms(prediction, only_watched=True)
-            return prediction, {"prediction": prediction, **terms}
-        terms = self._regularizer_terms(prediction)
-        weighted = [getattr(self.config, f"{name}_weight") * term for name, term in terms.items()]
-        return prediction + regularizer_weight * sum(weighted), {"prediction": prediction, **terms}
-
-    def _regularizer_terms(self, prediction, only_watched=False) -> dict[str, torch.Tensor]:
-        """
-        VICReg's terms of the global batch in the configured reading: (A) `blocks`, (B) `context`, (C) `pair`.
-
-        The expander reads the gathered batch, so that its batch norm, too, sees all of it. Terms that are only watched
-        are left out where one image or one block does not define them.
-        """
-        reading = self.config.regularizer
-        blocks = gather(self.predictions.float().mean(dim=2))  # (B, M, D)
-        pooled = gather(self.context.float().mean(dim=1))
-        if only_watched and min(blocks.shape[:2] if reading == "blocks" else pooled.shape[:1]) < 2:
-            return {}
-        if reading == "blocks":
-            return block_vicreg_terms(self.expander(blocks.flatten(0, 1)).unflatten(0, blocks.shape[:2]))
-        expanded = self.expander(pooled)
-        if reading == "pair":
-            return vicreg_terms(expanded, self.expander(blocks.mean(dim=1)))
-        return {
-            "invariance": prediction,
-            "variance": variance_term(expanded),
-            "covariance": covariance_term(expanded),
-        }
 
 
 def _expander(config: CJepaConfig) -> nn.Module:

@@ -6,7 +6,6 @@ Shapes: B images, V = 2 views, C channels, D width of a level's embedding, E exp
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -14,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_sjea import SJeaConfig
 from .heads_cjepa import CJepaExpander
 from .levels_sjea import LevelOutput
-from .losses_cjepa import gather, level_term, vicreg_terms
+from .losses_cjepa import append_constant, count_processes, global_vicreg_terms, level_term
 from .modeling_sjea import SJeaModel, SJeaPreTrainedModel
 
 
@@ -65,13 +64,20 @@ class SJeaForPreTraining(SJeaPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, return_loss: bool = True) -> SJeaForPreTrainingOutput:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        return_loss: bool = True,
+        other_rows: list[tuple[torch.Tensor, ...]] | None = None,
+    ) -> SJeaForPreTrainingOutput:
         """
         Compares two views of each image at every level.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 2, C, H, W)`): Two normalised views of each image.
             return_loss (`bool`): Whether to compute the loss.
+            other_rows (`list` of what [`~SJeaForPreTraining.statistic_rows`] gives, *optional*): Those of the step's
+                other micro-batches, so that VICReg's statistics are those of all of the step's images.
 
         Returns:
             [`SJeaForPreTrainingOutput`].
@@ -83,34 +89,60 @@ class SJeaForPreTraining(SJeaPreTrainedModel):
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}; give two views of each image, (B, 2, C, H, W)."
             )
-        if self.training and pixel_values.shape[0] * _num_processes() < 2:
+        if self.training and pixel_values.shape[0] * count_processes() < 2:
             raise ValueError("The statistics over a batch of 1 image are undefined; use a batch of 2 images or more.")
-        # one view at a time, so that a batch norm's statistics are those of one view, as in VICReg
-        views = [self.sjea.encode(view, stop_gradients=True) for view in pixel_values.unbind(dim=1)]
-        expanded = [[self._expand(number, output) for number, output in enumerate(view)] for view in views]
+        views = self._encode(pixel_values)
+        num_images, expanded = pixel_values.shape[0], []
+        for number, rows in enumerate(self._rows(views)):
+            rows = append_constant(rows, [others[number] for others in other_rows or []])
+            expanded.append(self._expand(number, rows))
         loss = terms = None
         if return_loss:
-            loss, terms = self._loss(*expanded)
+            loss, terms = self._loss(expanded)
         return SJeaForPreTrainingOutput(
             loss=loss,
             loss_terms=terms,
             level_embeddings=tuple(output.embedding for output in views[0]),
-            expanded=tuple(torch.stack(pair, dim=1) for pair in zip(*expanded, strict=True)),
+            expanded=tuple(rows[:num_images] for rows in expanded),
         )
 
-    def _expand(self, number: int, output: LevelOutput) -> torch.Tensor:
-        return self.expanders[str(number)](output.embedding) if output.expanded is None else output.expanded
+    @torch.no_grad()
+    def statistic_rows(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        What VICReg's statistics are made of, for `other_rows` of `forward`.
 
-    def _loss(self, first, second) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 2, C, H, W)`): As of `forward`.
+
+        Returns:
+            `tuple` of `torch.Tensor` of shape `(B, V, D)`: Level by level the embeddings of both views, before the
+            expander where it is no part of the stack.
+        """
+        return tuple(self._rows(self._encode(pixel_values)))
+
+    def _encode(self, pixel_values: torch.Tensor) -> list[list[LevelOutput]]:
+        """Each view's levels; one at a time, so that a batch norm's statistics are those of one view, as in VICReg."""
+        return [self.sjea.encode(view, stop_gradients=True) for view in pixel_values.unbind(dim=1)]
+
+    def _rows(self, views: list[list[LevelOutput]]) -> list[torch.Tensor]:
+        """Of each level what is expanded here, or has been in the stack, of both views (B, V, D)."""
+        return [
+            torch.stack([out.embedding if out.expanded is None else out.expanded for out in outputs], dim=1)
+            for outputs in zip(*views, strict=True)
+        ]
+
+    def _expand(self, number: int, rows: torch.Tensor) -> torch.Tensor:
+        """Rows (B, V, D) of a level expanded to (B, V, E), a view at a time; as they are where the stack did it."""
+        if str(number) not in self.expanders:
+            return rows
+        return torch.stack([self.expanders[str(number)](view) for view in rows.unbind(dim=1)], dim=1)
+
+    def _loss(self, expanded: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The weighted sum over levels, and each level's detached terms, of the global batch."""
         loss, terms = 0.0, {}
-        for number, config in enumerate(self.config.level_configs):
-            of_level = vicreg_terms(gather(first[number]), gather(second[number]))
+        for number, (config, rows) in enumerate(zip(self.config.level_configs, expanded, strict=True)):
+            of_level = global_vicreg_terms(rows)
             weighted = [getattr(config, f"{name}_weight") * term for name, term in of_level.items()]
             loss = loss + config.level_weight * sum(weighted)
             terms |= {level_term(name, number): term.detach() for name, term in of_level.items()}
         return loss, terms
-
-
-def _num_processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -6,8 +6,12 @@ import torch
 from tiny import seeded
 
 from modeling_cjepa.losses_cjepa import (
+    append_constant,
+    batch_covariances,
     block_vicreg_terms,
     covariance_term,
+    exchange_bytes,
+    exchange_form,
     gather,
     prediction_loss,
     take,
@@ -50,16 +54,18 @@ def test_block_terms_are_the_mean_over_ordered_pairs(num_blocks):
 
 def test_variance_of_equal_embeddings_is_finite():
     z = torch.ones(4, 3, requires_grad=True)
-    term = variance_term(z)
+    term = variance_term(batch_covariances(z.unsqueeze(1)))
     term.backward()
     assert term.item() == pytest.approx(0.99)
     assert z.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("function", [variance_term, covariance_term])
-def test_statistics_of_one_image_are_refused(function):
-    with pytest.raises(ValueError, match="batch of 1 image"):
-        function(torch.randn(1, 4))
+def test_terms_are_means_over_matrices():
+    blocks = embeddings(6, 3, 5)
+    matrices = batch_covariances(blocks)
+    for function, literal in ((variance_term, reference.variance), (covariance_term, reference.covariance)):
+        expected = sum(literal(block.double()) for block in blocks.unbind(dim=1)) / 3
+        torch.testing.assert_close(function(matrices).double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_terms_of_one_image_or_one_block_are_refused():
@@ -92,9 +98,9 @@ def test_prediction_loss_of_half_precision_is_computed_in_float32(kind):
 def test_statistics_are_float32_under_autocast_and_of_half_precision():
     a, b = embeddings(8, 16), embeddings(8, 16, seed=1)
     blocks = torch.stack([a, b, a + b], dim=1)
-    exact = vicreg_terms(a, b), block_vicreg_terms(blocks), {"alone": covariance_term(a)}
+    exact = vicreg_terms(a, b), block_vicreg_terms(blocks), {"alone": covariance_term(batch_covariances(blocks))}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = vicreg_terms(a, b), block_vicreg_terms(blocks), {"alone": covariance_term(a)}
+        mixed = vicreg_terms(a, b), block_vicreg_terms(blocks), {"alone": covariance_term(batch_covariances(blocks))}
     assert mixed == exact
     halves = a.bfloat16(), b.bfloat16()
     assert vicreg_terms(*halves) == vicreg_terms(*(half.float() for half in halves))
@@ -115,3 +121,33 @@ def test_take_picks_each_images_own_tokens(shape):
 def test_gather_in_one_process_is_the_identity():
     x = torch.randn(3, 2)
     assert gather(x) is x
+
+
+def test_constant_rows_take_part_without_a_gradient():
+    rows, other = embeddings(3, 2).requires_grad_(), embeddings(3, 2, seed=1).requires_grad_()
+    assert append_constant(rows, []) is rows
+    appended = append_constant(rows, [other, other])
+    assert torch.equal(appended, torch.cat([rows, other, other]))
+    weights = torch.arange(18.0).view(9, 2)
+    (appended * weights).sum().backward()
+    assert torch.equal(rows.grad, 3 * weights[:3]) and other.grad is None
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "width", "num_processes", "gathered", "reduced"),
+    [
+        # by hand, 4 bytes a float. Gathered: each row to each other, and a sum of all rows' gradients; reduced: a sum
+        # of D + D * D; a ring sums x floats by sending 2 * x * (W - 1) / W
+        (128, 384, 1, 0, 0),
+        (8, 32, 2, 4 * (8 * 32 + 16 * 32), 4 * (32 + 32 * 32)),
+        (128, 384, 4, 4 * (3 * 128 * 384 + 2 * 512 * 384 * 3 // 4), 4 * 2 * (384 + 384 * 384) * 3 // 4),
+    ],
+)
+def test_bytes_are_those_of_rings(num_rows, width, num_processes, gathered, reduced):
+    assert exchange_bytes(num_rows, width, num_processes) == {"gathered": gathered, "reduced": reduced}
+
+
+def test_the_fewer_bytes_are_exchanged():
+    # the batch over all processes against two thirds of the width
+    assert [exchange_form(rows, 32, 2) for rows in (10, 11, 12)] == ["gathered", "gathered", "reduced"]
+    assert [exchange_form(rows, 32, 4) for rows in (5, 6)] == ["gathered", "reduced"]

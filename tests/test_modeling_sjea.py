@@ -78,7 +78,7 @@ def test_one_level_is_vicreg():
 def test_golden_vicreg_is_the_loss_of_a_level():
     golden = load_file(GOLDEN / "vicreg.safetensors")
     x, y = (golden[name].clone().requires_grad_() for name in "xy")
-    loss, _ = tiny_sjea(sjea_level())._loss([x], [y])
+    loss, _ = tiny_sjea(sjea_level())._loss([torch.stack([x, y], dim=1)])
     loss.backward()
     torch.testing.assert_close(loss, golden["loss"], atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(x.grad, golden["grad_x"], atol=1e-4, rtol=0)

@@ -6,7 +6,7 @@ from tiny import SIZES, gradients, images, seeded, tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
 from modeling_cjepa import CJepaConfig, CJepaForImageClassification, CJepaForPreTraining, CJepaModel
-from modeling_cjepa.losses_cjepa import covariance_term, prediction_loss, variance_term
+from modeling_cjepa.losses_cjepa import batch_covariances, covariance_term, prediction_loss, variance_term
 from modeling_cjepa.masking_cjepa import ids_by_level, tokens_on_grid
 
 UPPER = {"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 1, "predictor_hidden_size": 24}
@@ -83,8 +83,8 @@ def test_upper_level_written_out():
     predictions = model.upper_predictors[0](context, context_ids, target_ids, (4, 4))
     prediction = prediction_loss(predictions, targets)
     torch.testing.assert_close(output.loss_terms["level1_prediction"], prediction, rtol=1e-5, atol=1e-6)
-    pooled = context.mean(dim=1)
-    level1 = prediction + 0.02 * (25 * prediction + 25 * variance_term(pooled) + covariance_term(pooled))
+    spread = batch_covariances(context.mean(dim=1, keepdim=True))
+    level1 = prediction + 0.02 * (25 * prediction + 25 * variance_term(spread) + covariance_term(spread))
     terms = {name: output.loss_terms[name] for name in ("prediction", "variance", "covariance")}
     level0 = 1.25 * terms["prediction"] + 0.01 * (25 * terms["variance"] + terms["covariance"])
     torch.testing.assert_close(output.loss, level0 + 0.5 * level1, rtol=1e-5, atol=1e-6)

@@ -8,13 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from test_trainer import WORKER, without_varying
-from tiny import TRANSFORMER, gradients, seeded, sjea_level, tiny_sjea
+from tiny import TRANSFORMER, seeded, sjea_level, tiny_sjea
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from training_worker import build_trainer, train
 
 from trainers.batch_norm import GlobalBatchNorm, synchronize_batch_norms
@@ -118,49 +115,6 @@ def test_two_processes_train_like_one(tmp_path):
         for entry, expected in zip(two_log[:num_steps], one_log[:num_steps], strict=True):
             for term in ("loss", "loss_invariance", "loss_level1_variance", "grad_norm", "rankme", "level1_rankme"):
                 assert entry[term] == pytest.approx(expected[term], rel=10 * allowed), (name, term)
-
-
-def loss_and_gradients(rank=0, world_size=1):
-    """The loss of a stack on this process's images, its gradients under DDP, and its batch norms' statistics."""
-    model = tiny_sjea(sjea_level(), sjea_level(reads="expanded", expander_sizes=[12]))
-    views = torch.randn(8, 2, 3, 32, 32, generator=seeded()) * 2 + 1
-    if world_size > 1:
-        model = synchronize_batch_norms(model, torch.device("cpu"))
-        wrapped = DistributedDataParallel(model)
-    else:
-        wrapped = model
-    output = wrapped(views.chunk(world_size)[rank])
-    output.loss.backward()
-    terms = {name: term.item() for name, term in output.loss_terms.items()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    return output.loss.item(), terms, gradients(model), buffers
-
-
-def work(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    assert dist.get_world_size() == 2
-    torch.save(loss_and_gradients(rank, 2), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_loss_and_gradients_are_those_of_the_global_batch(tmp_path):
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
-    loss, terms, whole, buffers = loss_and_gradients()
-    for rank in range(2):
-        theirs = torch.load(tmp_path / f"rank{rank}.pt")
-        assert theirs[0] == pytest.approx(loss, rel=1e-5) and theirs[1] == pytest.approx(terms, rel=1e-4)
-        assert theirs[2].keys() == whole.keys() and theirs[3].keys() == buffers.keys()
-        # a bias before a batch norm has no gradient but rounding
-        largest = max(gradient.abs().max().item() for gradient in whole.values())
-        for name, gradient in whole.items():
-            torch.testing.assert_close(
-                theirs[2][name], gradient, rtol=1e-4, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
-            )
-        for name, buffer in buffers.items():
-            torch.testing.assert_close(
-                theirs[3][name], buffer, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-            )
 
 
 def test_replaced_batch_norms_keep_names_and_weights():
