@@ -89,6 +89,7 @@ class CheckpointedTrainer(Trainer):
 
     def seed_micro_step(self, micro_step: int):
         """Seeds the generators of Python, numpy and torch, of all devices, for a micro-batch of the present step."""
+        self._micro_step = micro_step
         # the last number tells it from other seeds of a step
         numbers = (self.args.seed, self.state.global_step, micro_step, self.args.process_index, 1)
         seed = sample_seed(*numbers)

@@ -15,6 +15,7 @@ from modeling_cjepa.losses_cjepa import level_term
 from trainers.callbacks import ImagesPerSecondBar, WeightDecayCallback, weight_decay
 from trainers.diagnostics import feature_std, rankme
 from trainers.errors import InputError
+from trainers.exact_accumulation import check_is_whole, rows_of_step
 from trainers.positioned_trainer import PositionedTrainer
 from trainers.schedules import warmup_cosine
 from trainers.training_args import JepaTrainingArguments
@@ -49,6 +50,9 @@ class JepaTrainer(PositionedTrainer):
         **kwargs,
     ):
         super().__init__(model, args, **kwargs)
+        if args.exact_accumulation:
+            check_is_whole(self)
+        self._rows: list[tuple[torch.Tensor, ...]] = []
         # on the device once, so that no step waits for a copy
         self.image_mean, self.image_std = (
             torch.tensor(list(values), device=args.device) for values in (image_mean, image_std)
@@ -63,9 +67,18 @@ class JepaTrainer(PositionedTrainer):
             maxlen=max(args.num_monitored_images // batch_size, 1)
         )
 
-    def forward_batch(self, model, inputs):
-        """The model's output for a batch; of each objective its own."""
+    def model_inputs(self, inputs) -> tuple[torch.Tensor, ...]:
+        """What the model reads of a batch; of each objective its own."""
         raise NotImplementedError
+
+    def forward_batch(self, model, inputs):
+        """The model's output for a batch."""
+        return model(*self.model_inputs(inputs), **self.loss_options(model.training))
+
+    def loss_options(self, training: bool) -> dict:
+        """Further arguments of the model's forward pass, in training or in evaluation."""
+        others = self._rows[: self._micro_step] + self._rows[self._micro_step + 1 :]
+        return {"other_rows": others} if training and others else {}
 
     def step_facts(self, step: float, num_steps: int) -> dict[str, float]:
         """What else is logged of a step; where it is in the schedules, see [`~RunClock.place`]."""
@@ -111,6 +124,8 @@ class JepaTrainer(PositionedTrainer):
         started = time.perf_counter()
         result = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._waited += time.perf_counter() - started
+        if self.args.exact_accumulation and len(result[0]) > 1:
+            self._rows = rows_of_step(self, result[0])
         return result
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

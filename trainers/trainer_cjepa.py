@@ -42,13 +42,17 @@ class CJepaTrainer(JepaTrainer):
         )
         self.add_callback(self.target_update)
 
-    def forward_batch(self, model, inputs):
-        """The output for a batch (B, C, H, W) under masks seeded by (seed, step, micro-step)."""
+    def model_inputs(self, inputs) -> tuple[torch.Tensor, ...]:
+        """A batch (B, C, H, W), normalised, under masks seeded by (seed, step, micro-step)."""
         pixel_values = normalize(inputs["pixel_values"], self.image_mean, self.image_std)
-        context_ids, target_ids = self._masks(pixel_values)
-        place = self.schedule_place(self.state.global_step)
-        weight = self._regularizer_weight(*place) if model.training else None
-        return model(pixel_values, context_ids, target_ids, regularizer_weight=weight)
+        return pixel_values, *self._masks(pixel_values)
+
+    def loss_options(self, training: bool) -> dict:
+        """Beside other micro-batches' rows the regulariser's weight in this step."""
+        options = super().loss_options(training)
+        if training:
+            options["regularizer_weight"] = self._regularizer_weight(*self.schedule_place(self.state.global_step))
+        return options
 
     def step_facts(self, step: float, num_steps: int) -> dict[str, float]:
         """Beside weight decay the regulariser's weight and the target encoder's momentum."""

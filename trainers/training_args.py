@@ -69,6 +69,8 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
             computed on.
         max_unreadable_share (`float`): Share of the train images seen that may be unreadable, and are replaced, in
             [0, 1]; of few images ten may be.
+        exact_accumulation (`bool`): Whether VICReg's statistics are those of all images of a step, and not of a
+            micro-batch, when gradients are accumulated; costs a forward pass without gradients.
 
     Raises:
         ValueError: A value is out of its range; the message names it.
@@ -88,6 +90,10 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
     )
     max_unreadable_share: float = field(
         default=0.01, metadata={"help": "stop if a larger share of the train images seen (and over ten) is unreadable"}
+    )
+    exact_accumulation: bool = field(
+        default=False,
+        metadata={"help": "accumulate gradients as of one batch: statistics of all images of a step, recomputed"},
     )
     per_device_train_batch_size: int = field(default=128, metadata={"help": "images of a process in a batch"})
     num_train_epochs: float = field(default=100.0, metadata={"help": "passes over the train images"})
