@@ -19,6 +19,7 @@ from trainers.training_args import JepaTrainingArguments
 WITHOUT_EFFECT = {
     "output_dir", "resume_from_checkpoint", "report_to", "run_name", "num_monitored_images",
     "max_unreadable_share",
+    "max_hours", "max_skipped_steps",
     *(f"dataloader_{name}" for name in ("num_workers", "persistent_workers", "prefetch_factor", "pin_memory")),
     *(f"logging_{name}" for name in ("strategy", "steps", "first_step", "nan_inf_filter")),
     *(f"save_{name}" for name in ("strategy", "steps", "total_limit")), "keep_checkpoints_every",

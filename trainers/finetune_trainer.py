@@ -3,9 +3,9 @@
 import math
 from contextlib import contextmanager
 
-from trainers.checkpointed_trainer import CheckpointedTrainer
 from trainers.errors import InputError
 from trainers.finetune_args import FinetuneTrainingArguments
+from trainers.stopping import StoppableTrainer
 
 _DIVERGED = (
     "the run has diverged, and nothing is published; lower --learning_rate or lengthen --warmup_steps, and start anew "
@@ -13,9 +13,9 @@ _DIVERGED = (
 )
 
 
-class ClassifierTrainer(CheckpointedTrainer):
+class ClassifierTrainer(StoppableTrainer):
     """
-    A [`CheckpointedTrainer`] with two differences: `dataloader_drop_last` leaves out train images alone, where
+    A [`StoppableTrainer`] with two differences: `dataloader_drop_last` leaves out train images alone, where
     transformers' evaluates and predicts without the last, too; and a training loss that is not finite ends the run.
     """
 

@@ -42,6 +42,7 @@ from trainers.readable import write_skipped
 from trainers.recipes import RunArguments, recipe_text
 from trainers.reports import draw_curves, machine_facts, software_facts
 from trainers.resources import render_template
+from trainers.stopping import stopped_sentence
 from trainers.transforms import eval_transform, image_processor
 
 _SETTINGS = "settings.yaml"
@@ -85,7 +86,7 @@ class Finetuning:
         )
 
 
-def finetune(run: Finetuning) -> Path:
+def finetune(run: Finetuning) -> Path | None:
     """
     Trains a classifier, reports its accuracy on the evaluation split and saves it.
 
@@ -94,7 +95,8 @@ def finetune(run: Finetuning) -> Path:
 
     Returns:
         `Path`: The `final` folder: weights, configuration with the classes' names, code, image processor, curves,
-        `results.json` and model card; with LoRA the adapter, too, in `adapter`.
+        `results.json` and model card; with LoRA the adapter, too, in `adapter`. None if a signal or `max_hours` has
+        stopped the run, with a checkpoint.
 
     Raises:
         InputError: The run cannot be made as it is; the message says what to change.
@@ -126,6 +128,11 @@ def finetune(run: Finetuning) -> Path:
             write_skipped(Path(args.output_dir), splits.skipped)
         started = time.perf_counter()
         train(trainer, checkpoint)
+        if trainer.stop.reason is not None:
+            trainer.accelerator.wait_for_everyone()
+            if trainer.is_world_process_zero():
+                print(stopped_sentence(trainer), flush=True)
+            return None
         trainer.check_weights()
         seconds = time.perf_counter() - started
         test = ImageDataset(splits.test, eval_transform(image_size))

@@ -10,16 +10,16 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from trainers.checkpointed_trainer import CheckpointedTrainer
 from trainers.errors import InputError
 from trainers.progress import Progress, RunClock
 from trainers.quarantine import Quarantine
+from trainers.stopping import StoppableTrainer
 from trainers.train_data import SAMPLE_IDS, UNREADABLE, StoredTrainData, TrainLoader
 
 
-class PositionedTrainer(CheckpointedTrainer):
+class PositionedTrainer(StoppableTrainer):
     """
-    A `Trainer` that resumes at the image where it stopped, also with other processes or batches.
+    A [`StoppableTrainer`] that resumes at the image where it stopped, also with other processes or batches.
 
     An image that cannot be read is replaced by another, and the run stops where they are too many.
 

@@ -27,17 +27,19 @@ from trainers.datasets import ImageSource
 from trainers.errors import InputError
 from trainers.evaluation import evaluate_model
 from trainers.files import full_disk_named, write_json
+from trainers.nonfinite import check_finite_weights
 from trainers.progress import Progress
 from trainers.publishing import save_model, whole_folder
 from trainers.recipes import Recipe, model_fields, recipe_text, write_recipe
 from trainers.reports import draw_curves, format_table, machine_facts, software_facts
 from trainers.resources import render_template
 from trainers.sources import load_sources, with_common_classes
+from trainers.stopping import stopped_sentence
 from trainers.trainer import JepaTrainer
 from trainers.training_args import JepaTrainingArguments
 
 
-def pretrain(recipe: Recipe) -> Path:
+def pretrain(recipe: Recipe) -> Path | None:
     """
     Pre-trains, saves, evaluates and describes a model.
 
@@ -46,7 +48,7 @@ def pretrain(recipe: Recipe) -> Path:
 
     Returns:
         `Path`: The `final` folder: weights of all three parts, configuration, code, image processor, curves,
-        `results.json` and model card.
+        `results.json` and model card. None if a signal or `max_hours` has stopped the run, with a checkpoint.
 
     Raises:
         InputError: The recipe cannot be run as it is; the message says what to change.
@@ -79,6 +81,11 @@ def pretrain(recipe: Recipe) -> Path:
             trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - started
         trainer.accelerator.wait_for_everyone()
+        if trainer.stop.reason is not None:
+            if trainer.is_world_process_zero():
+                print(stopped_sentence(trainer), flush=True)
+            return None
+        check_finite_weights(trainer)
         folder = Path(args.output_dir, "final")
         if trainer.is_world_process_zero():
             finish(recipe, trainer, labelled, seconds, folder)

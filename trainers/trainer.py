@@ -3,7 +3,6 @@
 A step's randomness is a function of (seed, step, micro-step), so that a resumed run repeats an uninterrupted one.
 """
 
-import math
 import time
 from collections import deque
 
@@ -14,8 +13,8 @@ from transformers import ProgressCallback
 from modeling_cjepa.losses_cjepa import level_term
 from trainers.callbacks import ImagesPerSecondBar, WeightDecayCallback, weight_decay
 from trainers.diagnostics import feature_std, rankme
-from trainers.errors import InputError
 from trainers.exact_accumulation import check_is_whole, rows_of_step
+from trainers.nonfinite import NonFiniteSteps, check_finite_weights, finite_rows, spoil_gradients
 from trainers.positioned_trainer import PositionedTrainer
 from trainers.schedules import warmup_cosine
 from trainers.training_args import JepaTrainingArguments
@@ -28,7 +27,8 @@ class JepaTrainer(PositionedTrainer):
 
     Logged beside transformers' own values: every loss term, weight decay, standard deviation and RankMe of each
     level's latest embeddings (over all processes, anew after a resume; of a level above the lowest as `level1_rankme`
-    and so on), images per second, and the share of time spent waiting for data.
+    and so on), images per second, and the share of time spent waiting for data. Steps that are not finite are skipped
+    ([`NonFiniteSteps`]) and left out of these; `skipped_steps` says how many there were, if any.
 
     Args:
         model (`PreTrainedModel`): What to train.
@@ -60,6 +60,8 @@ class JepaTrainer(PositionedTrainer):
         self.add_callback(WeightDecayCallback(self.clock))
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ImagesPerSecondBar)
+        self.nonfinite = NonFiniteSteps(self)
+        self.add_callback(self.nonfinite)
         self._reset_window()
         batch_size = args.train_batch_size * args.world_size
         # the embeddings of each level of the latest batches
@@ -86,6 +88,7 @@ class JepaTrainer(PositionedTrainer):
 
     def _reset_window(self):
         """Starts the window of steps that the next log summarises."""
+        self.nonfinite.start_window()
         self._term_sums: dict[str, torch.Tensor] = {}
         self._num_micro_batches = self._num_images = 0
         self._window_started, self._waited = time.perf_counter(), 0.0
@@ -131,9 +134,19 @@ class JepaTrainer(PositionedTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a batch, which is watched for the next log."""
         outputs = self.forward_batch(model, inputs)
+        loss = outputs.loss
         if model.training:
+            self.nonfinite.watch(outputs)
             self._monitor(outputs)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+            loss = spoil_gradients(loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """The gradient's norm over all processes, by which it is judged whether the step is made."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.is_deepspeed_enabled:
+            self.nonfinite.judge(norm)
+        return norm
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of an evaluation batch, without labels and with the randomness of step 0."""
@@ -155,23 +168,23 @@ class JepaTrainer(PositionedTrainer):
         self._num_images += len(outputs.level_embeddings[0]) * self.args.world_size
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        """Adds what the window since the last log has seen, over all processes."""
-        if "loss" in logs and self._num_micro_batches:
-            logs |= self._summary()
+        """Adds what the window since the last log has seen, over all processes, without skipped steps."""
+        is_window = "loss" in logs and self._num_micro_batches > 0
+        self.nonfinite.settle()
+        self.nonfinite.leave_out_skipped(logs)
+        if is_window:
+            if "loss" in logs:
+                logs |= self._summary()
             self._reset_window()
-            if not math.isfinite(logs["loss"]):
-                raise InputError(
-                    f"The loss is {logs['loss']} at step {self.state.global_step}: the run has diverged; lower "
-                    "--learning_rate or set --max_grad_norm, and resume from a checkpoint before that."
-                )
         super().log(logs, start_time)
 
     def _summary(self) -> dict[str, float]:
-        values = {f"loss_{name}": total / self._num_micro_batches for name, total in self._term_sums.items()}
+        num_kept = self._num_micro_batches - self.nonfinite.num_skipped_batches
+        values = {f"loss_{name}": total / num_kept for name, total in self._term_sums.items()}
         stacked = torch.stack([value.float() for value in values.values()])
         summary = dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
         for level, batches in enumerate(zip(*self._embeddings, strict=True)):
-            embeddings = self.accelerator.gather(torch.cat(batches))
+            embeddings = finite_rows(self.accelerator.gather(torch.cat(batches)))
             summary[level_term("feature_std", level)] = feature_std(embeddings)
             summary[level_term("rankme", level)] = rankme(embeddings)
         seconds = time.perf_counter() - self._window_started
@@ -182,6 +195,11 @@ class JepaTrainer(PositionedTrainer):
             "images_per_second": self._num_images / seconds,
             "data_wait_share": self._waited / seconds,
         }
+
+    def _save_checkpoint(self, model, trial):
+        """Saves a checkpoint; raises `InputError` if the weights are not finite."""
+        check_finite_weights(self)
+        super()._save_checkpoint(model, trial)
 
     def floating_point_ops(self, inputs) -> int:
         """None are counted: transformers' estimate is one of text models."""

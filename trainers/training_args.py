@@ -21,6 +21,8 @@ class PrecisionTrainingArguments(TrainingArguments):
         precision (`"auto"`, `"bf16"` or `"float32"`): Autocast; `auto` is bf16 where the device computes in it.
         keep_checkpoints_every (`int`, *optional*): Checkpoints of steps that are multiples of it are never removed;
             1 or more.
+        max_hours (`float`, *optional*): Hours of training of this call after which it stops with a checkpoint, as at
+            SIGTERM and SIGUSR1; the time of saving comes on top.
 
     Raises:
         ValueError: The precision is not known, or a number is out of its range.
@@ -32,6 +34,9 @@ class PrecisionTrainingArguments(TrainingArguments):
     keep_checkpoints_every: int | None = field(
         default=None, metadata={"help": "never remove the checkpoints of steps that are multiples of it"}
     )
+    max_hours: float | None = field(
+        default=None, metadata={"help": "stop with a checkpoint after so many hours, as at SIGTERM and SIGUSR1"}
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "it would wait for the device each step"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "images have no column to keep"})
 
@@ -40,6 +45,8 @@ class PrecisionTrainingArguments(TrainingArguments):
             raise ValueError(f"precision={self.precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
         if self.keep_checkpoints_every is not None and self.keep_checkpoints_every < 1:
             raise ValueError(f"keep_checkpoints_every={self.keep_checkpoints_every} must be 1 or more steps.")
+        if self.max_hours is not None and not self.max_hours > 0:
+            raise ValueError(f"max_hours={self.max_hours} must be above 0; leave it out to train without a limit.")
         if self.bf16:
             self.precision = "bf16"
         self.bf16 = False  # decided below, when the device is known
@@ -71,6 +78,8 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
             [0, 1]; of few images ten may be.
         exact_accumulation (`bool`): Whether VICReg's statistics are those of all images of a step, and not of a
             micro-batch, when gradients are accumulated; costs a forward pass without gradients.
+        max_skipped_steps (`int`): Steps in a row whose loss or gradient is not finite that are skipped; one more stops
+            the run. 0 stops at the first.
 
     Raises:
         ValueError: A value is out of its range; the message names it.
@@ -95,6 +104,9 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
         default=False,
         metadata={"help": "accumulate gradients as of one batch: statistics of all images of a step, recomputed"},
     )
+    max_skipped_steps: int = field(
+        default=10, metadata={"help": "steps in a row that are skipped as their loss or gradient is not finite"}
+    )
     per_device_train_batch_size: int = field(default=128, metadata={"help": "images of a process in a batch"})
     num_train_epochs: float = field(default=100.0, metadata={"help": "passes over the train images"})
     max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to this norm; 0 never clips"})
@@ -116,8 +128,8 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
             raise ValueError(f"num_train_epochs={self.num_train_epochs} must be above 0, or max_steps be set.")
         if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
             raise ValueError("dataloader_persistent_workers needs workers; set dataloader_num_workers to 1 or more.")
-        for name in ("seed", "dataloader_num_workers", "start_learning_rate", "final_learning_rate",
-                     "weight_decay", "final_weight_decay"):  # fmt: skip
+        for name in ("seed", "dataloader_num_workers", "max_skipped_steps", "start_learning_rate",
+                     "final_learning_rate", "weight_decay", "final_weight_decay"):  # fmt: skip
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not a number from 0 up; give 0 or more.")
         for name in ("adam_beta1", "adam_beta2"):
