@@ -149,6 +149,23 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(encoder, ph
     assert not torch.equal(whole["cjepa.layers.0.mlp.fc1.weight"], start["cjepa.layers.0.mlp.fc1.weight"])
 
 
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, encoder, photos, tmp_path, capsys):
+    """Stopped after each step of the first epoch, at whose end alone it is evaluated, and after the next."""
+    flags = [*PLAIN, "--classifier_pooling", "attentive", "--save_total_limit", "1"]
+    assert finetune(encoder, photos, tmp_path, *flags, "--max_hours", "1e-9") == 0
+    for step in (1, 2, 3, 4, 5):
+        said = f"stopped by --max_hours 1e-09 at step {step} of 12; saved checkpoint-{step}; go on with"
+        assert f"{said} --resume_from_checkpoint last\n" in capsys.readouterr().out
+        assert (tmp_path / f"checkpoint-{step}").is_dir() and not (tmp_path / "final").exists()
+        state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert sum("eval_accuracy" in entry for entry in state["log_history"]) == step // 4
+        hours = ["--max_hours", "1e-9"] if step < 5 else []
+        assert finetune(encoder, photos, tmp_path, *flags, "--resume_from_checkpoint", "last", *hours) == 0
+    whole, stopped = (load_file(folder / "final" / "model.safetensors") for folder in (run, tmp_path))
+    assert all(torch.equal(stopped[name], tensor) for name, tensor in whole.items())
+    assert facts_of(tmp_path)["evaluation"] == facts_of(run)["evaluation"]
+
+
 def test_other_settings_and_finished_runs_are_refused_when_resuming(run, encoder, photos, tmp_path, capsys):
     fails(capsys, finetune(encoder, photos, run), "already holds a finished run")
     begun = tmp_path / "begun"

@@ -59,7 +59,8 @@ class NonFiniteSteps(TrainerCallback):
 
     A fused Adam skips on the device, and whether it did is read one step later; others are kept from stepping at once.
     Each skipped step adds a line for each process to `nonfinite.jsonl`: `step`, `rank`, `sample_ids`, `micro_batches`
-    (the loss and its terms), `grad_norm`, and `weight_norms` by part, once `weights_of_step` were done.
+    (the loss and its terms), `grad_norm`, and of the weights once `weights_of_step` steps were done `weight_norms`, by
+    part, and `weights_are_finite`.
 
     Args:
         trainer ([`JepaTrainer`]): Whose steps; `args.max_skipped_steps` may be skipped in a row.
@@ -151,14 +152,15 @@ class NonFiniteSteps(TrainerCallback):
 
     def _record(self, step: _Step):
         trainer = self.trainer
-        weight_norms = norms_by_part(trainer.accelerator.unwrap_model(trainer.model))
+        model = trainer.accelerator.unwrap_model(trainer.model)
         record = {
             "step": step.number,
             "rank": trainer.args.process_index,
             "sample_ids": trainer.sample_ids(step.number - 1),
             "micro_batches": [{name: number(term) for name, term in terms.items()} for terms in step.terms],
             "grad_norm": number(step.grad_norm),
-            "weight_norms": weight_norms,
+            "weight_norms": norms_by_part(model),
+            "weights_are_finite": bool(are_finite(model)),
             "weights_of_step": trainer.state.global_step,
         }
         records = gather_object([record])
@@ -166,7 +168,7 @@ class NonFiniteSteps(TrainerCallback):
         file = Path(trainer.args.output_dir, FILE)
         if trainer.is_world_process_zero():
             append_lines(file, records)
-        if not all(isinstance(norm, float) for other in records for norm in other["weight_norms"].values()):
+        if not all(other["weights_are_finite"] for other in records):
             raise InputError(f"{what}, nor are the weights (see {file}); {last_checkpoint(trainer)}.")
         if self._num_in_row > trainer.args.max_skipped_steps:
             before = self._num_in_row - 1
@@ -229,16 +231,19 @@ def number(value: torch.Tensor) -> float | str:
 def norms_by_part(model: torch.nn.Module) -> dict[str, float | str]:
     """The norm of the weights and statistics of each part of a model that has any; of this process's shards."""
     tensors = {name: _float_tensors(part) for name, part in model.named_children()}
-    return {name: number(_norm(part)) for name, part in tensors.items() if part}
+    norms = {name: torch.stack(torch._foreach_norm(part)) for name, part in tensors.items() if part}
+    return {name: number(torch.linalg.vector_norm(of_part.float())) for name, of_part in norms.items()}
+
+
+def are_finite(model: torch.nn.Module) -> torch.Tensor:
+    """Whether all weights and statistics of this process are finite: a scalar, on their device."""
+    # a larger norm than the largest element overflows before they do
+    return torch.stack(torch._foreach_norm(_float_tensors(model), math.inf)).isfinite().all()
 
 
 def _float_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     tensors = (tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point())
     return [(tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach() for tensor in tensors]
-
-
-def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]))
 
 
 def append_lines(file: Path, records: list[dict]):
@@ -261,9 +266,8 @@ def check_finite_weights(trainer):
     Raises:
         InputError: A weight or a statistic is not finite.
     """
-    norm = _norm(_float_tensors(trainer.accelerator.unwrap_model(trainer.model)))
-    num_broken = trainer.accelerator.reduce(norm.isfinite().logical_not().int().reshape(1), "sum")
-    if num_broken.item():
+    is_broken = are_finite(trainer.accelerator.unwrap_model(trainer.model)).logical_not()
+    if trainer.accelerator.reduce(is_broken.int(), "sum").item():
         raise InputError(
             f"The weights of step {trainer.state.global_step} are not finite and are not saved; "
             f"{last_checkpoint(trainer)}."

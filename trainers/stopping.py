@@ -76,7 +76,8 @@ class StopCallback(TrainerCallback):
             return
         if agreed:
             self.reason = self._reasons[agreed]
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+            control.should_save = not state.epoch.is_integer()
         elif self._group is not None:
             flag = torch.tensor(self._asked)
             work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
@@ -93,9 +94,16 @@ class StopCallback(TrainerCallback):
         return int(flag)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.reason is not None:
-            # the checkpoint is that of a run that goes on: no end of an epoch, and no best model that replaces it
+        if self.reason is None:
+            return
+        if state.epoch.is_integer():
+            control.should_save = True  # once what belongs to the end of an epoch is done
+        else:
             control.should_evaluate = control.should_save = control.should_log = False
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.reason is not None:
+            # else `Trainer` might keep this one alone
             state.best_model_checkpoint = None
 
 
