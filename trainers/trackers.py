@@ -14,9 +14,8 @@ _MOST_FAILURES = 3
 
 
 def is_tracker(callback: TrainerCallback) -> bool:
-    """Whether a callback is one of transformers' integrations, or of a module neither transformers' nor ours."""
-    module = type(callback).__module__
-    return module.startswith("transformers.integrations") or module.split(".")[0] not in ("transformers", "trainers")
+    """Whether a callback is one of transformers' integrations, or made of one."""
+    return any(base.__module__.startswith("transformers.integrations") for base in type(callback).__mro__)
 
 
 def guard_trackers(callbacks: list[TrainerCallback]):
