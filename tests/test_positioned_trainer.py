@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from test_trainer import WORKER, without_varying
 from tiny import tiny_model
-from training_worker import TRAINING, build_trainer, train
+from training_worker import TRAINING, build_trainer, seen, train
 from transformers import TrainerCallback
 
 from trainers.errors import InputError
@@ -20,10 +20,6 @@ from trainers.trainer_cjepa import CJepaTrainer
 from trainers.training_args import CJepaTrainingArguments
 
 BATCH = {"per_device_train_batch_size": 16}
-
-
-def seen(log: list[dict]) -> list[int]:
-    return next(entry["seen"] for entry in log if "seen" in entry)
 
 
 def losses(log: list[dict]) -> list[tuple[int, float]]:
@@ -122,9 +118,11 @@ def test_a_checkpoint_ends_the_window_of_a_log(tmp_path):
     whole, whole_log = train(str(tmp_path), training)
     assert [step for step, _ in losses(whole_log)] == [1, 3, 4, 6]
     shutil.rmtree(tmp_path / "checkpoint-6")
+    read = seen(tmp_path)
+    (tmp_path / "seen-0.jsonl").unlink()
     resumed, resumed_log = train(str(tmp_path), training, resume=True)
     assert without_varying(resumed_log)[:4] == without_varying(whole_log)[:4]
-    assert seen(whole_log)[48:] == seen(resumed_log)
+    assert len(read) == 96 and seen(tmp_path) == read[48:]
 
 
 def test_schedules_do_not_jump_where_a_run_by_epochs_goes_on_with_other_batches(tmp_path):
@@ -166,6 +164,8 @@ def test_another_number_of_processes_goes_on_as_if_there_had_been_no_stop(tmp_pa
                 "save_strategy": "steps", "save_steps": 4, "model": {"regularizer_weight": 0.1}}  # fmt: skip
     one, log = train(str(tmp_path / "one"), training | BATCH)
     shutil.rmtree(tmp_path / "one" / "checkpoint-6")
+    read = seen(tmp_path / "one")
+    (tmp_path / "one" / "seen-0.jsonl").unlink()
     for name in ("to two", "to four"):
         shutil.copytree(tmp_path / "one", tmp_path / name)
     halves, quarters = (training | {"per_device_train_batch_size": size} for size in (8, 4))
@@ -175,11 +175,10 @@ def test_another_number_of_processes_goes_on_as_if_there_had_been_no_stop(tmp_pa
     resumed = {"from two": train(str(tmp_path / "from two"), training | BATCH, resume=True)[0]}
     for name, count in (("to two", 2), ("to four", 4)):
         resumed[name] = load_file(tmp_path / f"{name}-0.safetensors")
-        logs = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(count)]
         # together the processes have read what one has, each its own
-        parts = [seen(part) for part in logs]
-        assert [index for batch in zip(*parts, strict=True) for index in batch] == seen(log)[64:]
-        for (step, loss), (expected_step, expected) in zip(losses(logs[0]), losses(log), strict=True):
+        assert len(list((tmp_path / name).glob("seen-*"))) == count and seen(tmp_path / name) == read[64:]
+        theirs = json.loads((tmp_path / f"{name}-0.json").read_text())
+        for (step, loss), (expected_step, expected) in zip(losses(theirs), losses(log), strict=True):
             assert step == expected_step and loss == pytest.approx(expected, rel=1e-5)
     for name, weights in resumed.items():
         for key, tensor in one.items():

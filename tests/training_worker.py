@@ -20,6 +20,7 @@ from transformers.trainer_utils import set_seed  # noqa: E402
 
 from trainers.objectives import OBJECTIVES  # noqa: E402
 from trainers.sources import load_sources  # noqa: E402
+from trainers.stream_sources import load_stream  # noqa: E402
 from trainers.trainer import JepaTrainer  # noqa: E402
 
 MODEL = SIZES | {"predictor_num_hidden_layers": 1, "initializer_range": 0.02}
@@ -42,8 +43,11 @@ def build_trainer(
     objective = OBJECTIVES["sjea" if "levels" in fields else "cjepa"]
     arguments = objective.training_class(output_dir=output, **{**TRAINING, **training})
     set_seed(arguments.seed)
-    data = objective.data_class(**{"num_train_images": num_images, "num_eval_images": 1} | (data or {}))
-    source, _ = load_sources(data, image_size=32, progress=False)
+    data = dict(data or {})
+    if not data.get("streaming"):
+        data = {"num_train_images": num_images, "num_eval_images": 1} | data
+    data = objective.data_class(**data)
+    source = load_stream(data).shards if data.streaming else load_sources(data, image_size=32, progress=False)[0]
     config = objective.config_class(**(fields if "levels" in fields else MODEL | fields))
     return objective.build_trainer(objective.model_class(config), arguments, data, source)
 
@@ -63,16 +67,31 @@ def train(output: str, training: dict, resume: bool = False) -> tuple[dict[str, 
 
 
 class SampleIds(TrainerCallback):
-    """Logs which images this process has read, as `seen`."""
+    """Writes which images this process has read, step by step, into `seen-RANK.jsonl`."""
 
     def __init__(self, trainer: JepaTrainer):
-        self.trainer, self.seen = trainer, []
+        self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seen += [sample_id["index"] for sample_id in self.trainer.sample_ids(state.global_step - 1)]
+        with Path(args.output_dir, f"seen-{args.process_index}.jsonl").open("a") as file:
+            file.write(json.dumps([state.global_step, self.trainer.sample_ids(state.global_step - 1)]) + "\n")
 
-    def on_train_end(self, args, state, control, **kwargs):
-        state.log_history.append({"step": state.global_step, "seen": self.seen})
+
+def seen(folder: str | Path, last_step: int | None = None) -> list:
+    """
+    The images that all processes have read up to a step, in the order of their positions: an index, or shard and row.
+    """
+    parts = [
+        {step: ids for step, ids in map(json.loads, path.read_text().splitlines()) if step <= (last_step or step)}
+        for path in sorted(Path(folder).glob("seen-*.jsonl"))
+    ]
+    dealt = [
+        sample_id
+        for step in parts[0]
+        for ids in zip(*(part[step] for part in parts), strict=True)
+        for sample_id in ids
+    ]
+    return [sample_id.get("index", (sample_id.get("shard"), sample_id.get("offset"))) for sample_id in dealt]
 
 
 def main(output: str, runs: str):

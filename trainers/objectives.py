@@ -13,7 +13,8 @@ from modeling_cjepa.configuration_cjepa import pair
 from trainers.backbones import describe_backbones, load_backbones
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.errors import InputError
-from trainers.sources import DataArguments
+from trainers.stream_sources import PretrainDataArguments
+from trainers.streams import Shards, StreamedImages
 from trainers.trainer import JepaTrainer
 from trainers.trainer_cjepa import CJepaTrainer
 from trainers.trainer_sjea import SJeaTrainer
@@ -38,7 +39,7 @@ class Objective:
     title: str
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]
-    data_class: type[DataArguments]
+    data_class: type[PretrainDataArguments]
     training_class: type[JepaTrainingArguments]
     trainer_class: type[JepaTrainer]
     card: str
@@ -60,12 +61,18 @@ class Objective:
         """Arguments of the trainer that depend on the data's."""
         return {"image_mean": data.image_mean, "image_std": data.image_std}
 
-    def build_trainer(self, model, args: JepaTrainingArguments, data: DataArguments, source: ImageSource):
-        """The trainer on an [`ImageSource`]; what its own checks refuse is raised as they raise it."""
+    def build_trainer(
+        self, model, args: JepaTrainingArguments, data: PretrainDataArguments, source: ImageSource | Shards
+    ):
+        """The trainer on an [`ImageSource`] or [`Shards`]; what its own checks refuse is raised as they raise it."""
         config = model.config
         if config.num_channels != 3:
             raise InputError(f"num_channels={config.num_channels}, but images are read as RGB; set it to 3.")
-        dataset = ImageDataset(source, self.transform(config, data, args.device), args.seed)
+        transform = self.transform(config, data, args.device)
+        if isinstance(source, Shards):
+            dataset = StreamedImages(source, transform, data.shuffle_buffer)
+        else:
+            dataset = ImageDataset(source, transform, args.seed)
         processor = image_processor(pair(config.image_size), data.image_mean, data.image_std)
         options = self.trainer_options(config, data, args.device)
         return self.trainer_class(model, args, train_dataset=dataset, processing_class=processor, **options)
@@ -92,7 +99,7 @@ class CJepa(Objective):
 
     title = "C-JEPA (I-JEPA + VICReg)"
     config_class, model_class, trainer_class = CJepaConfig, CJepaForPreTraining, CJepaTrainer
-    data_class, training_class = DataArguments, CJepaTrainingArguments
+    data_class, training_class = PretrainDataArguments, CJepaTrainingArguments
     card = "cjepa.md.j2"
     downstream = "the target encoder"
 

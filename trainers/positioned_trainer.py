@@ -14,6 +14,7 @@ from trainers.errors import InputError
 from trainers.progress import Progress, RunClock
 from trainers.quarantine import Quarantine
 from trainers.stopping import StoppableTrainer
+from trainers.streams import StreamedImages, StreamedTrainData
 from trainers.train_data import SAMPLE_IDS, UNREADABLE, StoredTrainData, TrainLoader
 
 
@@ -29,6 +30,7 @@ class PositionedTrainer(StoppableTrainer):
     """
 
     def __init__(self, model, args, **kwargs):
+        check_length(kwargs.get("train_dataset"), args)
         super().__init__(model, args, **kwargs)
         self.clock = RunClock(self.get_total_train_batch_size(args))
         self.train_data = None
@@ -38,25 +40,36 @@ class PositionedTrainer(StoppableTrainer):
         # behind transformers' own flow, before those that look at the epoch
         self.callback_handler.callbacks.insert(1, EpochCallback(self))
 
-    def make_train_data(self) -> StoredTrainData:
-        """The images in their order."""
+    def make_train_data(self, begun: Progress | None = None) -> StoredTrainData | StreamedTrainData:
+        """The images in their order, from where a run has begun."""
         if self.train_dataset is None:
             raise ValueError("Training requires a train_dataset.")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return StoredTrainData(self.train_dataset, seed)
+        if not isinstance(self.train_dataset, StreamedImages):
+            return StoredTrainData(self.train_dataset, seed)
+        known = (begun.num_lanes, begun.shard_rows) if begun else ()
+        return StreamedTrainData(self.train_dataset, seed, self.args.world_size, *known)
+
+    @property
+    def num_train_images(self) -> int | None:
+        """Images of a pass; None of a stream that does not tell."""
+        dataset = self.train_dataset
+        return dataset.shards.num_images if isinstance(dataset, StreamedImages) else len(dataset)
 
     def schedule_place(self, step: int) -> tuple[float, int]:
         """Where the schedules are after a step, and how long; see [`RunClock.place`]."""
         return self.clock.place(step, self.state.max_steps)
 
     def sample_ids(self, step: int) -> list[dict]:
-        """Which images of this process an optimizer step has read, by `index`, of the latest few steps."""
+        """Which images of this process an optimizer step has read, of the latest few steps:
+        by `index`, or by `shard` and `offset`.
+        """
         return next((ids for number, ids in self._sample_ids if number == step), [])
 
     def _inner_training_loop(self, *args, resume_from_checkpoint=None, **kwargs):
         """Finds the place to go on from before anything is made."""
         begun = None if resume_from_checkpoint is None else Progress.read(resume_from_checkpoint)
-        self.train_data = self.make_train_data()
+        self.train_data = self.make_train_data(begun)
         if begun is not None and begun.fingerprint != self.train_data.fingerprint():
             raise InputError(
                 f"{resume_from_checkpoint} was trained with other train images ({begun.fingerprint}) than there are "
@@ -64,7 +77,7 @@ class PositionedTrainer(StoppableTrainer):
                 "--output_dir."
             )
         by_epochs = self.args.max_steps <= 0
-        total = round(self.args.num_train_epochs * self.train_data.num_images) if by_epochs else None
+        total = round(self.args.num_train_epochs * self.num_train_images) if by_epochs else None
         self.clock.set(self.get_total_train_batch_size(self.args), total, begun)
         self.quarantine.begin(resume_from_checkpoint)
         return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -108,8 +121,12 @@ class PositionedTrainer(StoppableTrainer):
 
     def num_distinct_seen(self) -> int:
         """Images that the run has seen, those seen again not counted again."""
-        seen, num_images = self.clock.samples_seen(self.state.global_step), self.train_data.num_images
+        seen, num_images = self.clock.samples_seen(self.state.global_step), self.num_train_images
         return seen if num_images is None else min(seen, num_images)
+
+    def _save_checkpoint(self, model, trial):
+        self.train_data.share_facts(self.args.world_size)
+        super()._save_checkpoint(model, trial)
 
     def write_extra_files(self, folder: Path):
         """Writes into a checkpoint's folder where the run is in its data."""
@@ -126,6 +143,19 @@ class PositionedTrainer(StoppableTrainer):
         ).write(folder)
 
 
+def check_length(train_dataset, args):
+    """Refuses what needs the number of images of a stream that does not tell it."""
+    if not isinstance(train_dataset, StreamedImages) or train_dataset.shards.num_images is not None:
+        return
+    for name in ("logging", "save", "eval"):
+        if getattr(args, f"{name}_strategy") == "epoch":
+            raise InputError(f"{name}_strategy=epoch: {train_dataset.shards.name} does not tell how many images it "
+                             "has; choose steps.")  # fmt: skip
+    if args.max_steps <= 0:
+        raise InputError(f"{train_dataset.shards.name} does not tell how many images it has; say how long to train "
+                         "with --max_steps.")  # fmt: skip
+
+
 class EpochCallback(TrainerCallback):
     """
     Says which epoch it is, one pass over the images, and does what shall be done at the end of each.
@@ -138,7 +168,7 @@ class EpochCallback(TrainerCallback):
         self.trainer, self._ended = trainer, None
 
     def on_step_end(self, args, state, control, **kwargs):
-        clock, num_images = self.trainer.clock, self.trainer.train_data.num_images
+        clock, num_images = self.trainer.clock, self.trainer.num_train_images
         if num_images is None:
             state.epoch = None
             return

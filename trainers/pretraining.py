@@ -4,7 +4,9 @@ import math
 import os
 import shlex
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +37,8 @@ from trainers.reports import draw_curves, format_table, machine_facts, software_
 from trainers.resources import render_template
 from trainers.sources import load_sources, with_common_classes
 from trainers.stopping import stopped_sentence
+from trainers.stream_sources import load_stream
+from trainers.streams import Shards, choose_lanes
 from trainers.trainer import JepaTrainer
 from trainers.training_args import JepaTrainingArguments
 
@@ -66,9 +70,8 @@ def pretrain(recipe: Recipe) -> Path | None:
             changed = changed_settings(recipe, checkpoint) + changed_batches(checkpoint, args)
             print(f"going on from {checkpoint}{changed}", flush=True)
     image_size = max(pair(model.config.image_size))
-    sources = load_sources(recipe.data, image_size, not args.disable_tqdm)
-    labelled = with_labels(*sources, said=args.process_index == 0)
-    trainer = build_trainer(recipe, model, args, sources[0])
+    train, labelled = load_images(recipe, image_size, args)
+    trainer = build_trainer(recipe, model, args, train)
     with full_disk_named(Path(args.output_dir)):
         if trainer.is_world_process_zero():
             write_recipe(recipe.values, Path(args.output_dir, "recipe.yaml"))
@@ -92,14 +95,29 @@ def pretrain(recipe: Recipe) -> Path | None:
     return folder
 
 
-def with_labels(train: ImageSource, test: ImageSource, said: bool) -> tuple[ImageSource, ImageSource] | None:
-    """Both sources with classes numbered alike; None where they cannot be evaluated on, said before the training."""
-    try:
-        return with_common_classes(train, test)
-    except InputError as error:
-        if said:
-            print(f"The encoder will be saved, but not evaluated: {error}", flush=True)
-        return None
+Labelled = Callable[[], tuple[ImageSource, ImageSource]]
+
+
+def load_images(
+    recipe: Recipe, image_size: int, args: JepaTrainingArguments
+) -> tuple[ImageSource | Shards, Labelled | None]:
+    """The images to train on, and what gives labelled ones to evaluate with; None, which is said, if it cannot be."""
+    reason = None
+    if recipe.data.streaming:
+        stream = load_stream(recipe.data)
+        train, reason = stream.shards, stream.without_evaluation()
+        labelled = partial(stream.some_images, recipe.evaluation.num_probe_images)
+        choose_lanes(train.num_shards, args.world_size, train.name)  # refused before the training
+    else:
+        train, test = load_sources(recipe.data, image_size, not args.disable_tqdm)
+        labelled = partial(with_common_classes, train, test)
+        try:
+            labelled()
+        except InputError as error:
+            reason = error
+    if reason is not None and args.process_index == 0:
+        print(f"The encoder will be saved, but not evaluated: {reason}", flush=True)
+    return train, labelled if reason is None else None
 
 
 def training_arguments(recipe: Recipe) -> JepaTrainingArguments:
@@ -163,12 +181,13 @@ def build_model(recipe: Recipe, args: JepaTrainingArguments) -> PreTrainedModel:
         raise InputError(" ".join(str(error).split())) from error
 
 
-def build_trainer(recipe: Recipe, model, args, train_source: ImageSource) -> JepaTrainer:
+def build_trainer(recipe: Recipe, model, args, train_source: ImageSource | Shards) -> JepaTrainer:
     """The trainer of a recipe on its train images."""
     batch_size = args.train_batch_size * args.world_size
-    if len(train_source) < batch_size:
+    num_images = train_source.num_images if isinstance(train_source, Shards) else len(train_source)
+    if num_images is not None and num_images < batch_size:
         raise InputError(
-            f"{train_source.name} has {len(train_source)} images, fewer than the {batch_size} of a batch over all "
+            f"{train_source.name} has {num_images} images, fewer than the {batch_size} of a batch over all "
             "processes; lower --per_device_train_batch_size or give more images."
         )
     if recipe.objective.batch_of_one_is_error(model.config):
@@ -195,7 +214,7 @@ def describe(recipe: Recipe, model, args) -> str:
     )
 
 
-def finish(recipe: Recipe, trainer: JepaTrainer, labelled: tuple | None, seconds: float, folder: Path):
+def finish(recipe: Recipe, trainer: JepaTrainer, labelled: Labelled | None, seconds: float, folder: Path):
     """Saves the trained model, evaluates it where there are labels, writes results and card, says how to load it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     # the other processes are done: their threads are free
@@ -206,7 +225,7 @@ def finish(recipe: Recipe, trainer: JepaTrainer, labelled: tuple | None, seconds
         facts = run_facts(recipe, trainer, model, seconds)
         if labelled is not None:
             try:
-                facts["evaluation"] = evaluate_model(str(unfinished), *labelled, recipe.evaluation, level="all")
+                facts["evaluation"] = evaluate_model(str(unfinished), *labelled(), recipe.evaluation, level="all")
             except InputError as error:
                 print(f"The model is saved, but cannot be evaluated: {error}", flush=True)
         draw_curves(trainer.state.log_history, unfinished / "curves.png")
@@ -281,7 +300,7 @@ def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float) -> di
         },
         "data": {
             "dataset": recipe.data.dataset,
-            "num_train_images": len(trainer.train_dataset),
+            "num_train_images": trainer.num_train_images,
             "num_unreadable": len(trainer.quarantine.entries),
         },
         "training": training,

@@ -105,23 +105,37 @@ def load_sources(
         return tuple(scenes_source(arguments, split, image_size, progress) for split in NUM_SCENES)
     if is_clevr(folder := Path(arguments.dataset).expanduser()):
         return _as_many_as_asked(*load_clevr(folder, arguments.label_column), arguments)
-    splits = load_splits(arguments)
+    splits, name = named_splits(load_splits(arguments), arguments)
+    train = source_of(splits[arguments.train_split], arguments, arguments.train_split)
+    if name is None:
+        train, evaluation = hold_out(train)
+        evaluation = dataclasses.replace(evaluation, name=f"{arguments.dataset} (held out)")
+    else:
+        evaluation = source_of(splits[name], arguments, name)
+    return _as_many_as_asked(train, evaluation, arguments)
+
+
+def named_splits(splits: dict, arguments: DataArguments) -> tuple[dict, str | None]:
+    """
+    The splits with that to train on, and the name of that to evaluate on, None if there is none.
+
+    Args:
+        splits (`dict`): Of a data set, by name.
+        arguments ([`DataArguments`]): Which of them are asked for.
+
+    Raises:
+        InputError: There is no such split.
+    """
     if len(splits) == 1 and arguments.train_split == "train":
         # whatever the file names made of it, such as a folder of photographs called test_1.png and so on
         splits = {"train": next(iter(splits.values()))}
     if arguments.train_split not in splits:
         raise InputError(f"{arguments.dataset} has no split {arguments.train_split!r}, only {', '.join(splits)}; say "
                          "which with --train_split.")  # fmt: skip
-    train = _source(splits[arguments.train_split], arguments, arguments.train_split)
     name = arguments.eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
-    if name is None:
-        train, evaluation = hold_out(train)
-        evaluation = dataclasses.replace(evaluation, name=f"{arguments.dataset} (held out)")
-    elif name not in splits:
+    if name is not None and name not in splits:
         raise InputError(f"{arguments.dataset} has no split {name!r}, only {', '.join(splits)}; mend --eval_split.")
-    else:
-        evaluation = _source(splits[name], arguments, name)
-    return _as_many_as_asked(train, evaluation, arguments)
+    return splits, name
 
 
 def hold_out(source: ImageSource) -> tuple[ImageSource, ImageSource]:
@@ -245,11 +259,10 @@ def load_splits(arguments: DataArguments, streaming: bool = False) -> dict:
         InputError: There is no such data set.
     """
     name, path = arguments.dataset, Path(arguments.dataset).expanduser()
-    for suffix, (builder, what) in _TABLES.items():
-        files = sorted(glob.glob(glob.escape(str(path)) + f"/**/*{suffix}" if path.is_dir() else name, recursive=True))
-        if files and all(file.endswith(suffix) for file in files):
-            data_files = _table_splits(files, arguments)
-            return _load(f"the {what} {name}", builder, data_files=data_files, streaming=streaming)
+    suffix, data_files = table_files(arguments)
+    if suffix is not None:
+        builder, what = _TABLES[suffix]
+        return _load(f"the {what} {name}", builder, data_files=data_files, streaming=streaming)
     if path.is_dir():
         if not any(_is_image(file.relative_to(path)) for file in path.rglob("*")):
             raise InputError(f"Folder {path} holds no image ({', '.join(IMAGE_SUFFIXES)}); mend --dataset.")
@@ -268,6 +281,17 @@ def _load(what: str, *args, advice: str = "repair or remove what is not an image
         raise InputError(f"Cannot load {what} ({first_line(error)}); {advice}.") from error
 
 
+def table_files(arguments: DataArguments) -> tuple[str | None, dict[str, list[str]]]:
+    """How the names of a data set's files end, `.parquet` or `.tar`, and the files by split; None for others."""
+    path = Path(arguments.dataset).expanduser()
+    for suffix in _TABLES:
+        pattern = glob.escape(str(path)) + f"/**/*{suffix}" if path.is_dir() else arguments.dataset
+        files = sorted(glob.glob(pattern, recursive=True))
+        if files and all(file.endswith(suffix) for file in files):
+            return suffix, _table_splits(files, arguments)
+    return None, {}
+
+
 def _is_image(path: Path) -> bool:
     """Whether a file below the data folder counts as an image: hidden files and folders do not."""
     return path.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith((".", "__")) for part in path.parts)
@@ -283,7 +307,8 @@ def _table_splits(files: list[str], arguments: DataArguments) -> dict[str, list[
     return splits
 
 
-def _source(rows, arguments: DataArguments, split: str) -> ImageSource:
+def source_of(rows, arguments: DataArguments, split: str) -> ImageSource:
+    """The images of a stored table of `datasets`, with their labels."""
     name = f"{arguments.dataset} ({split})"
     image_column = arguments.image_column or find_image_column(rows, name)
     if image_column not in rows.column_names:

@@ -45,7 +45,7 @@ class StoredTrainData:
     num_lanes = shard_rows = None
 
     def __init__(self, dataset: Dataset, seed: int):
-        self.num_images, self.seed = len(dataset), seed
+        self._num_images, self.seed = len(dataset), seed
         self.decoder = _Items(dataset, seed)
         self._dataset, self._fingerprint = dataset, None
 
@@ -53,12 +53,15 @@ class StoredTrainData:
         """What tells whether the images are those of another run."""
         if self._fingerprint is None:
             is_ours = isinstance(self._dataset, ImageDataset)
-            self._fingerprint = self._dataset.source.fingerprint() if is_ours else f"{self.num_images} images"
+            self._fingerprint = self._dataset.source.fingerprint() if is_ours else f"{self._num_images} images"
         return self._fingerprint
+
+    def share_facts(self, num_ranks: int):
+        """Nothing that one process alone has learned is needed to go on."""
 
     def batches(self, start: int, batch_size: int, rank: int, num_ranks: int) -> Iterator[list[tuple[int, int]]]:
         """Of each batch the places (epoch, index) that a process decodes; see [`~run_order.shares`]."""
-        order = RunOrder(self.num_images, self.seed)
+        order = RunOrder(self._num_images, self.seed)
         for positions in shares(start, batch_size, rank, num_ranks):
             yield [order.place(position) for position in positions]
 
@@ -99,7 +102,7 @@ class TrainLoader:
     The batches of a process from a position on, on its device, without end and so without a length.
 
     Args:
-        data ([`StoredTrainData`]): The images.
+        data ([`StoredTrainData`] or [`~streams.StreamedTrainData`]): The images.
         collate (`Callable`): A list of items to a batch, a dictionary.
         args (`TrainingArguments`): Device, processes and the fields `dataloader_*`.
         batch_size (`int`): Images of a process in a batch.

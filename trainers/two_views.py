@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
 from trainers.errors import InputError
-from trainers.sources import DataArguments
+from trainers.stream_sources import PretrainDataArguments
 
 WHERE = ("auto", "workers", "device")
 _BLUR_SIGMA = (0.1, 2.0)
@@ -21,7 +21,7 @@ _SOLARIZE_THRESHOLD = 128
 
 
 @dataclass
-class TwoViewDataArguments(DataArguments):
+class TwoViewDataArguments(PretrainDataArguments):
     """Which images, and how their two views are made; the defaults are S-JEA's for images of 32 pixels."""
 
     horizontal_flip: bool = field(default=True, metadata={"help": "mirror half of the views"})
