@@ -25,9 +25,10 @@ from training_worker import build_trainer, seen, train
 from trainers import streams
 from trainers.datasets import sample_seed, seeded
 from trainers.errors import InputError
+from trainers.lanes import choose_lanes, uneven_lanes
 from trainers.objectives import OBJECTIVES
 from trainers.stream_sources import PretrainDataArguments, load_stream
-from trainers.streams import StreamedImages, StreamedTrainData, choose_lanes
+from trainers.streams import StreamedImages, StreamedTrainData
 from trainers.transforms import train_transform
 
 EQUAL, UNEQUAL = [6] * 8, [5, 9, 2, 7, 1, 8, 4, 6]
@@ -164,7 +165,7 @@ def test_empty_shards_are_passed_over_and_an_empty_lane_is_said(tmp_path):
     shard_rows = load_stream(PretrainDataArguments(dataset=folder, streaming=True)).shards.shard_rows
     data = train_data(folder, num_lanes=1, shard_rows=shard_rows)
     assert Counter(place[1] for place in places(data, 0, 7, 2)) == {0: 6, 2: 8}
-    with pytest.raises(InputError, match="train-00001.parquet and others hold no image"):
+    with pytest.raises(InputError, match="Shards 1 .from 0. hold no image"):
         places(train_data(folder, num_lanes=3, shard_rows=shard_rows), 0, 3, 1)
 
 
@@ -174,6 +175,13 @@ def test_empty_shards_are_passed_over_and_an_empty_lane_is_said(tmp_path):
 )
 def test_lanes_deal_the_shards_evenly(num_shards, num_ranks, lanes):
     assert choose_lanes(num_shards, num_ranks) == lanes
+
+
+def test_lanes_of_unequal_length_are_told():
+    assert uneven_lanes(16, 8, {}) is None and uneven_lanes(4, 2, {0: 10, 1: 9, 2: 10, 3: 10}) is None
+    said = uneven_lanes(9, 4, {})
+    assert "9 shards make 4 lanes" in said and "1.5 times as often" in said and "a multiple of 4" in said
+    assert "2.0 times" in uneven_lanes(2, 2, {0: 10, 1: 20})
 
 
 def test_processes_that_cannot_share_are_told_which_can(tmp_path):
@@ -200,6 +208,13 @@ def test_an_unreadable_image_is_replaced_by_the_next_of_its_batch(tmp_path):
             expected = train_transform((32, 32))(Image.open(io.BytesIO(png(shard, offset))))
         assert torch.equal(samples[place].item["pixel_values"], expected)
         assert samples[place].sample_id["shard"] == shard and samples[place].sample_id["offset"] == offset
+
+
+def test_a_batch_without_a_readable_image_is_said(tmp_path):
+    data = train_data(write_parquet(tmp_path / "parquet", [2], broken={(0, 0), (0, 1)}))
+    (batch,) = islice(data.batches(0, 2, 0, 1), 1)
+    with pytest.raises(InputError, match=r"None of the 2 images .*train-00000.parquet: not an image"):
+        data.decoder.__getitems__(batch)
 
 
 def test_two_views_are_made_of_a_stream(tmp_path):

@@ -288,6 +288,9 @@ def test_schedule_values():
         ({"adam_beta2": 2.0}, "adam_beta2"),
         ({"dataloader_num_workers": -1}, "dataloader_num_workers"),
         ({"num_monitored_images": 0}, "num_monitored_images"),
+        ({"max_unreadable_share": 1.5}, "max_unreadable_share"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last"),
     ],
 )
 def test_arguments_out_of_range_are_refused(tmp_path, values, message):

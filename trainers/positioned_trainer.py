@@ -61,8 +61,11 @@ class PositionedTrainer(StoppableTrainer):
         return self.clock.place(step, self.state.max_steps)
 
     def sample_ids(self, step: int) -> list[dict]:
-        """Which images of this process an optimizer step has read, of the latest few steps:
-        by `index`, or by `shard` and `offset`.
+        """
+        Which images of this process were read for a step, by `index`, or by `shard` and `offset`, and `file`.
+
+        Args:
+            step (`int`): Optimizer steps done before it; one of the latest few.
         """
         return next((ids for number, ids in self._sample_ids if number == step), [])
 
@@ -76,11 +79,15 @@ class PositionedTrainer(StoppableTrainer):
                 f"now ({self.train_data.fingerprint()}); make the data set as it was, or start a new run with another "
                 "--output_dir."
             )
+        self.take_over(resume_from_checkpoint, begun)
+        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def take_over(self, checkpoint: str | None, begun: Progress | None):
+        """Sets the clock and the list of unreadable images as a checkpoint left them, or for a new run."""
         by_epochs = self.args.max_steps <= 0
         total = round(self.args.num_train_epochs * self.num_train_images) if by_epochs else None
         self.clock.set(self.get_total_train_batch_size(self.args), total, begun)
-        self.quarantine.begin(resume_from_checkpoint)
-        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.quarantine.begin(checkpoint)
 
     def get_train_dataloader(self) -> TrainLoader:
         """The batches of this process from where the run is, on its device."""
@@ -114,9 +121,11 @@ class PositionedTrainer(StoppableTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
-        """Logs; of what could not be read since the last time all processes learn here."""
+        """Logs, with the images seen; of what could not be read since the last time all processes learn here."""
         if self.is_in_train:
             self.quarantine.collect(self.num_distinct_seen())
+        if "loss" in logs:
+            logs["images_seen"] = self.clock.samples_seen(self.state.global_step)
         super().log(logs, start_time)
 
     def num_distinct_seen(self) -> int:

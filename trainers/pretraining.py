@@ -29,6 +29,7 @@ from trainers.datasets import ImageSource
 from trainers.errors import InputError
 from trainers.evaluation import evaluate_model
 from trainers.files import full_disk_named, write_json
+from trainers.lanes import choose_lanes, uneven_lanes
 from trainers.nonfinite import check_finite_weights
 from trainers.progress import Progress
 from trainers.publishing import save_model, whole_folder
@@ -38,7 +39,7 @@ from trainers.resources import render_template
 from trainers.sources import load_sources, with_common_classes
 from trainers.stopping import stopped_sentence
 from trainers.stream_sources import load_stream
-from trainers.streams import Shards, choose_lanes
+from trainers.streams import Shards
 from trainers.trainer import JepaTrainer
 from trainers.training_args import JepaTrainingArguments
 
@@ -78,7 +79,7 @@ def pretrain(recipe: Recipe) -> Path | None:
         started = time.perf_counter()
         if checkpoint is not None and is_finished(checkpoint, args):
             trainer.state = load_state(checkpoint)
-            trainer.clock.set(trainer.clock.batch_size, begun=Progress.read(checkpoint))
+            trainer.take_over(checkpoint, Progress.read(checkpoint))
             trainer._load_from_checkpoint(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -107,7 +108,10 @@ def load_images(
         stream = load_stream(recipe.data)
         train, reason = stream.shards, stream.without_evaluation()
         labelled = partial(stream.some_images, recipe.evaluation.num_probe_images)
-        choose_lanes(train.num_shards, args.world_size, train.name)  # refused before the training
+        lanes = choose_lanes(train.num_shards, args.world_size, train.name)
+        unequal = uneven_lanes(train.num_shards, lanes, train.shard_rows)
+        if unequal is not None and args.process_index == 0:
+            print(unequal, flush=True)
     else:
         train, test = load_sources(recipe.data, image_size, not args.disable_tqdm)
         labelled = partial(with_common_classes, train, test)

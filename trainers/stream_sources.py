@@ -39,7 +39,7 @@ class PretrainDataArguments(DataArguments):
         if self.streaming and self.num_train_images is not None:
             raise InputError(
                 f"num_train_images={self.num_train_images} cannot be chosen of a stream, which is read whole; leave "
-                "it out, or leave --streaming out."
+                "it out (--num_train_images null), or leave --streaming out."
             )
 
 

@@ -1,19 +1,14 @@
 """Train images streamed from shards (parquet files, webdataset's tars, the Hub), at any position and without a copy.
 
 The shards are dealt to V lanes, and sample i of the run is of lane i mod V, so that each of W processes (V a multiple
-of W) reads lanes of its own. A lane reads its shards one after the other, pass after pass, in an order drawn from
-(seed, lane, epoch). Its rows are cut into windows, each shuffled by (seed, lane, epoch, window): the position alone
-tells what comes next, and no buffer has to be saved.
+of W) reads lanes of its own. The position alone tells what comes next: no buffer has to be saved.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import IterableDataset
@@ -21,29 +16,13 @@ from torch.utils.data import Dataset
 
 from trainers.datasets import UnreadableImage, decode_image, sample_seed, seeded
 from trainers.errors import InputError, first_line
+from trainers.lanes import Lane, Row, choose_lanes
 from trainers.run_order import shares
 from trainers.train_data import Sample
 
-# fewer mix the shards less, more hold more of them in memory
-_FEWEST_LANES, _MOST_LANES = 16, 64
 _ROWS_AT_ONCE = 64
-# what tells the seeds of shards, of windows and of crops apart
-_OF_SHARDS, _OF_WINDOW, _OF_CROP = 0, 1, 2
-
-
-class Row(NamedTuple):
-    """
-    An undecoded image.
-
-    Args:
-        shard (`int`): Which shard it is in.
-        offset (`int`): Its row there.
-        image (`dict`, *optional*): `bytes` and `path`.
-    """
-
-    shard: int
-    offset: int
-    image: dict | None
+# tells the seeds of crops from those of lanes
+_OF_CROP = 2
 
 
 class Shards:
@@ -101,64 +80,6 @@ class Shards:
         return f"{self.num_shards} shards, {digest[:16]}"
 
 
-class Lane:
-    """
-    The endless samples of some shards.
-
-    Args:
-        number (`int`): Which lane.
-        shards ([`Shards`]): Of which it reads those of its numbers.
-        numbers (`list[int]`): Which.
-        window (`int`): Rows that are shuffled together.
-        seed (`int`): Of all orders.
-        shard_rows (`dict[int, int]`): Rows of single shards, as far as is known; reading adds to it.
-    """
-
-    def __init__(self, number: int, shards: Shards, numbers: list[int], window: int, seed: int, shard_rows: dict):
-        self.number, self.shards, self.numbers, self.window, self.seed = number, shards, numbers, window, seed
-        self.shard_rows = shard_rows
-
-    def samples(self, start: int) -> Iterator[Row]:
-        """The samples from one on, counted in the lane."""
-        epoch = 0
-        while True:
-            num_rows = self._num_rows()
-            if num_rows == 0:
-                raise InputError(f"{self.shards.where(self.numbers[0])} and others hold no image; remove them.")
-            if num_rows is not None:
-                epoch, start = epoch + start // num_rows, start % num_rows
-            for row in self._pass(epoch, start):
-                start += 1
-                yield row
-
-    def _num_rows(self) -> int | None:
-        """Rows of a pass; None as long as a shard has not been read to its end."""
-        counts = [self.shard_rows.get(shard) for shard in self.numbers]
-        return None if None in counts else sum(counts)
-
-    def _pass(self, epoch: int, start: int) -> Iterator[Row]:
-        """The samples of a pass from one on."""
-        number, skipped = divmod(start, self.window)
-        rows = self._rows(epoch, number * self.window)
-        while window := list(islice(rows, self.window)):
-            order = self._permutation(len(window), _OF_WINDOW, epoch, number)
-            yield from (window[place] for place in order[skipped:])
-            number, skipped = number + 1, 0
-
-    def _rows(self, epoch: int, first: int) -> Iterator[Row]:
-        """The rows of a pass from one on, in the order of the pass' shards."""
-        for place in self._permutation(len(self.numbers), _OF_SHARDS, epoch):
-            shard = self.numbers[place]
-            if first >= self.shard_rows.get(shard, first + 1):
-                first -= self.shard_rows[shard]
-                continue
-            yield from self.shards.read(shard, first, self.shard_rows.__setitem__)
-            first = max(first - self.shard_rows[shard], 0)
-
-    def _permutation(self, length: int, *numbers: int) -> np.ndarray:
-        return np.random.default_rng(sample_seed(self.seed, self.number, *numbers)).permutation(length)
-
-
 class StreamedTrainData:
     """
     Train images of shards, as [`~train_data.TrainLoader`] reads them.
@@ -187,8 +108,10 @@ class StreamedTrainData:
         self._fingerprint = f"{shards.fingerprint()}, shuffled by {images.shuffle_buffer}"
         window = -(-images.shuffle_buffer // self.num_lanes)
         self.lanes = [
-            Lane(number, shards, list(range(number, shards.num_shards, self.num_lanes)), window, seed, self.shard_rows)
-            for number in range(self.num_lanes)
+            Lane(
+                lane, list(range(lane, shards.num_shards, self.num_lanes)), shards.read, window, seed, self.shard_rows
+            )
+            for lane in range(self.num_lanes)
         ]
         self.decoder = _Decoder(images, seed)
 
@@ -224,29 +147,27 @@ class _Decoder(Dataset):
         self.name, self.files = images.shards.name, images.shards.files
 
     def __getitems__(self, batch: list[tuple[int, Row]]) -> list[Sample]:
-        decoded, unreadable = [], []
-        for _, row in batch:
-            try:
-                decoded.append(decode_image(row.image))
-            except UnreadableImage as error:
-                decoded.append(None)
-                unreadable.append(self._entry(row, str(error)))
-        if not any(decoded):
-            raise InputError(
-                f"None of the {len(batch)} images of a batch of {self.name} can be read, such as row "
-                f"{batch[0][1].offset} of shard {batch[0][1].shard}; repair or remove them."
-            )
-        samples = []
-        for place, (position, _) in enumerate(batch):
-            # the next one of the batch that can be read stands for one that cannot
-            place = next(
-                place % len(batch) for place in range(place, place + len(batch)) if decoded[place % len(batch)]
-            )
-            with seeded(sample_seed(self.seed, _OF_CROP, position)):
-                item = {"pixel_values": self.transform(decoded[place])}
-            samples.append(Sample(item, self._sample_id(batch[place][1]), []))
-        samples[0].unreadable.extend(unreadable)
+        samples = [self._sample(position, row) for position, row in batch]
+        readable = [place for place, sample in enumerate(samples) if not sample.unreadable]
+        if not readable:
+            reasons = "; ".join(f"row {entry['offset']} of {entry['file']}: {entry['reason']}"
+                                for sample in samples[:3] for entry in sample.unreadable)  # fmt: skip
+            raise InputError(f"None of the {len(batch)} images of a batch of {self.name} can be read ({reasons}); "
+                             "repair or remove them.")  # fmt: skip
+        for place, sample in enumerate(samples):
+            if sample.unreadable:
+                # the next one of the batch that can be read stands for it, cropped as it would have been
+                other = next((other for other in readable if other > place), readable[0])
+                samples[place] = self._sample(batch[place][0], batch[other][1])._replace(unreadable=sample.unreadable)
         return samples
+
+    def _sample(self, position: int, row: Row) -> Sample:
+        try:
+            image = decode_image(row.image)
+        except UnreadableImage as error:
+            return Sample({}, self._sample_id(row), [self._entry(row, str(error))])
+        with seeded(sample_seed(self.seed, _OF_CROP, position)):
+            return Sample({"pixel_values": self.transform(image)}, self._sample_id(row), [])
 
     def _sample_id(self, row: Row) -> dict:
         return {"shard": row.shard, "offset": row.offset} | ({"file": self.files[row.shard]} if self.files else {})
@@ -275,29 +196,3 @@ class StreamedImages:
         if self.shards.num_images is None:
             raise TypeError(f"{self.shards.name} does not tell how many images it has.")
         return self.shards.num_images
-
-
-def choose_lanes(num_shards: int, num_ranks: int, name: str = "the data set") -> int:
-    """
-    How many lanes a stream is read in: the multiple of the processes that deals the shards most evenly, and of those
-    with 16 or more the least.
-
-    Args:
-        num_shards, num_ranks (`int`): Shards and processes.
-        name (`str`): What an error calls the data set.
-
-    Raises:
-        InputError: There are fewer shards than processes.
-    """
-    if num_shards < num_ranks:
-        raise InputError(
-            f"{name} has {num_shards} shard{'s' * (num_shards > 1)}, fewer than the {num_ranks} processes; start as "
-            "many or fewer, cut it into more files, or leave --streaming out."
-        )
-    possible = range(num_ranks, min(num_shards, max(_MOST_LANES, num_ranks)) + 1, num_ranks)
-
-    def rank(lanes: int) -> tuple:
-        unevenness = -(-num_shards // lanes) / (num_shards // lanes)
-        return unevenness, lanes < _FEWEST_LANES, lanes if lanes >= _FEWEST_LANES else -lanes
-
-    return min(possible, key=rank)

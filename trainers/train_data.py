@@ -97,6 +97,19 @@ class _Items(Dataset):
         raise InputError(f"None of the {len(source)} images of {source.name} can be read; repair or remove them.")
 
 
+class _Collate:
+    """Batches of samples, with what no model reads."""
+
+    def __init__(self, collate: Callable):
+        self.collate = collate
+
+    def __call__(self, samples: list[Sample]) -> dict:
+        return self.collate([sample.item for sample in samples]) | {
+            SAMPLE_IDS: [sample.sample_id for sample in samples],
+            UNREADABLE: [entry for sample in samples for entry in sample.unreadable],
+        }
+
+
 class TrainLoader:
     """
     The batches of a process from a position on, on its device, without end and so without a length.
@@ -110,25 +123,19 @@ class TrainLoader:
     """
 
     def __init__(self, data, collate: Callable, args, batch_size: int, start: int):
-        self.dataset, self.device, self.collate = data.decoder, args.device, collate
+        self.device = args.device
         places = data.batches(start, batch_size, args.process_index, args.world_size)
         self._loader = DataLoader(
-            self.dataset,
+            data.decoder,
             batch_sampler=places,
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
             pin_memory=args.dataloader_pin_memory,
-            collate_fn=self._collated,
+            collate_fn=_Collate(collate),
             # the seed that it draws for its workers shall not be drawn from the model's randomness
             generator=torch.Generator(),
         )
-
-    def _collated(self, samples: list[Sample]) -> dict:
-        return self.collate([sample.item for sample in samples]) | {
-            SAMPLE_IDS: [sample.sample_id for sample in samples],
-            UNREADABLE: [entry for sample in samples for entry in sample.unreadable],
-        }
 
     def __iter__(self) -> Iterator[dict]:
         for batch in self._loader:

@@ -188,10 +188,8 @@ class JepaTrainer(PositionedTrainer):
             summary[level_term("feature_std", level)] = feature_std(embeddings)
             summary[level_term("rankme", level)] = rankme(embeddings)
         seconds = time.perf_counter() - self._window_started
-        step = self.state.global_step
-        summary |= self.step_facts(*self.schedule_place(max(step - 1, 0)))
+        summary |= self.step_facts(*self.schedule_place(max(self.state.global_step - 1, 0)))
         return summary | {
-            "images_seen": self.clock.samples_seen(step),
             "images_per_second": self._num_images / seconds,
             "data_wait_share": self._waited / seconds,
         }

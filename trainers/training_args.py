@@ -137,6 +137,10 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)} is not in [0, 1).")
         if not 0 <= self.max_unreadable_share <= 1:
             raise ValueError(f"max_unreadable_share={self.max_unreadable_share} is not in [0, 1].")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size would change the batch statistics; set per_device_train_batch_size."
+            )
         if self.fp16:
             raise ValueError("fp16 is not supported: moving averages and batch statistics need float32 or bf16.")
         if self.lr_scheduler_type not in ("linear", SchedulerType.LINEAR):
