@@ -238,7 +238,7 @@ def launch(num_processes: int, folder: Path, run: dict) -> subprocess.Popen:
 def test_killed_and_gone_on_with_by_others_each_image_is_read_once_a_pass(tmp_path):
     """Two processes are killed, four and then one go on, in steps of 16 of 48 images."""
     training = {"save_strategy": "steps", "save_steps": 2, "data": {
-        "dataset": write_parquet(tmp_path / "parquet", EQUAL), "streaming": True, "shuffle_buffer": 16}}  # fmt: skip
+        "dataset": write_tars(tmp_path / "tars", EQUAL), "streaming": True, "shuffle_buffer": 16}}  # fmt: skip
     run = tmp_path / "run"
 
     def read_up_to(step):
@@ -259,6 +259,8 @@ def test_killed_and_gone_on_with_by_others_each_image_is_read_once_a_pass(tmp_pa
     for number, path in checkpoints.items():
         if number > step:  # half written
             shutil.rmtree(path)
+    progress = json.loads((checkpoints[step] / "progress.json").read_text())
+    assert progress["shard_rows"] == {str(shard): 6 for shard in range(8)}  # what either process has learned
     rows = read_up_to(step)
     assert 4 <= step < 200 and len(rows) == step * 16
     resumed = {"per_device_train_batch_size": 4, "max_steps": step + 2, "resume": True}
