@@ -127,11 +127,17 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         """
         Moves the target encoder towards the context encoder: target = momentum * target + (1 - momentum) * context.
 
+        Of a model in shards every process moves its own, as both encoders are cut alike.
+
         Args:
             momentum (`float`): Share of the old target that is kept, in [0, 1].
         """
         targets, contexts = list(self.cjepa.parameters()), list(self.context_encoder.parameters())
         torch._foreach_lerp_(targets, contexts, 1 - momentum)
+        if hasattr(targets[0], "ds_tensor"):
+            # DeepSpeed's ZeRO-3: a parameter is empty but for small ones, kept whole beside the shards they come from
+            shards = ([parameter.ds_tensor for parameter in each] for each in (targets, contexts))
+            torch._foreach_lerp_(*shards, 1 - momentum)
 
     def sample_masks(self, batch_size: int, grid_size=None, generator=None, device=None):
         """
@@ -254,6 +260,19 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
     def grid_sizes(self, pixel_values: torch.Tensor) -> list[tuple[int, int]]:
         """The grid (rows, columns) of each level for images (B, C, H, W), from the image up."""
         return grids_by_level(self.cjepa.embeddings.patch_embeddings.grid_size(pixel_values), self.cjepa.merges)
+
+    def statistic_shapes(self) -> list[tuple[int, int, bool]]:
+        """Of each level: on how many embeddings of an image VICReg acts, how wide, whether an expander reads all."""
+        shapes = []
+        for predictor, expander in zip(*self._heads(), strict=True):
+            config = predictor.config
+            num_kinds = {"context": 1, "blocks": config.num_target_blocks, "pair": 2}[config.regularizer]
+            shapes.append((num_kinds, config.hidden_size, isinstance(expander, CJepaExpander)))
+        return shapes
+
+    def _heads(self) -> tuple[list[CJepaPredictor], list[nn.Module]]:
+        """Each level's predictor and expander, from the image up."""
+        return [self.predictor, *self.upper_predictors], [self.expander, *self.upper_expanders]
 
     def _levels(self, pixel_values, context_ids, target_ids) -> list[MaskedLevel]:
         """What each level reads of a batch, from the image up."""

@@ -120,6 +120,10 @@ class SJeaForPreTraining(SJeaPreTrainedModel):
         """
         return tuple(self._rows(self._encode(pixel_values)))
 
+    def statistic_shapes(self) -> list[tuple[int, int, bool]]:
+        """Of each level: VICReg acts on two expanded views, how wide they are, that nothing has to read all."""
+        return [(2, config.expander_sizes[-1], False) for config in self.config.level_configs]
+
     def _encode(self, pixel_values: torch.Tensor) -> list[list[LevelOutput]]:
         """Each view's levels; one at a time, so that a batch norm's statistics are those of one view, as in VICReg."""
         return [self.sjea.encode(view, stop_gradients=True) for view in pixel_values.unbind(dim=1)]

@@ -36,6 +36,7 @@ from trainers.publishing import save_model, whole_folder
 from trainers.recipes import Recipe, model_fields, recipe_text, write_recipe
 from trainers.reports import draw_curves, format_table, machine_facts, software_facts
 from trainers.resources import render_template
+from trainers.sharding import whole_model
 from trainers.sources import load_sources, with_common_classes
 from trainers.stopping import stopped_sentence
 from trainers.stream_sources import load_stream
@@ -91,8 +92,9 @@ def pretrain(recipe: Recipe) -> Path | None:
             return None
         check_finite_weights(trainer)
         folder = Path(args.output_dir, "final")
+        model = whole_model(trainer)
         if trainer.is_world_process_zero():
-            finish(recipe, trainer, labelled, seconds, folder)
+            finish(recipe, trainer, model, labelled, seconds, folder)
     return folder
 
 
@@ -218,9 +220,8 @@ def describe(recipe: Recipe, model, args) -> str:
     )
 
 
-def finish(recipe: Recipe, trainer: JepaTrainer, labelled: Labelled | None, seconds: float, folder: Path):
+def finish(recipe: Recipe, trainer: JepaTrainer, model, labelled: Labelled | None, seconds: float, folder: Path):
     """Saves the trained model, evaluates it where there are labels, writes results and card, says how to load it."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
     # the other processes are done: their threads are free
     num_threads = torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(min(num_threads, os.cpu_count() or num_threads))

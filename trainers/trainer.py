@@ -14,9 +14,11 @@ from modeling_cjepa.losses_cjepa import level_term
 from trainers.callbacks import ImagesPerSecondBar, WeightDecayCallback, weight_decay
 from trainers.diagnostics import feature_std, rankme
 from trainers.exact_accumulation import check_is_whole, rows_of_step
+from trainers.exchange import ExchangeCallback
 from trainers.nonfinite import NonFiniteSteps, check_finite_weights, finite_rows, spoil_gradients
 from trainers.positioned_trainer import PositionedTrainer
 from trainers.schedules import warmup_cosine
+from trainers.sharding import match_deepspeed
 from trainers.training_args import JepaTrainingArguments
 
 
@@ -52,12 +54,15 @@ class JepaTrainer(PositionedTrainer):
         super().__init__(model, args, **kwargs)
         if args.exact_accumulation:
             check_is_whole(self)
+        if self.is_deepspeed_enabled:
+            match_deepspeed(self)
         self._rows: list[tuple[torch.Tensor, ...]] = []
         # on the device once, so that no step waits for a copy
         self.image_mean, self.image_std = (
             torch.tensor(list(values), device=args.device) for values in (image_mean, image_std)
         )
         self.add_callback(WeightDecayCallback(self.clock))
+        self.add_callback(ExchangeCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ImagesPerSecondBar)
         self.nonfinite = NonFiniteSteps(self)

@@ -1,0 +1,105 @@
+"""The launch configurations, read by Accelerate and started where a CPU can; the SLURM script with a fake SLURM."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.utils import DistributedType
+from tiny import FLAGS
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "scripts/accelerate"
+# file -> what it starts: distributed_type, processes, machines, mixed precision
+EXPECTED = {
+    "one_gpu": (DistributedType.NO, 1, 1, "bf16"),
+    "many_gpus": (DistributedType.MULTI_GPU, 8, 1, "bf16"),
+    "two_nodes": (DistributedType.MULTI_GPU, 16, 2, "bf16"),
+    "fsdp2": (DistributedType.FSDP, 8, 1, "bf16"),
+    "zero2": (DistributedType.DEEPSPEED, 8, 1, "no"),
+    "zero3": (DistributedType.DEEPSPEED, 8, 1, "no"),
+    "cpu_two_processes": (DistributedType.MULTI_GPU, 2, 1, "no"),
+}
+FAKE_SRUN = """#!/bin/bash
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & jobs+=" $!"; done
+for job in $jobs; do wait $job || exit 1; done
+"""
+FAKE_SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo localhost; else echo "$*" >> "$(dirname "$0")/asked"; fi
+"""
+
+
+def load(name: str) -> ClusterConfig:
+    return ClusterConfig.from_yaml_file(str(CONFIGS / f"{name}.yaml"))
+
+
+def test_every_configuration_is_known():
+    assert {path.stem for path in CONFIGS.glob("*")} == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_accelerate_reads_the_configuration(name):
+    config = load(name)
+    found = config.distributed_type, config.num_processes, config.num_machines, config.mixed_precision
+    assert found == EXPECTED[name]
+    assert config.use_cpu is False and config.machine_rank == 0 and config.dynamo_config == {}
+    assert f"scripts/accelerate/{name}.yaml" in (CONFIGS / f"{name}.yaml").read_text()
+
+
+def test_shards_are_those_that_are_tested():
+    sharded = load("fsdp2").fsdp_config
+    assert sharded["fsdp_version"] == 2 and sharded["fsdp_transformer_layer_cls_to_wrap"] == "CJepaLayer"
+    assert sharded["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
+    assert sharded["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    assert [load(f"zero{stage}").deepspeed_config["zero_stage"] for stage in (2, 3)] == [2, 3]
+    assert load("zero3").deepspeed_config["zero3_save_16bit_model"] is True
+
+
+def run(command: list, **environment: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def assert_trained(folder: Path, printed: str, num_steps: int):
+    training = json.loads((folder / "final/results.json").read_text())["training"]
+    assert training["processes"] == 2 and training["steps"] == num_steps
+    assert "2 processes on cpu" in printed and "statistics over 2 processes" in printed
+
+
+def test_two_processes_start_on_a_cpu(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "cpu_two_processes.yaml"]
+    command = [*launch, "scripts/pretrain.py", "cjepa_scenes", *FLAGS, "--max_steps", "2"]
+    assert_trained(tmp_path / "run", run([*command, "--output_dir", tmp_path / "run"]), 2)
+
+
+def test_slurm_script_trains_and_goes_on(tmp_path):
+    python = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
+    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL), ("python", python)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    slurm = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": str(os.getpid()),
+    }  # fmt: skip
+    output = tmp_path / "run"
+    command = ["bash", "scripts/slurm/pretrain.sbatch", "cjepa_scenes", *FLAGS, "--output_dir", output]
+    saving = ["--save_strategy", "steps", "--save_steps", "1"]
+    assert_trained(output, run([*command, *saving, "--max_steps", "2"], **slurm), 2)
+    assert not (tmp_path / "asked").exists()
+    # as if the run had been stopped after its first step
+    for path in (output / "final", output / "checkpoint-2"):
+        path.rename(tmp_path / path.name)
+    assert_trained(output, printed := run([*command, *saving, "--max_steps", "2"], **slurm), 2)
+    assert f"going on from {output}/checkpoint-1" in printed
+
+
+def test_slurm_script_asks_for_an_output_folder():
+    done = subprocess.run(
+        ["bash", ROOT / "scripts/slurm/pretrain.sbatch", "cjepa_scenes"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "--output_dir" in done.stderr
