@@ -44,7 +44,6 @@ def rows_of_step(trainer, batches: list[dict]) -> list[tuple[torch.Tensor, ...]]
     """
     model, rows = trainer.accelerator.unwrap_model(trainer.model).train(), []
     for micro_step, batch in enumerate(batches):
-        trainer._micro_step = micro_step
         trainer.seed_micro_step(micro_step)
         with trainer.accelerator.autocast():
             rows.append(model.statistic_rows(*trainer.model_inputs(trainer._prepare_inputs(batch))))
