@@ -83,8 +83,6 @@ def test_two_processes_stop_at_the_same_step_when_one_is_told(tmp_path):
     assert rest.count("stopped by SIGTERM at step") == 1 and f"saved {checkpoint.name};" in rest
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert f"checkpoint-{state['global_step']}" == checkpoint.name and state["global_step"] < STEPS
-    # the state of each process's random numbers
-    assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2
 
 
 def test_a_budget_of_hours_stops_and_has_no_part_in_the_run(tmp_path, capsys):
