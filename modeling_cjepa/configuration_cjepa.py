@@ -93,8 +93,8 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
 
     model_type = "cjepa"
     keys_to_ignore_at_inference = [
-        "loss_terms", "predictions", "targets", "level_embeddings", "context_ids", "target_ids", "hidden_states",
-        "attentions",
+        "loss_terms", "predictions", "targets", "level_embeddings", "level_views", "signs", "context_ids",
+        "target_ids", "hidden_states", "attentions",
     ]  # fmt: skip
 
     hidden_size: int = 768

@@ -109,7 +109,9 @@ class SJeaConfig(PreTrainedConfig):
     """
 
     model_type = "sjea"
-    keys_to_ignore_at_inference = ["loss_terms", "level_embeddings", "expanded", "hidden_states", "attentions"]
+    keys_to_ignore_at_inference = [
+        "loss_terms", "level_embeddings", "level_views", "expanded", "hidden_states", "attentions",
+    ]  # fmt: skip
 
     levels: list[dict] | None = None
     level: int | None = None

@@ -24,6 +24,7 @@ from .losses_cjepa import (
     take,
     variance_term,
 )
+from .signs_cjepa import masked_signs
 
 
 class MaskedLevel(NamedTuple):
@@ -70,6 +71,12 @@ class MaskedLevel(NamedTuple):
         if self.config.regularizer == "blocks":
             return blocks
         return torch.cat([context, blocks.mean(dim=1, keepdim=True)], dim=1)
+
+    def signs(self, predictions: torch.Tensor, targets: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The level's signs of collapse, beside the target encoder's tokens (B, N, D) at the context's positions."""
+        pairs = self.context, take(tokens, self.context_ids)
+        means = (pair.detach().float().mean(dim=1) for pair in pairs)
+        return masked_signs(*means, predictions, targets)
 
     def loss(
         self,

@@ -20,6 +20,7 @@ from .levels_cjepa import MaskedLevel
 from .losses_cjepa import level_term
 from .masking_cjepa import check_ids, grids_by_level, ids_by_level, sample_block_masks
 from .modeling_cjepa import CJepaModel, CJepaPreTrainedModel, combine
+from .signs_cjepa import block_means
 
 
 @dataclass
@@ -40,6 +41,10 @@ class CJepaForPreTrainingOutput(ModelOutput):
         target_ids (`torch.Tensor` of shape `(B, M, K)`): Positions of the targets used, on the top level's grid.
         hidden_states (`tuple` of `torch.Tensor` of shape `(B, N, D)`, *optional*): The target encoder's.
         attentions (`tuple` of `torch.Tensor` of shape `(B, heads, N, N)`, *optional*): The target encoder's.
+        level_views (`tuple` of `torch.Tensor` of shape `(B, M, D)`): The mean prediction of each target block,
+            detached, level by level: M views of an image.
+        signs (`dict[str, torch.Tensor]`): Detached scalars that tell of collapse, of
+            [`~signs_cjepa.masked_signs`], named as the loss terms.
     """
 
     loss: torch.Tensor | None = None
@@ -51,6 +56,8 @@ class CJepaForPreTrainingOutput(ModelOutput):
     target_ids: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    level_views: tuple[torch.Tensor, ...] | None = None
+    signs: dict[str, torch.Tensor] | None = None
 
 
 class CJepaForPreTraining(CJepaPreTrainedModel):
@@ -225,9 +232,15 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         levels = self._levels(pixel_values, context_ids, target_ids)
         predictions = [level.predict() for level in levels]
         targets = [level.targets(encoded.last_hidden_state) for level, encoded in zip(levels, tokens, strict=True)]
-        loss = terms = None
+        loss = terms = signs = None
         if return_loss:
             loss, terms = self._loss(levels, predictions, targets, regularizer_weight, other_rows or [])
+            of_levels = zip(levels, predictions, targets, tokens, strict=True)
+            signs = {
+                level_term(name, number): sign
+                for number, (level, predicted, target, encoded) in enumerate(of_levels)
+                for name, sign in level.signs(predicted, target, encoded.last_hidden_state).items()
+            }
         outputs = combine(tokens, self.config.num_levels)
         return CJepaForPreTrainingOutput(
             loss=loss,
@@ -239,6 +252,8 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             target_ids=target_ids,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            level_views=tuple(block_means(predicted) for predicted in predictions),
+            signs=signs,
         )
 
     @torch.no_grad()

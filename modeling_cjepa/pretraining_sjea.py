@@ -28,12 +28,14 @@ class SJeaForPreTrainingOutput(ModelOutput):
             level 0, `level1_invariance` and so on of those above.
         level_embeddings (`tuple` of `torch.Tensor` of shape `(B, D)`): Each level's embeddings of the first view.
         expanded (`tuple` of `torch.Tensor` of shape `(B, V, E)`): Each level's expanded embeddings of both views.
+        level_views (`tuple` of `torch.Tensor` of shape `(B, V, D)`): Each level's embeddings of both views, detached.
     """
 
     loss: torch.Tensor | None = None
     loss_terms: dict[str, torch.Tensor] | None = None
     level_embeddings: tuple[torch.Tensor, ...] | None = None
     expanded: tuple[torch.Tensor, ...] | None = None
+    level_views: tuple[torch.Tensor, ...] | None = None
 
 
 class SJeaForPreTraining(SJeaPreTrainedModel):
@@ -104,6 +106,9 @@ class SJeaForPreTraining(SJeaPreTrainedModel):
             loss_terms=terms,
             level_embeddings=tuple(output.embedding for output in views[0]),
             expanded=tuple(rows[:num_images] for rows in expanded),
+            level_views=tuple(
+                torch.stack([output.embedding.detach() for output in pair], dim=1) for pair in zip(*views, strict=True)
+            ),
         )
 
     @torch.no_grad()

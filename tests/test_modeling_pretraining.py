@@ -229,9 +229,10 @@ def test_tuple_in_the_order_of_the_fields():
     output, fields = model(images(), generator=seeded()), model(images(), generator=seeded(), return_dict=False)
     assert isinstance(fields, tuple)
     names = ["loss", "loss_terms", "predictions", "targets", "level_embeddings", "context_ids", "target_ids"]
+    names += ["level_views", "signs"]
     assert list(output.keys()) == names
     for name, field in zip(names, fields, strict=True):
-        if name != "loss_terms":
+        if name not in ("loss_terms", "signs"):
             torch.testing.assert_close(output[name], field, rtol=0, atol=0)
 
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from trainers.cli import main
 from trainers.errors import InputError
-from trainers.nonfinite import finite_rows, spoil_gradients
+from trainers.nonfinite import spoil_gradients
 
 WORKER = Path(__file__).parent / "nonfinite_worker.py"
 STACK = {"levels": [sjea_level(), sjea_level()]}
@@ -146,8 +146,3 @@ def test_spoiled_gradients():
     assert torch.equal(spoil_gradients(loss), loss)
     assert torch.equal(torch.autograd.grad(spoil_gradients(loss), x, retain_graph=True)[0], expected)
     assert torch.autograd.grad(spoil_gradients(loss + math.inf), x)[0].isnan().all()
-
-
-def test_finite_rows():
-    rows = torch.tensor([[1.0, 2.0], [math.nan, 0.0], [3.0, -math.inf], [4.0, 5.0]])
-    assert finite_rows(rows).tolist() == [[1.0, 2.0], [4.0, 5.0]]

@@ -27,7 +27,7 @@ DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "dro
 # values of the clock, and those of a window of latest images, which a resumed run fills anew
 VARYING = {
     "images_per_second", "data_wait_share", "train_runtime", "train_samples_per_second", "train_steps_per_second",
-    "feature_std", "rankme", "level1_feature_std", "level1_rankme",
+    *(f"{level}{name}" for level in ("", "level1_") for name in ("feature_std", "rankme", "correlation", "lidar")),
 }  # fmt: skip
 
 
@@ -100,8 +100,8 @@ def test_log_holds_what_is_promised(trained):
     assert len(entries) == 5
     names = {
         "loss", "loss_prediction", "loss_invariance", "loss_variance", "loss_covariance", "learning_rate",
-        "weight_decay", "regularizer_weight", "ema_momentum", "grad_norm", "feature_std", "rankme",
-        "images_per_second", "data_wait_share",
+        "weight_decay", "regularizer_weight", "ema_momentum", "grad_norm", "feature_std", "rankme", "correlation",
+        "lidar", "context_distance", "prediction_norm", "prediction_std", "images_per_second", "data_wait_share",
     }  # fmt: skip
     config = trainer.model.config
     for step, entry in enumerate(entries):
@@ -117,7 +117,7 @@ def test_log_holds_what_is_promised(trained):
 
 def test_monitored_statistics_are_those_of_the_target_encoder(trained):
     trainer, _, _ = trained
-    embeddings = torch.cat([embeddings for (embeddings,) in trainer._embeddings])
+    embeddings = torch.cat([embeddings for (embeddings,) in trainer.monitor.embeddings])
     assert embeddings.shape == (80, 32)
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     assert last["rankme"] == pytest.approx(rankme(embeddings), rel=1e-4)

@@ -18,8 +18,7 @@ from trainers.training_args import JepaTrainingArguments
 # keys that may differ between a run and its continuation without a word: no weight depends on them
 WITHOUT_EFFECT = {
     "output_dir", "resume_from_checkpoint", "report_to", "run_name", "num_monitored_images",
-    "max_unreadable_share",
-    "max_hours", "max_skipped_steps",
+    "max_unreadable_share", "max_hours", "max_skipped_steps", "stop_on_collapse",
     *(f"dataloader_{name}" for name in ("num_workers", "persistent_workers", "prefetch_factor", "pin_memory")),
     *(f"logging_{name}" for name in ("strategy", "steps", "first_step", "nan_inf_filter")),
     *(f"save_{name}" for name in ("strategy", "steps", "total_limit")), "keep_checkpoints_every",

@@ -6,6 +6,7 @@ import sys
 from transformers.utils import logging
 
 from trainers.cli_benchmark import add_benchmark
+from trainers.cli_doctor import add_doctor
 from trainers.cli_features import add_features
 from trainers.cli_finetune import add_finetune
 from trainers.cli_models import add_evaluate
@@ -23,19 +24,18 @@ def main(arguments: list[str] | None = None) -> int:
         arguments (`list[str]`, *optional*): The command line; that of the process when not given.
 
     Returns:
-        `int`: The exit status.
+        `int`: The exit status, 0 unless the command says otherwise.
     """
     namespace = parse(arguments)
     namespace.command = sys.argv[1:] if arguments is None else arguments
     # one bar says how far a command is; those of single files would break it up
     logging.disable_progress_bar()
     try:
-        namespace.run(namespace)
+        return namespace.run(namespace) or 0
     except InputError as error:
         return fail(plain_message(error))
     except KeyboardInterrupt:
         return fail(f"interrupted; {namespace.after_interruption}.", 130)
-    return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(after_interruption="repeat the call to start again")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
-        add_pretrain, add_evaluate, add_probe, add_finetune, add_features, add_visualize, add_benchmark
+        add_pretrain, add_doctor, add_evaluate, add_probe, add_finetune, add_features, add_visualize, add_benchmark
     ):  # fmt: skip
         add(commands)
     return parser

@@ -56,6 +56,28 @@ def feature_std(embeddings: torch.Tensor) -> float:
     return embeddings.detach().float().std(dim=0).mean().item()
 
 
+def correlation(embeddings: torch.Tensor) -> float:
+    """
+    How much features repeat each other: mean |c_ij| over i != j of their correlation matrix c.
+
+    Covariances divided by standard deviations, so that it does not depend on the features' size; those of a feature
+    that never varies count as 0. Independent features give about 0.8 / sqrt(n), n images drawn from one line 1.
+
+    Args:
+        embeddings (`torch.Tensor` of shape `(n, D)`): One embedding an image, at least 2.
+
+    Returns:
+        `float`: From 0 to 1; 0 of a single feature.
+    """
+    centred = embeddings.detach().float()
+    centred = centred - centred.mean(dim=0)
+    lengths = centred.norm(dim=0)
+    unit = centred / lengths.clamp_min(torch.finfo(torch.float32).tiny)
+    width = unit.shape[1]
+    off_diagonal = (unit.T @ unit).abs().fill_diagonal_(0)
+    return (off_diagonal.sum() / max(width * (width - 1), 1)).item()
+
+
 def lidar(embeddings: torch.Tensor, delta: float = 1e-4) -> float:
     """
     LiDAR, the effective rank of what tells images apart and views of an image do not (arXiv 2312.04000).

@@ -27,11 +27,6 @@ def spoil_gradients(loss: torch.Tensor) -> torch.Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
-def finite_rows(embeddings: torch.Tensor) -> torch.Tensor:
-    """Those of embeddings (n, D) that are finite."""
-    return embeddings[embeddings.isfinite().all(dim=1)]
-
-
 @dataclass
 class _Step:
     """
@@ -80,14 +75,14 @@ class NonFiniteSteps(TrainerCallback):
         self._statistics = running_statistics(model)
 
     def start_window(self):
-        """Begins to count the steps of the next log, and the micro-batches of those skipped."""
-        self._counts["loss"], self.num_skipped_batches = [0, 0], 0
+        """Begins to count the steps of the next log."""
+        self._counts["loss"] = [0, 0]
 
     def on_step_begin(self, args, state, control, **kwargs):
         # what the step will change before it is known to be finite
         self._kept = [torch.cat(statistics) for statistics in self._statistics]
-        self._loss_sum, self._term_sums = self.trainer._tr_loss.clone(), dict(self.trainer._term_sums)
-        self._terms = []
+        self._loss_sum, self._terms = self.trainer._tr_loss.clone(), []
+        self.trainer.monitor.begin_step()
 
     def watch(self, outputs):
         """Notes the loss and the terms of a micro-batch."""
@@ -107,8 +102,7 @@ class NonFiniteSteps(TrainerCallback):
             restored = torch.where(is_bad, kept, torch.cat(statistics))
             torch._foreach_copy_(statistics, restored.split([len(part) for part in statistics]))
         trainer._tr_loss.copy_(torch.where(is_bad, self._loss_sum, trainer._tr_loss))
-        for name, total in trainer._term_sums.items():
-            trainer._term_sums[name] = torch.where(is_bad, self._term_sums.get(name, 0.0), total)
+        trainer.monitor.leave_out_step(is_bad)
         optimizer = trainer.optimizer.optimizer  # inside of Accelerate's
         on_device = skips_on_device(optimizer)
         if on_device:
@@ -147,7 +141,6 @@ class NonFiniteSteps(TrainerCallback):
                 self._num_in_row, self.last_finite_step = 0, step.number
             else:
                 self._num_in_row += 1
-                self.num_skipped_batches += len(step.terms)
                 self._record(step)
 
     def _record(self, step: _Step):

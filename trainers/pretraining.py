@@ -26,6 +26,7 @@ from trainers.checkpoints import (
     load_state,
 )
 from trainers.datasets import ImageSource
+from trainers.doctor import diagnose
 from trainers.errors import InputError
 from trainers.evaluation import evaluate_model
 from trainers.files import full_disk_named, write_json
@@ -91,11 +92,23 @@ def pretrain(recipe: Recipe) -> Path | None:
                 print(stopped_sentence(trainer), flush=True)
             return None
         check_finite_weights(trainer)
+        if trainer.doctor.has_stopped:
+            raise InputError(collapse_sentence(trainer))
         folder = Path(args.output_dir, "final")
         model = whole_model(trainer)
         if trainer.is_world_process_zero():
             finish(recipe, trainer, model, labelled, seconds, folder)
     return folder
+
+
+def collapse_sentence(trainer: JepaTrainer) -> str:
+    """Why a run was stopped by `stop_on_collapse`, and what to change."""
+    diagnosis, step = trainer.doctor.diagnosis, trainer.state.global_step
+    return (
+        f"Stopped at step {step}: {diagnosis.state}: {'; '.join(diagnosis.sentences())}. To change: "
+        f"{', or '.join(diagnosis.advice)}. checkpoint-{step} in {trainer.args.output_dir} is saved; begin anew, or "
+        "go on from a checkpoint before that."
+    )
 
 
 Labelled = Callable[[], tuple[ImageSource, ImageSource]]
@@ -228,6 +241,7 @@ def finish(recipe: Recipe, trainer: JepaTrainer, model, labelled: Labelled | Non
     with whole_folder(folder) as unfinished:
         save_model(model, trainer.processing_class, unfinished)
         facts = run_facts(recipe, trainer, model, seconds)
+        facts["diagnosis"] = diagnose(trainer.state.log_history, trainer.doctor.facts).to_dict()
         if labelled is not None:
             try:
                 facts["evaluation"] = evaluate_model(str(unfinished), *labelled(), recipe.evaluation, level="all")

@@ -1,9 +1,11 @@
 """What a run leaves to read: the facts of machine and software, its curves as a picture, its evaluation as a table."""
 
+import math
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -66,26 +68,39 @@ def _commit() -> str | None:
         return None
 
 
-def draw_curves(log_history: list[dict], path: Path, panels: tuple[tuple, ...] = _PANELS):
+def draw_curves(
+    log_history: list[dict],
+    path: Path,
+    panels: tuple[tuple, ...] = _PANELS,
+    title: str | None = None,
+    marked_steps: Sequence[int] = (),
+):
     """
     Draws the curves of a run.
 
     Args:
         log_history (`list[dict]`): `trainer.state.log_history`.
         path (`Path`): The PNG to write.
-        panels (`tuple`): Of each panel the title, the keys of the log, and whether its axis is logarithmic; one to
-            four, or a multiple of four.
+        panels (`tuple`): Of each panel the title, the keys of the log, and whether its axis is logarithmic.
+        title (`str`, *optional*): Of the picture.
+        marked_steps (`Sequence[int]`): Steps with a dashed line.
     """
     num_columns = min(len(panels), 4)
-    num_rows = len(panels) // num_columns
+    num_rows = math.ceil(len(panels) / num_columns)
     figure = matplotlib.figure.Figure(figsize=(3.75 * num_columns, 3.25 * num_rows), layout="constrained")
     grid = figure.subplots(num_rows, num_columns, squeeze=False)
-    for axes, (title, names, logarithmic) in zip(grid.flat, panels, strict=True):
-        for key, label in _series(log_history, names):
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    if title:
+        figure.suptitle(title)
+    for axes, (heading, names, logarithmic) in zip(grid.flat[: len(panels)], panels, strict=True):
+        for key, label in logged_keys(log_history, names):
             points = [(entry["step"], entry[key]) for entry in log_history if entry.get(key) is not None]
             if not logarithmic or any(value > 0 for _, value in points):
                 axes.plot(*zip(*points, strict=True), label=label)
-        axes.set_title(title, fontsize=10)
+        for step in marked_steps:
+            axes.axvline(step, color="black", linestyle="--", linewidth=1)
+        axes.set_title(heading, fontsize=10)
         axes.set_xlabel("optimizer step", fontsize=8)
         axes.grid(alpha=0.3)
         if logarithmic and axes.lines:
@@ -93,12 +108,12 @@ def draw_curves(log_history: list[dict], path: Path, panels: tuple[tuple, ...] =
             low, high = axes.get_ylim()
             if high < 10 * low:  # no power of ten between the two: plain numbers are easier to read
                 axes.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
-        if len(axes.lines) > 1:
+        if len(axes.lines) - len(marked_steps) > 1:
             axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def _series(log_history: list[dict], names: tuple[str, ...]) -> list[tuple[str, str]]:
+def logged_keys(log_history: list[dict], names: tuple[str, ...]) -> list[tuple[str, str]]:
     """The logged keys of a panel, those of upper levels included, and what the legend calls them."""
     logged = dict.fromkeys(key for entry in log_history for key in entry)
     found = []

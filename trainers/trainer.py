@@ -4,18 +4,17 @@ A step's randomness is a function of (seed, step, micro-step), so that a resumed
 """
 
 import time
-from collections import deque
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback
 
-from modeling_cjepa.losses_cjepa import level_term
 from trainers.callbacks import ImagesPerSecondBar, WeightDecayCallback, weight_decay
-from trainers.diagnostics import feature_std, rankme
+from trainers.doctor_callback import DoctorCallback
 from trainers.exact_accumulation import check_is_whole, rows_of_step
 from trainers.exchange import ExchangeCallback
-from trainers.nonfinite import NonFiniteSteps, check_finite_weights, finite_rows, spoil_gradients
+from trainers.monitor import Monitor
+from trainers.nonfinite import NonFiniteSteps, check_finite_weights, spoil_gradients
 from trainers.positioned_trainer import PositionedTrainer
 from trainers.schedules import warmup_cosine
 from trainers.sharding import match_deepspeed
@@ -27,10 +26,11 @@ class JepaTrainer(PositionedTrainer):
     Pre-trains a model that returns its loss, named `loss_terms` and `level_embeddings`; see `CJepaTrainer` and
     `SJeaTrainer`.
 
-    Logged beside transformers' own values: every loss term, weight decay, standard deviation and RankMe of each
-    level's latest embeddings (over all processes, anew after a resume; of a level above the lowest as `level1_rankme`
-    and so on), images per second, and the share of time spent waiting for data. Steps that are not finite are skipped
-    ([`NonFiniteSteps`]) and left out of these; `skipped_steps` says how many there were, if any.
+    Logged beside transformers' own values: what [`Monitor`] sums up (every loss term, and the figures of each level's
+    latest embeddings, over all processes, anew after a resume; of a level above the lowest as `level1_rankme` and so
+    on), weight decay, images per second, the share of time spent waiting for data, and the doctor's `collapsed`, 0 or
+    1 ([`DoctorCallback`]). Steps that are not finite are skipped ([`NonFiniteSteps`]) and left out of these;
+    `skipped_steps` says how many there were, if any.
 
     Args:
         model (`PreTrainedModel`): What to train.
@@ -61,18 +61,16 @@ class JepaTrainer(PositionedTrainer):
         self.image_mean, self.image_std = (
             torch.tensor(list(values), device=args.device) for values in (image_mean, image_std)
         )
+        self.doctor = DoctorCallback(model.config, args)
+        self.add_callback(self.doctor)
         self.add_callback(WeightDecayCallback(self.clock))
         self.add_callback(ExchangeCallback)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(ImagesPerSecondBar)
         self.nonfinite = NonFiniteSteps(self)
         self.add_callback(self.nonfinite)
+        self.monitor = Monitor(args.num_monitored_images, args.train_batch_size * args.world_size)
         self._reset_window()
-        batch_size = args.train_batch_size * args.world_size
-        # the embeddings of each level of the latest batches
-        self._embeddings: deque[tuple[torch.Tensor, ...]] = deque(
-            maxlen=max(args.num_monitored_images // batch_size, 1)
-        )
 
     def model_inputs(self, inputs) -> tuple[torch.Tensor, ...]:
         """What the model reads of a batch; of each objective its own."""
@@ -94,8 +92,8 @@ class JepaTrainer(PositionedTrainer):
     def _reset_window(self):
         """Starts the window of steps that the next log summarises."""
         self.nonfinite.start_window()
-        self._term_sums: dict[str, torch.Tensor] = {}
-        self._num_micro_batches = self._num_images = 0
+        self.monitor.reset()
+        self._num_images = 0
         self._window_started, self._waited = time.perf_counter(), 0.0
 
     def create_optimizer(self, model=None):
@@ -166,32 +164,23 @@ class JepaTrainer(PositionedTrainer):
 
     def _monitor(self, outputs):
         """Adds a batch to the window of the next log, without waiting for the device."""
-        for name, term in outputs.loss_terms.items():
-            self._term_sums[name] = self._term_sums.get(name, 0) + term
-        self._embeddings.append(tuple(embeddings.detach().float() for embeddings in outputs.level_embeddings))
-        self._num_micro_batches += 1
+        self.monitor.add(outputs)
         self._num_images += len(outputs.level_embeddings[0]) * self.args.world_size
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         """Adds what the window since the last log has seen, over all processes, without skipped steps."""
-        is_window = "loss" in logs and self._num_micro_batches > 0
+        is_window = "loss" in logs and self.monitor.num_batches > 0
         self.nonfinite.settle()
         self.nonfinite.leave_out_skipped(logs)
         if is_window:
             if "loss" in logs:
                 logs |= self._summary()
+                logs |= self.doctor.examine([*self.state.log_history, logs | {"step": self.state.global_step}])
             self._reset_window()
         super().log(logs, start_time)
 
     def _summary(self) -> dict[str, float]:
-        num_kept = self._num_micro_batches - self.nonfinite.num_skipped_batches
-        values = {f"loss_{name}": total / num_kept for name, total in self._term_sums.items()}
-        stacked = torch.stack([value.float() for value in values.values()])
-        summary = dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
-        for level, batches in enumerate(zip(*self._embeddings, strict=True)):
-            embeddings = finite_rows(self.accelerator.gather(torch.cat(batches)))
-            summary[level_term("feature_std", level)] = feature_std(embeddings)
-            summary[level_term("rankme", level)] = rankme(embeddings)
+        summary = self.monitor.summary(self.accelerator)
         seconds = time.perf_counter() - self._window_started
         summary |= self.step_facts(*self.schedule_place(max(self.state.global_step - 1, 0)))
         return summary | {

@@ -72,14 +72,15 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
         final_learning_rate (`float`): Learning rate at the schedules' end.
         final_weight_decay (`float`): Weight decay at the schedules' end.
         schedule_scale (`float`): Length of the schedules in units of the run; 1 or more.
-        num_monitored_images (`int`): Latest images whose embeddings the logged standard deviation and RankMe are
-            computed on.
+        num_monitored_images (`int`): Latest images whose embeddings the logged standard deviation, RankMe and so on
+            are computed on.
         max_unreadable_share (`float`): Share of the train images seen that may be unreadable, and are replaced, in
             [0, 1]; of few images ten may be.
         exact_accumulation (`bool`): Whether VICReg's statistics are those of all images of a step, and not of a
             micro-batch, when gradients are accumulated; costs a forward pass without gradients.
         max_skipped_steps (`int`): Steps in a row whose loss or gradient is not finite that are skipped; one more stops
             the run. 0 stops at the first.
+        stop_on_collapse (`bool`): Whether a run that the doctor finds ill is saved and stopped; it says so either way.
 
     Raises:
         ValueError: A value is out of its range; the message names it.
@@ -106,6 +107,9 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
     )
     max_skipped_steps: int = field(
         default=10, metadata={"help": "steps in a row that are skipped as their loss or gradient is not finite"}
+    )
+    stop_on_collapse: bool = field(
+        default=False, metadata={"help": "save and stop a run whose features have collapsed, by its own alarm"}
     )
     per_device_train_batch_size: int = field(default=128, metadata={"help": "images of a process in a batch"})
     num_train_epochs: float = field(default=100.0, metadata={"help": "passes over the train images"})
