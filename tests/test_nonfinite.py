@@ -83,7 +83,7 @@ def test_run_stops_after_too_many_in_a_row(tmp_path):
     training = FIVE_STEPS | {"save_strategy": "steps", "save_steps": 1, "max_skipped_steps": 1}
     run(str(tmp_path / "apart"), training | {"inject": {"where": "images", "steps": [2, 4], "ranks": [0]}})
     good = tmp_path / "run" / "checkpoint-1"
-    with pytest.raises(InputError, match=f"step 4 is not finite, as of the 1 steps.*last good one is {good}:"):
+    with pytest.raises(InputError, match=f"step 4 is not finite, as of the 1 before.*last good one is {good}:"):
         run(str(tmp_path / "run"), training | {"inject": {"where": "images", "steps": [3, 4], "ranks": [0]}})
     training |= {"max_skipped_steps": 0, "optim": "adamw_torch_fused", "save_strategy": "no"}
     with pytest.raises(InputError, match="step 5 is not finite .*no good checkpoint.*start anew"):
@@ -97,7 +97,7 @@ def test_command_says_why_it_ends(tmp_path, capsys):
     flags += ["--max_skipped_steps", "2", "--output_dir", str(tmp_path / "run")]
     assert main(["pretrain", "cjepa_scenes", *FLAGS, *flags]) == 2
     (sentence,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("cjepa: "))
-    assert "step 4 is not finite, as of the 2 steps before it, which were skipped (see" in sentence
+    assert "step 4 is not finite, as of the 2 before it, which were skipped (see" in sentence
     assert "nonfinite.jsonl" in sentence and "lower --learning_rate" in sentence
     assert [line["step"] for line in lines(tmp_path / "run")] == [2, 3, 4]
     assert not (tmp_path / "run" / "final").exists()

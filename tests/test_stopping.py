@@ -30,18 +30,18 @@ SCENES = ["cjepa_scenes", *FLAGS, "--max_steps", str(STEPS), "--save_strategy", 
 
 
 @contextmanager
-def training(launcher: list[str], output: Path):
-    """A run in a process of its own that has printed the log of a step."""
-    command = [*launcher, "scripts/pretrain.py", *SCENES, "--output_dir", str(output)]
+def training(launcher: list[str], output: Path, *flags: str):
+    """A run in a process group of its own that has printed the log of a step."""
+    command = [*launcher, "scripts/pretrain.py", *SCENES, "--output_dir", str(output), *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE)
+    options = {"text": True, "stdout": subprocess.PIPE, "start_new_session": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, **options)
     try:
         assert any("'loss'" in line for line in process.stdout)
         yield process
     finally:
         if process.poll() is None:
-            for child in [*psutil.Process(process.pid).children(), process]:
-                child.kill()
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -70,6 +70,18 @@ def test_sigterm_saves_and_the_resumed_run_is_bit_identical(tmp_path, whole):
     assert main(["pretrain", *SCENES, *flags]) == 0
     resumed = weights(tmp_path / "run")
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_the_whole_group_leaves_the_workers_alive(tmp_path, name):
+    with training([sys.executable], tmp_path, "--dataloader_num_workers", "2") as process:
+        workers = psutil.Process(process.pid).children()
+        assert len(workers) >= 2
+        os.killpg(process.pid, getattr(signal, name))
+        rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and f"stopped by {name} at step" in rest
+    # and they end with the run
+    assert not psutil.wait_procs(workers, timeout=30)[1]
 
 
 def test_two_processes_stop_at_the_same_step_when_one_is_told(tmp_path):

@@ -116,9 +116,6 @@ class NonFiniteSteps(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.settle(but=1)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.settle()
-
     def settle(self, but: int = 0):
         """
         Reads which steps were skipped and records them.
@@ -165,8 +162,8 @@ class NonFiniteSteps(TrainerCallback):
             raise InputError(f"{what}, nor are the weights (see {file}); {last_checkpoint(trainer)}.")
         if self._num_in_row > trainer.args.max_skipped_steps:
             before = self._num_in_row - 1
-            steps = f", as of the {before} steps before it, which were skipped" if before else ""
-            raise InputError(f"{what}{steps} (see {file}); {last_checkpoint(trainer)}.")
+            others = f", as of the {before} before it, which were skipped" if before else ""
+            raise InputError(f"{what}{others} (see {file}); {last_checkpoint(trainer)}.")
 
     def leave_out_skipped(self, logs: dict[str, float]):
         """

@@ -4,6 +4,7 @@ All processes do so at the same step, whichever was told.
 """
 
 import math
+import os
 import signal
 import threading
 import time
@@ -68,6 +69,10 @@ class StopCallback(TrainerCallback):
             signal.raise_signal(number)
         self._asked = self._asked or 1 + SIGNALS.index(number)
 
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)  # inside of Accelerate's
+        loader.worker_init_fn = WorkerSignals(loader.worker_init_fn)
+
     def on_step_end(self, args, state, control, **kwargs):
         if time.monotonic() > self._deadline:
             self._asked = self._asked or len(self._reasons) - 1
@@ -105,6 +110,36 @@ class StopCallback(TrainerCallback):
         if self.reason is not None:
             # else `Trainer` might keep this one alone
             state.best_model_checkpoint = None
+
+
+class WorkerSignals:
+    """
+    The `worker_init_fn` of a data loader whose workers outlive signals that a whole process group is sent, such as by
+    `scancel`: training needs them up to the step at which it stops.
+
+    Args:
+        init (`Callable`, *optional*): Another one, which is called first.
+    """
+
+    def __init__(self, init=None):
+        self.init = init
+
+    def __call__(self, worker: int):
+        if self.init is not None:
+            self.init(worker)
+        for number in SIGNALS:
+            if number != signal.SIGTERM:
+                signal.signal(number, signal.SIG_IGN)
+        if hasattr(signal, "sigwaitinfo"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            threading.Thread(target=self._end_by_parent, daemon=True).start()
+
+    @staticmethod
+    def _end_by_parent():
+        """Ends the worker at a SIGTERM of the loader's own, and at no other."""
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
 
 
 class StoppableTrainer(CheckpointedTrainer):

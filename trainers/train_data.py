@@ -125,7 +125,7 @@ class TrainLoader:
     def __init__(self, data, collate: Callable, args, batch_size: int, start: int):
         self.device = args.device
         places = data.batches(start, batch_size, args.process_index, args.world_size)
-        self._loader = DataLoader(
+        self.base_dataloader = DataLoader(
             data.decoder,
             batch_sampler=places,
             num_workers=args.dataloader_num_workers,
@@ -138,7 +138,7 @@ class TrainLoader:
         )
 
     def __iter__(self) -> Iterator[dict]:
-        for batch in self._loader:
+        for batch in self.base_dataloader:
             yield {
                 name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
                 for name, value in batch.items()
