@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ EXPECTED = {
     "zero3": (DistributedType.DEEPSPEED, 8, 1, "no"),
     "cpu_two_processes": (DistributedType.MULTI_GPU, 2, 1, "no"),
 }
+ARGUMENTS = ["cjepa_scenes", *FLAGS, "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
 FAKE_SRUN = """#!/bin/bash
 for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & jobs+=" $!"; done
 for job in $jobs; do wait $job || exit 1; done
@@ -65,19 +67,25 @@ def run(command: list, **environment: str) -> str:
     return done.stdout
 
 
-def assert_trained(folder: Path, printed: str, num_steps: int):
+def assert_trained(folder: Path, printed: str):
     training = json.loads((folder / "final/results.json").read_text())["training"]
-    assert training["processes"] == 2 and training["steps"] == num_steps
+    assert training["processes"] == 2 and training["steps"] == 2
     assert "2 processes on cpu" in printed and "statistics over 2 processes" in printed
 
 
-def test_two_processes_start_on_a_cpu(tmp_path):
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory) -> tuple[Path, str]:
+    """The folder of a run that Accelerate has launched by the configuration for CPUs, and what it printed."""
+    output = tmp_path_factory.mktemp("launched") / "run"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "cpu_two_processes.yaml"]
-    command = [*launch, "scripts/pretrain.py", "cjepa_scenes", *FLAGS, "--max_steps", "2"]
-    assert_trained(tmp_path / "run", run([*command, "--output_dir", tmp_path / "run"]), 2)
+    return output, run([*launch, "scripts/pretrain.py", *ARGUMENTS, "--output_dir", output])
 
 
-def test_slurm_script_trains_and_goes_on(tmp_path):
+def test_two_processes_start_on_a_cpu(launched):
+    assert_trained(*launched)
+
+
+def test_slurm_script_goes_on_with_a_stopped_run(tmp_path, launched):
     python = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
     for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL), ("python", python)):
         (tmp_path / name).write_text(text)
@@ -86,16 +94,14 @@ def test_slurm_script_trains_and_goes_on(tmp_path):
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "2",
         "SLURM_JOB_ID": str(os.getpid()),
     }  # fmt: skip
-    output = tmp_path / "run"
-    command = ["bash", "scripts/slurm/pretrain.sbatch", "cjepa_scenes", *FLAGS, "--output_dir", output]
-    saving = ["--save_strategy", "steps", "--save_steps", "1"]
-    assert_trained(output, run([*command, *saving, "--max_steps", "2"], **slurm), 2)
-    assert not (tmp_path / "asked").exists()
     # as if the run had been stopped after its first step
-    for path in (output / "final", output / "checkpoint-2"):
-        path.rename(tmp_path / path.name)
-    assert_trained(output, printed := run([*command, *saving, "--max_steps", "2"], **slurm), 2)
+    output = tmp_path / "run"
+    shutil.copytree(launched[0], output, ignore=shutil.ignore_patterns("final", "checkpoint-2"))
+    script = ["bash", "scripts/slurm/pretrain.sbatch", *ARGUMENTS, "--output_dir", output]
+    printed = run(script, **slurm)
+    assert_trained(output, printed)
     assert f"going on from {output}/checkpoint-1" in printed
+    assert not (tmp_path / "asked").exists()  # a run that has ended is not queued again
 
 
 def test_slurm_script_asks_for_an_output_folder():
