@@ -71,6 +71,7 @@ def test_a_kill_at_any_operation_leaves_the_newest_whole(tmp_path, step):
         output = tmp_path / str(operation)
         save(output, 2, "old")
         was_killed = is_killed_at(operation, lambda folder=output: save(folder, step, "new", limit=1))
+        assert not any(broken_part(checkpoint) for checkpoint in all_checkpoints(output))
         newest = Path(choose_checkpoint(output, "last"))
         found = newest.name, words(newest)
         assert found in (("checkpoint-2", {"oldoldold"}), (f"checkpoint-{step}", {"newnewnew"}))

@@ -199,12 +199,12 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path, capsys):
 
 def test_the_best_checkpoint_is_the_best_of_those_that_could_be_saved(tmp_path):
     """The best one's step, of the loss on the train images, has a full disk."""
-    training = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
-    training |= {"load_best_model_at_end": True, "save_total_limit": 1, "learning_rate": 0.05}
+    training = {"metric_for_best_model": "loss", "save_total_limit": 1, "learning_rate": 0.05}
 
     def run(folder, better, *full):
         trainer = build_trainer(str(folder), TRAINING | training | {"greater_is_better": better is max})
-        trainer.eval_dataset = trainer.train_dataset
+        trainer.eval_dataset, trainer.args.load_best_model_at_end = trainer.train_dataset, True
+        trainer.args.eval_strategy, trainer.args.eval_steps = "steps", 1
         trainer.add_callback(FullDisk(*full))
         trainer.train()
         return trainer, [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
