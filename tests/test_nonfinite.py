@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nonfinite_worker import run, weights_of
+from nonfinite_worker import inject, run, weights_of
 from safetensors.torch import load_file
 from tiny import FLAGS, sjea_level
 from training_worker import build_trainer
@@ -89,6 +89,15 @@ def test_run_stops_after_too_many_in_a_row(tmp_path):
     with pytest.raises(InputError, match="step 5 is not finite .*no good checkpoint.*start anew"):
         run(str(tmp_path / "first"), training | {"inject": {"where": "images", "steps": [5], "ranks": [0]}})
     assert [line["step"] for line in lines(tmp_path / "first")] == [5]
+
+
+def test_a_fused_optimizer_is_asked_one_step_later(tmp_path):
+    training = FIVE_STEPS | {"max_skipped_steps": 0, "optim": "adamw_torch_fused"}
+    trainer = build_trainer(str(tmp_path), training | {"logging_steps": 5, "logging_first_step": False})
+    inject(trainer, "loss", [2], [0])
+    with pytest.raises(InputError, match="step 2 is not finite"):
+        trainer.train()
+    assert trainer.state.global_step == 3 and lines(tmp_path)[0]["weights_of_step"] == 3
 
 
 def test_command_says_why_it_ends(tmp_path, capsys):
