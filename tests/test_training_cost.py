@@ -8,6 +8,7 @@ from training_worker import build_trainer
 from trainers.cli import main, parse
 from trainers.errors import InputError
 from trainers.recipes import read_recipe, write_recipe
+from trainers.train_data import TrainLoader
 from trainers.training_cost import _BareSteps, benchmark_training
 
 
@@ -17,10 +18,9 @@ def test_a_bare_step_is_a_step(tmp_path):
         "ema_momentum": 0.996,
     }  # fmt: skip
     trainer = build_trainer(str(tmp_path), training, {"regularizer_weight": 0.01}, num_images=16)
-    batch = next(iter(trainer.get_train_dataloader()))
+    first = next(iter(TrainLoader(trainer.make_train_data(), trainer.data_collator, trainer.args, 16, 0)))
     bare = _BareSteps(trainer)
-    bare.batches = iter([batch])
-    trainer.get_train_dataloader = lambda: [batch]
+    bare.batches = iter([{"pixel_values": first["pixel_values"]}])
     start = trainer.model.context_encoder.layernorm.bias.clone()
     trainer.state.max_steps = 1
     bare.step()
