@@ -27,26 +27,26 @@ def masked_signs(
         predictions, targets (`torch.Tensor` of shape `(B, M, K, D)`): The predictor's output and what it shall be.
 
     Returns:
-        `dict` of scalars in float32: `context_distance`, the mean length of context - target over that of target (0:
-        the encoders agree); `prediction_norm`, root mean squares of predictions over that of targets; and
-        `prediction_std`, the standard deviation of the blocks' means over images and blocks, averaged over features,
-        of predictions over that of targets (0: the predictor says the same of all).
+        `dict` of scalars in float32, the first two means over images: `context_distance`, the length of context -
+        target over that of target (0: the encoders agree); `prediction_norm`, the root mean square of predictions over
+        that of targets; and `prediction_std`, the standard deviation of the blocks' means over images and blocks,
+        averaged over features, of predictions over that of targets (0: the predictor says the same of all).
     """
-    sizes, deviations = (
-        [size(tokens.detach()) for tokens in (predictions, targets)] for size in (_mean_square, _mean_deviation)
+    norms, deviations = (
+        [size(tokens.detach().float()) for tokens in (predictions, targets)] for size in (_norm, _deviation)
     )
     return {
-        "context_distance": _ratio((context - target).norm(dim=1).mean(), target.norm(dim=1).mean()),
-        "prediction_norm": _ratio(*sizes).sqrt(),
+        "context_distance": _ratio((context - target).norm(dim=1), target.norm(dim=1)).mean(),
+        "prediction_norm": _ratio(*norms).mean(),
         "prediction_std": _ratio(*deviations),
     }
 
 
-def _mean_square(tokens: torch.Tensor) -> torch.Tensor:
-    return tokens.float().square().mean()
+def _norm(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens.flatten(1).norm(dim=1)
 
 
-def _mean_deviation(tokens: torch.Tensor) -> torch.Tensor:
+def _deviation(tokens: torch.Tensor) -> torch.Tensor:
     return block_means(tokens).flatten(0, 1).var(dim=0, correction=0).sqrt().mean()
 
 

@@ -34,7 +34,7 @@ def test_signs_by_hand():
     # images 0 and 1, one block of two patches each: the blocks' means are +-2, of deviation 2
     targets = torch.tensor([2.0, -2.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
     signs = masked_signs(target + torch.tensor([0.0, 3.0]), target, 0.25 * targets, targets)
-    assert signs["context_distance"] == pytest.approx(3 / 7.5)
+    assert signs["context_distance"] == pytest.approx((3 / 5 + 3 / 10) / 2)
     assert signs["prediction_norm"] == pytest.approx(0.25) and signs["prediction_std"] == pytest.approx(0.25)
     same = masked_signs(target, target, torch.ones(2, 1, 2, 2), targets)
     assert same["context_distance"] == 0 and same["prediction_std"] == 0
@@ -56,7 +56,15 @@ def test_context_distance_is_0_of_a_copy_that_sees_all():
     model.context_encoder.load_state_dict(model.cjepa.state_dict())
     everything, target_ids = torch.arange(64).expand(4, 64), torch.arange(8).view(1, 2, 4).expand(4, 2, 4)
     assert model(images(), everything, target_ids).signs["context_distance"] < 1e-5
-    assert model(images(), everything[:, ::8], target_ids).signs["context_distance"] > 1e-2
+
+
+def test_context_distance_is_taken_where_the_context_is():
+    model, context_ids = tiny_model(), torch.arange(0, 64, 5).expand(4, 13)
+    signs = model(images(), context_ids, torch.arange(8).view(1, 2, 4).expand(4, 2, 4)).signs
+    target = model.cjepa(images()).last_hidden_state[:, context_ids[0]].mean(dim=1)
+    context = model.context_encoder(images(), context_ids).last_hidden_state.mean(dim=1)
+    expected = ((context - target).norm(dim=1) / target.norm(dim=1)).mean()
+    torch.testing.assert_close(signs["context_distance"], expected)
 
 
 def test_views_of_two_views_are_their_embeddings():

@@ -220,7 +220,7 @@ def test_two_processes_train_like_one(tmp_path):
             torch.testing.assert_close(two[0][key], tensor, atol=1e-6, rtol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
         for entry, expected in zip(two_log[:3], one_log[:3], strict=True):
             for term in ("loss", "loss_prediction", "loss_variance", "loss_covariance", "grad_norm", "feature_std",
-                         "rankme"):  # fmt: skip
+                         "rankme", "lidar", "correlation", "context_distance", "prediction_norm"):  # fmt: skip
                 assert entry[term] == pytest.approx(expected[term], rel=1e-4), (name, term)
 
 
