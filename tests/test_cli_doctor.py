@@ -77,7 +77,7 @@ def test_an_alarm_is_said_once_and_the_run_goes_on(tmp_path, capsys):
                 "start_learning_rate": 3e-3, "ema_momentum": 0.0, "final_ema_momentum": 0.0}  # fmt: skip
     trainer = build_trainer(str(tmp_path), training, {"regularizer_weight": 0.0})
     trainer.train()
-    assert trainer.state.global_step == 75 and trainer.state.log_history[-2]["collapsed"] == 1
+    assert trainer.state.global_step == 75 and any(entry.get("collapsed") for entry in trainer.state.log_history)
     assert capsys.readouterr().out.count("ALARM: collapsed at step") == 1
     assert not list(tmp_path.glob("checkpoint-*"))
 

@@ -1,8 +1,4 @@
-<<<<<<< ours
-"""Stored runs, ill and healthy by their encoders, are told apart by their logs; and one run of the calibration."""
-=======
 """Stored runs, ill and healthy by their encoders, are told apart by their logs; and how the calibration counts."""
->>>>>>> theirs
 
 import json
 from pathlib import Path
