@@ -1,5 +1,7 @@
 """A model in shards (FSDP2) on two and four processes against a whole one: target update and training."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from modeling_cjepa.encoders_cjepa import CJepaLayer
+from trainers.sharding import match_deepspeed
 
 WORLD_SIZES, NUM_IMAGES = (2, 4), 32
 READINGS = {"context": {"regularizer": "context"}, "pair": {"regularizer": "pair", "expander_hidden_size": 8}}
@@ -96,3 +99,35 @@ def test_training_in_shards_is_that_of_the_whole(name, found):
         assert theirs.keys() == weights.keys()
         for key, tensor in weights.items():
             torch.testing.assert_close(theirs[key], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_update_moves_the_shards_of_zero_3():
+    # as DeepSpeed leaves parameters between steps: their shards beside them, the large ones themselves empty
+    model = tiny_model()
+    expected = {}
+    for name, target in model.cjepa.named_parameters():
+        context = model.context_encoder.get_parameter(name)
+        for parameter in (target, context):
+            parameter.ds_tensor = parameter.data.flatten()[:5].clone()
+        expected[name] = 0.9 * target.ds_tensor + 0.1 * context.ds_tensor
+        if target.numel() > 100:
+            target.data, context.data = torch.empty(0), torch.empty(0)
+    model.update_target_encoder(0.9)
+    for name, target in model.cjepa.named_parameters():
+        torch.testing.assert_close(target.ds_tensor, expected[name], rtol=1e-6, atol=1e-6)
+        if target.numel() > 0:
+            assert torch.equal(target.data.flatten()[:5], target.ds_tensor)
+
+
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_deepspeed_does_what_the_arguments_say(is_bf16):
+    # what Accelerate makes of a configuration that says nothing
+    config = {"gradient_clipping": "auto", "bf16": {"enabled": is_bf16}, "zero_optimization": {"stage": 3}}
+    plugin = SimpleNamespace(deepspeed_config=config)
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    args = SimpleNamespace(max_grad_norm=0.5, bf16=is_bf16)
+    match_deepspeed(SimpleNamespace(accelerator=accelerator, args=args))
+    assert config == {
+        "gradient_clipping": 0.5, "bf16": {"enabled": False}, "zero_optimization": {"stage": 3},
+        "torch_autocast": {"enabled": is_bf16, "dtype": "bfloat16"},
+    }  # fmt: skip
