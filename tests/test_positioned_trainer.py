@@ -144,6 +144,35 @@ def test_schedules_do_not_jump_where_a_run_by_epochs_goes_on_with_other_batches(
     assert all(a > b for a, b in zip(list(halved.values())[3:], list(halved.values())[4:], strict=False))
 
 
+def test_steps_are_made_with_the_values_of_the_schedules_that_are_logged(tmp_path):
+    training = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "final_regularizer_weight": 0.0}
+    train(str(tmp_path), training | BATCH)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    trainer = build_trainer(str(tmp_path), training | {"per_device_train_batch_size": 8})
+    used = {name: [] for name in ("ema_momentum", "regularizer_weight", "weight_decay", "learning_rate")}
+    update = trainer.model.update_target_encoder
+
+    def recorded(momentum):
+        used["ema_momentum"].append(momentum)
+        update(momentum)
+
+    class Groups(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            used["weight_decay"].append(optimizer.param_groups[0]["weight_decay"])
+            used["learning_rate"].append(optimizer.param_groups[0]["lr"])
+
+    def weight(module, arguments, keywords):
+        used["regularizer_weight"].append(keywords["regularizer_weight"])
+
+    trainer.model.update_target_encoder = recorded
+    trainer.model.register_forward_pre_hook(weight, with_kwargs=True)
+    trainer.add_callback(Groups())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry and entry["step"] > 3]
+    for name, values in used.items():
+        assert values == pytest.approx([entry[name] for entry in logged]) and len(values) == 6, name
+
+
 def test_other_train_images_are_refused(tmp_path):
     training = BATCH | {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     train(str(tmp_path), training)
