@@ -9,7 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from trainers.doctor_calibration import calibrate, save_trial, trials  # noqa: E402
+from trainers.doctor_calibration import calibrate, save_trial  # noqa: E402
+from trainers.doctor_trials import trials  # noqa: E402
 
 
 def main():

@@ -1,5 +1,7 @@
 """`cjepa doctor`, and the doctor in a run: a real collapse is told, stopped and explained; weights without a log."""
 
+import contextlib
+import io
 import json
 import shutil
 
@@ -21,10 +23,12 @@ COLLAPSING = [
 
 @pytest.fixture(scope="module")
 def collapsed(tmp_path_factory):
-    """The folder of a run that collapsed and was stopped, and its exit status."""
-    run = tmp_path_factory.mktemp("runs") / "mine"
-    status = main(["pretrain", "cjepa_scenes", *FLAGS, *COLLAPSING, "--stop_on_collapse", "--output_dir", str(run)])
-    return run, status
+    """The folder of a run that collapsed and was stopped, and what its end said."""
+    run, said = tmp_path_factory.mktemp("runs") / "mine", io.StringIO()
+    with contextlib.redirect_stderr(said):
+        command = ["pretrain", "cjepa_scenes", *FLAGS, *COLLAPSING, "--stop_on_collapse", "--output_dir", str(run)]
+        assert main(command) == 2
+    return run, said.getvalue().splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +45,12 @@ def said(capsys, *arguments) -> tuple[int, str]:
 
 
 def test_a_collapsed_run_is_stopped_with_a_checkpoint(collapsed):
-    run, status = collapsed
+    run, sentence = collapsed
     (checkpoint,) = run.glob("checkpoint-*")
     step = int(checkpoint.name.removeprefix("checkpoint-"))
-    assert status == 2 and 9 < step < 90 and not (run / "final").exists()
+    assert 9 < step < 90 and not (run / "final").exists()
+    assert sentence.startswith(f"cjepa: Stopped at step {step}: collapsed: the loss fell")
+    assert "To change: --regularizer_weight 0.001" in sentence and f"checkpoint-{step} in {run} is saved" in sentence
     log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     assert [entry["collapsed"] for entry in log] == [0] * (len(log) - 1) + [1]
     assert log[-1]["step"] == step

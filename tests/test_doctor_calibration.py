@@ -4,10 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from trainers.doctor_calibration import compact, format_verdicts, logged, truth, verdicts
+from trainers.doctor_trials import trial_recipe, trials
 
 STORED = Path(__file__).resolve().parents[1] / "docs/results/doctor_calibration.json"
+
+
+def test_stored_logs_hold_what_the_doctor_reads():
+    for run in json.loads(STORED.read_text()):
+        assert {"step", "loss", "loss_variance", "feature_std", "rankme"} <= run["history"].keys()
 
 
 def test_no_stored_run_is_mistaken():
@@ -15,6 +22,15 @@ def test_no_stored_run_is_mistaken():
     assert {row["truth"] for row in rows} == {"ill", "healthy"}
     assert [row for row in rows if row["is_ill"] != (row["truth"] == "ill")] == []
     assert [row for row in rows if row["truth"] == "healthy" and row["alarm"]] == []
+
+
+@pytest.mark.parametrize("name", trials())
+def test_every_run_can_be_built(name):
+    recipe = trial_recipe(name, 3, "a/copy", "unused")
+    on_scenes = "scenes" in name
+    assert recipe.data.dataset == ("scenes" if on_scenes else "a/copy") and recipe.training["seed"] == 3
+    torch.manual_seed(0)
+    assert recipe.objective.build_model(recipe.model, "sdpa").num_parameters() < 6e6
 
 
 def encoder(knn: float, rankme: float = 20.0, feature_std: float = 0.5) -> dict:
@@ -41,13 +57,13 @@ def test_the_truth_is_that_of_the_encoders(levels, expected):
 
 def test_a_log_is_kept_in_short():
     log = [
-        {"step": 1, "loss": 0.123456, "rankme": 2.0, "level1_rankme": 3.0, "images_per_second": 7.0},
-        {"step": 20, "loss": float("nan"), "rankme": 3.0, "level1_rankme": 4.0, "images_per_second": 7.0},
+        {"step": 1, "loss": 0.123456, "rankme": 2.0, "loss_level1_variance": 0.5, "images_per_second": 7.0},
+        {"step": 20, "loss": float("nan"), "rankme": 3.0, "loss_level1_variance": 0.4, "images_per_second": 7.0},
         {"train_runtime": 3.0},
     ]
     assert logged(compact(log)) == [
-        {"step": 1, "loss": 0.1235, "rankme": 2.0, "level1_rankme": 3.0},
-        {"step": 20, "loss": None, "rankme": 3.0, "level1_rankme": 4.0},
+        {"step": 1, "loss": 0.1235, "rankme": 2.0, "loss_level1_variance": 0.5},
+        {"step": 20, "loss": None, "rankme": 3.0, "loss_level1_variance": 0.4},
     ]
 
 

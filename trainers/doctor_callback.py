@@ -42,3 +42,11 @@ class DoctorCallback(TrainerCallback):
             decision = broadcast_object_list([self.diagnosis.is_ill])[0]
             if decision:
                 self.has_stopped = control.should_save = control.should_training_stop = True
+
+    def stop_sentence(self, output_dir: str) -> str:
+        """Why the run was stopped, where it is saved, and what to change."""
+        step, advice = self.diagnosis.step, ", or ".join(self.diagnosis.advice)
+        return (
+            f"Stopped at step {step}: {self.diagnosis.state}: {'; '.join(self.diagnosis.sentences())}. To change: "
+            f"{advice}. checkpoint-{step} in {output_dir} is saved; begin anew, or go on from one before that."
+        )

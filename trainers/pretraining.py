@@ -93,22 +93,12 @@ def pretrain(recipe: Recipe) -> Path | None:
             return None
         check_finite_weights(trainer)
         if trainer.doctor.has_stopped:
-            raise InputError(collapse_sentence(trainer))
+            raise InputError(trainer.doctor.stop_sentence(args.output_dir))
         folder = Path(args.output_dir, "final")
         model = whole_model(trainer)
         if trainer.is_world_process_zero():
             finish(recipe, trainer, model, labelled, seconds, folder)
     return folder
-
-
-def collapse_sentence(trainer: JepaTrainer) -> str:
-    """Why a run was stopped by `stop_on_collapse`, and what to change."""
-    diagnosis, step = trainer.doctor.diagnosis, trainer.state.global_step
-    return (
-        f"Stopped at step {step}: {diagnosis.state}: {'; '.join(diagnosis.sentences())}. To change: "
-        f"{', or '.join(diagnosis.advice)}. checkpoint-{step} in {trainer.args.output_dir} is saved; begin anew, or "
-        "go on from a checkpoint before that."
-    )
 
 
 Labelled = Callable[[], tuple[ImageSource, ImageSource]]
