@@ -10,11 +10,11 @@ exit status says whether they are.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -45,15 +45,16 @@ def main() -> int:
     print(f"a run left alone, into {folder / 'whole'}", flush=True)
     wait_for(start(arguments, folder / "whole"), folder / "whole")
     killed = folder / "killed"
-    print(f"{'kill':>4}  {'moment':<34}{'went on from':<18}{'whole after it':<18}seconds", flush=True)
+    print(f"{'kill':>4}  {'moment':<46}{'went on from':<18}{'whole after it':<18}seconds", flush=True)
     for number, moment in enumerate(itertools.islice(moments_of(arguments), arguments.kills), start=1):
         before, started = newest(killed), time.perf_counter()
         if (killed / "final").exists():
             print(f"the run ended before kill {number}; give more steps with --steps", file=sys.stderr)
             return 2
-        told = kill(start(arguments, killed), killed, moment, moments)
+        leftovers = unfinished(killed)
+        told = kill(start(arguments, killed), killed, moment, moments, leftovers)
         seconds = time.perf_counter() - started
-        print(f"{number:>4}  {told:<34}{before:<18}{newest(killed):<18}{seconds:.1f}", flush=True)
+        print(f"{number:>4}  {told:<46}{before:<18}{newest(killed):<18}{seconds:.1f}", flush=True)
     wait_for(start(arguments, killed), killed)
     return compare(folder, arguments.kills)
 
@@ -101,8 +102,11 @@ def wait_for(process: subprocess.Popen, output: Path):
         sys.exit("\n".join(["the run failed:", *output.with_suffix(".log").read_text().splitlines()[-15:]]))
 
 
-def kill(process: subprocess.Popen, output: Path, moment: str, moments: random.Random) -> str:
+def kill(
+    process: subprocess.Popen, output: Path, moment: str, moments: random.Random, leftovers: dict[tuple, str]
+) -> str:
     """Kills a run at a moment of a kind; returns in words when that was."""
+    members = []
     if moment == "start":
         seconds = moments.uniform(0.5, 8)
         stop_waiting_at(process, output, time.monotonic() + seconds)
@@ -114,18 +118,36 @@ def kill(process: subprocess.Popen, output: Path, moment: str, moments: random.R
         time.sleep(seconds)
         told = f"{seconds:.2f} s after a save"
     else:
-        stop_waiting_at(process, output, until=lambda: unfinished(output))
+        # not what an earlier kill has left
+        stop_waiting_at(process, output, until=lambda: unfinished(output).keys() - leftovers.keys())
         seconds = moments.uniform(0, 0.01)
         time.sleep(seconds)
-        told = f"{seconds * 1000:.0f} ms into the save of {unfinished(output) or 'a checkpoint, just done'}"
+        being_saved = [name for key, name in unfinished(output).items() if key not in leftovers]
+        told = f"{seconds * 1000:.0f} ms into the save of {being_saved[0] if being_saved else 'one, just done'}"
         if moment == "between processes":
-            rank = moments.randrange(2)
-            kill_rank(process, rank)
+            rank, members = moments.randrange(2), family(process)
+            kill_rank(members, rank)
             told = f"rank {rank} {told}"
             time.sleep(moments.uniform(0, 0.5))
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_all({*members, *family(process)})
     process.wait()
     return told
+
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    """A run's processes: torchrun gives each of its own a session of its own, which no signal to a group reaches."""
+    parent = psutil.Process(process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+def kill_all(members: set[psutil.Process]):
+    """Kills processes and waits until all are gone."""
+    for member in members:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    _, alive = psutil.wait_procs(members, timeout=30)
+    if alive:
+        sys.exit(f"processes {[member.pid for member in alive]} could not be killed")
 
 
 def stop_waiting_at(process: subprocess.Popen, output: Path, deadline: float | None = None, until=lambda: False):
@@ -138,11 +160,10 @@ def stop_waiting_at(process: subprocess.Popen, output: Path, deadline: float | N
         time.sleep(0.0005)
 
 
-def kill_rank(process: subprocess.Popen, rank: int):
-    """Kills one of the processes that a launcher started."""
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if child.environ().get("RANK") == str(rank):
-            child.kill()
+def kill_rank(members: list[psutil.Process], rank: int):
+    """Kills one of the processes that a launcher started, which must be there."""
+    (chosen,) = (member for member in members[1:] if member.environ().get("RANK") == str(rank))
+    chosen.kill()
 
 
 def checkpoints(output: Path) -> list[Path]:
@@ -156,9 +177,13 @@ def newest(output: Path) -> str:
     return found[-1].name if found else "none"
 
 
-def unfinished(output: Path) -> str:
-    """The name of a checkpoint that is being written; empty if there is none."""
-    return next((path.name.strip(".").split(".")[0] for path in output.glob(".checkpoint-*")), "")
+def unfinished(output: Path) -> dict[tuple, str]:
+    """The names of checkpoints that are being written, or were left so, by what tells one folder from another."""
+    found = {}
+    for path in output.glob(".checkpoint-*.unfinished"):
+        with contextlib.suppress(FileNotFoundError):
+            found[path.stat().st_ino, path.stat().st_mtime_ns] = path.name.strip(".").split(".")[0]
+    return found
 
 
 def compare(folder: Path, kills: int) -> int:

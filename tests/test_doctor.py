@@ -129,3 +129,16 @@ def test_advice_is_about_what_was_set():
     upper = settings(upper_levels=[{"regularizer_weight": 0.0}], min_context_patches=8)
     log = [first | second for first, second in zip(history(), history(1, feature_std=(0.5, 0.01)), strict=True)]
     assert diagnose(log, upper).advice[0].startswith("regularizer_weight: 0.001 in the entry of level 1")
+
+
+def test_figures_of_fewer_images_after_a_resume_are_passed_over():
+    figures = {"loss": 1.0, "rankme": 40.0}
+    log = [
+        figures | {"step": 20 * n, "feature_std": 0.5 + n / 20, "monitored_images": min(64 * n, 256)}
+        for n in range(1, 9)
+    ]
+    resumed = [entry | {"step": 160 + entry["step"], "rankme": 9.0} for entry in log[:2]]
+    assert diagnose(log + resumed).state == HEALTHY
+    assert diagnose(log + resumed).step == 160
+    sunk = log + resumed + [log[-1] | {"step": 240, "rankme": 9.0}]
+    assert diagnose(sunk).state == DIMENSIONAL

@@ -339,3 +339,9 @@ def test_what_cannot_be_streamed_is_one_sentence(tmp_path, capsys, flags, words)
 
 def test_both_objectives_can_stream():
     assert all({"streaming", "shuffle_buffer"} <= vars(each.data_class()).keys() for each in OBJECTIVES.values())
+
+
+def test_a_stream_of_unknown_length_can_be_stopped(tmp_path, capsys):
+    tars = ["--dataset", write_tars(tmp_path / "tars", EQUAL), "--streaming", "--num_train_images", "null"]
+    status = pretrain(tmp_path / "run", *tars, "--max_steps", "6", "--max_hours", "1e-7")
+    assert status == 0 and "stopped by --max_hours 1e-07 at step 1 of 6; saved checkpoint-1" in capsys.readouterr().out

@@ -26,6 +26,7 @@ STACK = {"upper_levels": [{"hidden_size": 48, "regularizer": "pair"}], "min_cont
 DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2, "drop_path_rate": 0.2}
 # values of the clock, and those of a window of latest images, which a resumed run fills anew
 VARYING = {
+    "monitored_images",
     "images_per_second", "data_wait_share", "train_runtime", "train_samples_per_second", "train_steps_per_second",
     *(f"{level}{name}" for level in ("", "level1_") for name in ("feature_std", "rankme", "correlation", "lidar")),
 }  # fmt: skip

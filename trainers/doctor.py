@@ -101,12 +101,25 @@ def diagnose(history: list[dict], facts: dict | None = None) -> Diagnosis:
         [`Diagnosis`].
     """
     facts = facts or {}
-    entries = [entry for entry in history if "rankme" in entry]
+    entries = comparable(history)
     if not entries:
         return Diagnosis(TOO_SHORT)
     levels = [_diagnose_level(_Level(entries, level, facts)) for level in range(_num_levels(entries))]
     state = worst(levels)
     return Diagnosis(state, entries[-1].get("step"), levels, advise(state, facts, levels))
+
+
+def comparable(history: list[dict]) -> list[dict]:
+    """
+    The logs of a history whose figures are of as many images as those before them: n images cannot have an effective
+    rank above n, and a run that was resumed begins again with few.
+    """
+    entries, most = [], 0
+    for entry in history:
+        if "rankme" in entry and (number := entry.get("monitored_images", most)) >= most:
+            entries.append(entry)
+            most = number
+    return entries
 
 
 def worst(levels: list[LevelDiagnosis]) -> str:
@@ -124,7 +137,7 @@ def what_is_left(history: list[dict]) -> list[dict[str, float]]:
     Returns:
         `list[dict]`: `spread` (the smaller one of the embeddings' and of what the regulariser sees) and `rank`.
     """
-    entries = [entry for entry in history if "rankme" in entry]
+    entries = comparable(history)
     levels = [_Level(entries, number, {}) for number in range(_num_levels(entries))]
     return [
         {"spread": min(curve.left() for curve in (level.std, level.spread) if curve), "rank": level.rank.left(floor=1)}

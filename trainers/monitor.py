@@ -77,13 +77,16 @@ class Monitor:
             accelerator (`Accelerator`): Joins the processes.
 
         Returns:
-            `dict[str, float]`: By the names of the log; see [`embedding_figures`] for those of each level.
+            `dict[str, float]`: By the names of the log; see [`embedding_figures`] for those of each level. They are of
+            `monitored_images` images, which are few at the beginning of a run and after a resume.
         """
         totals = torch.stack([torch.stack([self.sums[name], self.counts[name].float()]) for name in self.sums])
         totals = accelerator.reduce(totals, "sum")
         summary = dict(zip(self.sums, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
         for level, (embeddings, views) in enumerate(zip(latest(self.embeddings), latest(self.views), strict=True)):
-            figures = embedding_figures(accelerator.gather(embeddings), accelerator.gather(views))
+            embeddings = accelerator.gather(embeddings)
+            summary["monitored_images"] = len(embeddings)
+            figures = embedding_figures(embeddings, accelerator.gather(views))
             summary |= {level_term(name, level): value for name, value in figures.items()}
         return summary
 

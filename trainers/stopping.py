@@ -82,7 +82,7 @@ class StopCallback(TrainerCallback):
         if agreed:
             self.reason = self._reasons[agreed]
             control.should_training_stop = True
-            control.should_save = not state.epoch.is_integer()
+            control.should_save = not ends_epoch(state)
         elif self._group is not None:
             flag = torch.tensor(self._asked)
             work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
@@ -101,7 +101,7 @@ class StopCallback(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.reason is None:
             return
-        if state.epoch.is_integer():
+        if ends_epoch(state):
             control.should_save = True  # once what belongs to the end of an epoch is done
         else:
             control.should_evaluate = control.should_save = control.should_log = False
@@ -110,6 +110,11 @@ class StopCallback(TrainerCallback):
         if self.reason is not None:
             # else `Trainer` might keep this one alone
             state.best_model_checkpoint = None
+
+
+def ends_epoch(state) -> bool:
+    """Whether a step was the last of an epoch; never where a stream does not tell how long one is."""
+    return state.epoch is not None and float(state.epoch).is_integer()
 
 
 class WorkerSignals:
