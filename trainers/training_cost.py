@@ -33,8 +33,9 @@ def benchmark_training(recipe: Recipe, num_rounds: int = 9) -> dict:
 
     Returns:
         `dict`: `steps` of a round, `batch_size`, `device`, of `bare` and `trainer` a `dict` of `median`, `low` and
-        `high` (quartiles) in seconds a step, `overhead` with the same of trainer over bare less 1, `save` and `write`,
-        the seconds that one checkpoint took and that its bytes take to be written alone, and `bytes`.
+        `high` (quartiles) in seconds a step, `overhead` with the same of trainer over bare less 1, and in
+        seconds `save`, what a checkpoint takes, `stall`, what training waits for it, and `write`, what its `bytes` take
+        to be written alone.
 
     Raises:
         InputError: There are too few rounds to measure with, or the images are too few.
@@ -146,9 +147,11 @@ def _summary(turns: _Turns) -> dict:
 
 
 def _time_save(trainer, folder: Path) -> dict:
-    """Seconds of a checkpoint, and of its bytes alone, written to the same disk and waited for."""
+    """Seconds of a checkpoint, those that training waits for, and of its bytes alone, written to the same disk."""
     started = time.perf_counter()
     trainer._save_checkpoint(trainer.model, None)
+    stall = time.perf_counter() - started
+    trainer.wait_for_checkpoint()
     saved = time.perf_counter() - started
     contents = [path.read_bytes() for path in folder.glob("checkpoint-*/*") if path.is_file()]
     started = time.perf_counter()
@@ -157,7 +160,7 @@ def _time_save(trainer, folder: Path) -> dict:
             file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    return {"save": saved, "write": time.perf_counter() - started, "bytes": sum(map(len, contents))}
+    return {"save": saved, "stall": stall, "write": time.perf_counter() - started, "bytes": sum(map(len, contents))}
 
 
 def format_training_cost(found: dict) -> str:
@@ -173,7 +176,7 @@ def format_training_cost(found: dict) -> str:
             *markdown_table(cells),
             f"\noverhead {overhead['median']:.2%} ({overhead['low']:.2%} - {overhead['high']:.2%}): the trainer's "
             f"turns of {found['steps']} steps and a log over the bare ones around them",
-            f"a checkpoint of {found['bytes'] / 1e6:.1f} MB took {found['save']:.2f} s, its bytes alone "
-            f"{found['write']:.2f} s",
+            f"a checkpoint of {found['bytes'] / 1e6:.1f} MB took {found['save']:.2f} s, of which training waited "
+            f"{found['stall']:.2f} s; its bytes alone {found['write']:.2f} s",
         ]
     )
