@@ -34,8 +34,8 @@ def benchmark_training(recipe: Recipe, num_rounds: int = 9) -> dict:
     Returns:
         `dict`: `steps` of a round, `batch_size`, `device`, of `bare` and `trainer` a `dict` of `median`, `low` and
         `high` (quartiles) in seconds a step, `overhead` with the same of trainer over bare less 1, and in
-        seconds `save`, what a checkpoint takes, `stall`, what training waits for it, and `write`, what its `bytes` take
-        to be written alone.
+        seconds `save`, what a checkpoint takes, `stall`, what training waits for it, and `write`, what its `bytes`
+        take to be written alone.
 
     Raises:
         InputError: There are too few rounds to measure with, or the images are too few.
