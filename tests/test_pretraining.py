@@ -235,6 +235,18 @@ def test_resuming_goes_on_where_the_run_stopped(run, tmp_path):
     assert [entry["step"] for entry in facts["history"] if "loss" in entry] == [1, 2, 3, 4, 5]
 
 
+def test_another_course_leaves_later_checkpoints_aside(run, tmp_path, capsys):
+    folder, _, _ = run
+    begun = tmp_path / "begun"
+    shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
+    shutil.copytree(begun / "checkpoint-3", begun / "checkpoint-9")
+    flags = ["--resume_from_checkpoint", str(begun / "checkpoint-3"), "--max_steps", "4", "--save_total_limit", "-1"]
+    assert pretrain(begun, *flags) == 0
+    assert "checkpoint-9 is of a course that is left here" in capsys.readouterr().out
+    kept = ["checkpoint-3", "checkpoint-4", "superseded-checkpoint-9"]
+    assert sorted(path.name for path in begun.glob("*checkpoint-*")) == kept
+
+
 def test_resuming_a_run_at_its_end_trains_nothing(run, tmp_path):
     folder, _, _ = run
     begun = tmp_path / "begun"
@@ -314,6 +326,9 @@ def test_other_images_are_refused_on_resuming(run, tmp_path, capsys):
     shutil.copytree(folder, begun, ignore=shutil.ignore_patterns("final"))
     status = pretrain(begun, "--resume_from_checkpoint", "last", "--num_train_images", "63", "--max_steps", "4")
     fails_in_one_sentence(capsys, status, "other train images (64 images, ", "now (63 images, ", "--output_dir")
+    at_its_end = pretrain(begun, "--resume_from_checkpoint", "last", "--num_train_images", "63")
+    fails_in_one_sentence(capsys, at_its_end, "other train images (64 images, ")
+    assert "num_train_images: 64" in (begun / "recipe.yaml").read_text()
     (begun / "checkpoint-3" / "progress.json").unlink()
     write_manifest(begun / "checkpoint-3", 3)
     status = pretrain(begun, "--resume_from_checkpoint", "last", "--max_steps", "4")

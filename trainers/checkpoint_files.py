@@ -6,6 +6,7 @@ and removed by the next save.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -44,6 +45,16 @@ def all_checkpoints(output: Path) -> list[Path]:
             os.replace(replaced, place)
     found = [path for path in output.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def set_aside_later(checkpoint: Path):
+    """Renames the checkpoints of later steps beside one that a run goes on from: another course begins there."""
+    for path in all_checkpoints(checkpoint.parent):
+        if checkpoint_step(path) > checkpoint_step(checkpoint):
+            names = (f"superseded-{path.name}{f'-{number}' if number else ''}" for number in itertools.count())
+            place = next(place for name in names if not (place := path.with_name(name)).exists())
+            os.replace(path, place)
+            print(f"{path} is of a course that is left here, and is called {place.name} from now on.", flush=True)
 
 
 def choose_checkpoint(output: Path, asked: str) -> str:
@@ -189,11 +200,11 @@ def rotate_checkpoints(output: Path, step: int, limit: int | None, every: int | 
     Args:
         output (`Path`): The run's folder.
         step (`int`): Of the new checkpoint. Those of later steps, of another course of the run, are left alone.
-        limit (`int`, *optional*): How many are kept; all when not given or 0.
+        limit (`int`, *optional*): How many are kept; all when not given, or 0 or less.
         every (`int`, *optional*): Those of its multiples are never removed, and not counted.
         kept (`Iterable[str]`): Names of others that stay, such as the best one's.
     """
-    if not limit:
+    if not limit or limit < 0:
         return
     numbers = [(checkpoint_step(path), path) for path in reversed(all_checkpoints(output))]
     counted = [path for number, path in numbers if number <= step and not (every and number % every == 0)]

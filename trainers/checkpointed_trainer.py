@@ -25,6 +25,7 @@ from trainers.checkpoint_files import (
     finish_checkpoint,
     removed_on_error,
     rotate_checkpoints,
+    set_aside_later,
     start_checkpoint,
     unfinished_folder,
 )
@@ -271,7 +272,10 @@ class CheckpointedTrainer(Trainer):
         """
         checkpoint = LAST if resume_from_checkpoint is True else resume_from_checkpoint or None
         if checkpoint is not None:
-            checkpoint = in_main_process(choose_checkpoint, Path(self.args.output_dir), checkpoint)
+            output = Path(self.args.output_dir)
+            checkpoint = in_main_process(choose_checkpoint, output, checkpoint)
+            if Path(checkpoint).resolve().parent == output.resolve():
+                in_main_process(set_aside_later, Path(checkpoint))
         return super().train(checkpoint, *args, **kwargs)
 
     def _init_training_state(self, *args):

@@ -71,19 +71,24 @@ class PositionedTrainer(StoppableTrainer):
 
     def _inner_training_loop(self, *args, resume_from_checkpoint=None, **kwargs):
         """Finds the place to go on from before anything is made."""
-        begun = None if resume_from_checkpoint is None else Progress.read(resume_from_checkpoint)
+        self.take_over(resume_from_checkpoint)
+        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def take_over(self, checkpoint: str | None):
+        """
+        Makes the data, the clock and the list of unreadable images as a checkpoint left them, or for a new run.
+
+        Raises:
+            InputError: The checkpoint was trained with other images, or does not tell where it was in them.
+        """
+        begun = None if checkpoint is None else Progress.read(checkpoint)
         self.train_data = self.make_train_data(begun)
         if begun is not None and begun.fingerprint != self.train_data.fingerprint():
             raise InputError(
-                f"{resume_from_checkpoint} was trained with other train images ({begun.fingerprint}) than there are "
-                f"now ({self.train_data.fingerprint()}); make the data set as it was, or start a new run with another "
+                f"{checkpoint} was trained with other train images ({begun.fingerprint}) than there are now "
+                f"({self.train_data.fingerprint()}); make the data set as it was, or start a new run with another "
                 "--output_dir."
             )
-        self.take_over(resume_from_checkpoint, begun)
-        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def take_over(self, checkpoint: str | None, begun: Progress | None):
-        """Sets the clock and the list of unreadable images as a checkpoint left them, or for a new run."""
         by_epochs = self.args.max_steps <= 0
         total = round(self.args.num_train_epochs * self.num_train_images) if by_epochs else None
         self.clock.set(self.get_total_train_batch_size(self.args), total, begun)

@@ -32,7 +32,6 @@ from trainers.evaluation import evaluate_model
 from trainers.files import full_disk_named, write_json
 from trainers.lanes import choose_lanes, uneven_lanes
 from trainers.nonfinite import check_finite_weights
-from trainers.progress import Progress
 from trainers.publishing import save_model, whole_folder
 from trainers.recipes import Recipe, model_fields, recipe_text, write_recipe
 from trainers.reports import draw_curves, format_table, machine_facts, software_facts
@@ -76,12 +75,12 @@ def pretrain(recipe: Recipe) -> Path | None:
     train, labelled = load_images(recipe, image_size, args)
     trainer = build_trainer(recipe, model, args, train)
     with full_disk_named(Path(args.output_dir)):
+        trainer.take_over(checkpoint)  # refuses other images before anything is written
         if trainer.is_world_process_zero():
             write_recipe(recipe.values, Path(args.output_dir, "recipe.yaml"))
         started = time.perf_counter()
         if checkpoint is not None and is_finished(checkpoint, args):
             trainer.state = load_state(checkpoint)
-            trainer.take_over(checkpoint, Progress.read(checkpoint))
             trainer._load_from_checkpoint(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
