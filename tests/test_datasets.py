@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import struct
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,16 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from trainers.datasets import ImageDataset, ImageSource, sample_seed, seeded, to_rgb
+from trainers.datasets import (
+    ImageDataset,
+    ImageSource,
+    UnreadableImage,
+    decode_image,
+    read_image,
+    sample_seed,
+    seeded,
+    to_rgb,
+)
 from trainers.errors import InputError, plain_message
 from trainers.evaluation import EvaluationArguments, Subject
 from trainers.sources import DataArguments, hold_out, load_sources, with_common_classes
@@ -340,3 +351,53 @@ def test_normalize_leaves_floats_alone():
     white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     expected = torch.tensor([(1 - 0.4) / 0.2, (1 - 0.5) / 0.3, (1 - 0.6) / 0.25]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
     torch.testing.assert_close(normalize(white, [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]), expected)
+
+
+def broken_avif() -> bytes:
+    """Its boxes are whole, its data is not: Pillow raises RuntimeError."""
+    file = io.BytesIO()
+    picture(0, (64, 64)).save(file, "AVIF")
+    data = bytearray(file.getvalue())
+    start = data.index(b"mdat") + 4
+    data[start : start + 16] = bytes([255]) * 16
+    return bytes(data)
+
+
+def broken_spider() -> bytes:
+    """An image of a stack without the stack: Pillow raises AttributeError."""
+    file = io.BytesIO()
+    Image.new("F", (8, 8)).save(file, "SPIDER")
+    data = bytearray(file.getvalue())
+    data[26 * 4 : 27 * 4] = struct.pack("<f", 1)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("broken", "kind"), [(broken_avif, RuntimeError), (broken_spider, AttributeError)], ids=["avif", "spider"]
+)
+def test_an_image_is_unreadable_whatever_its_decoder_raises(tmp_path, broken, kind):
+    data = broken()
+    with pytest.raises(kind):
+        Image.open(io.BytesIO(data)).load()
+    (tmp_path / "broken").write_bytes(data)
+    for item in ({"bytes": data, "path": None}, {"bytes": None, "path": str(tmp_path / "broken")}):
+        with pytest.raises(UnreadableImage):
+            decode_image(item)
+    with pytest.raises(InputError, match="broken cannot be read .*; give a file with an image"):
+        read_image(tmp_path / "broken")
+
+
+def test_a_file_that_is_not_there_or_is_a_folder_is_unreadable(tmp_path):
+    (tmp_path / "text").write_text("no folder")
+    for path in (tmp_path / "nowhere.png", tmp_path, tmp_path / "text" / "0.png"):
+        with pytest.raises(UnreadableImage, match=str(path)) as caught:
+            decode_image({"bytes": None, "path": str(path)})
+        assert not caught.value.is_missing
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that can be opened and not read")
+def test_an_error_of_the_disk_is_no_fault_of_the_image():
+    with pytest.raises(OSError, match="Input/output error"):
+        decode_image({"bytes": None, "path": "/proc/self/mem"})
+    with pytest.raises(InputError, match="mem cannot be read .*Input/output error"):
+        read_image("/proc/self/mem")

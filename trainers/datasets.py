@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import os
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from datasets import Image
 from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
-from trainers.errors import InputError
+from trainers.errors import InputError, first_line
 
 
 @dataclass
@@ -199,25 +198,36 @@ def decode_image(item: "np.ndarray | dict | None", convert: Callable = upright_r
 
     Raises:
         UnreadableImage: There is none, or it is broken.
+        OSError: The disk or the network failed, which says nothing of the image.
     """
     if isinstance(item, np.ndarray):
         return PILImage.fromarray(item)
     if item is None or (item.get("bytes") is None and item.get("path") is None):
         raise UnreadableImage("missing", is_missing=True)
+    data = item["bytes"] if item.get("bytes") is not None else _stored_bytes(item["path"])
     try:
-        data = io.BytesIO(item["bytes"]) if item.get("bytes") is not None else item["path"]
-        with PILImage.open(data) as image:
+        with PILImage.open(io.BytesIO(data)) as image:
             return convert(image)
-    except (OSError, SyntaxError, ValueError, zlib.error, PILImage.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise UnreadableImage(reason) from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImage("not an image") from error
+    except Exception as error:  # Pillow's decoders raise of every kind, and the bytes are there
+        raise UnreadableImage(first_line(error)) from error
+
+
+def _stored_bytes(path: str | Path) -> bytes:
+    """What is in an image's file; errors that are no fault of the image's, such as those of a disk, pass."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError) as error:
+        raise UnreadableImage(str(error)) from error
 
 
 def read_image(file: str | Path) -> PILImage.Image:
     """The image of a file of the user's as RGB; raises `InputError` naming the file if it cannot be read."""
     try:
         return decode_image({"bytes": None, "path": file})
-    except UnreadableImage as error:
+    except (UnreadableImage, OSError) as error:
         raise InputError(f"Image {file} cannot be read ({error}); give a file with an image.") from error
 
 
