@@ -115,3 +115,8 @@ def test_mistakes_are_told(tmp_path, capsys):
 def test_a_picture_needs_a_folder(healthy, tmp_path, capsys):
     assert main(["doctor", str(healthy), "--output", str(tmp_path / "no/doctor.png")]) == 2
     assert "--output" in capsys.readouterr().err
+
+
+def test_a_file_is_refused(healthy, capsys):
+    assert main(["doctor", str(healthy / "config.json")]) == 2
+    assert "config.json is a file; give the folder" in capsys.readouterr().err

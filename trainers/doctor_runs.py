@@ -71,6 +71,8 @@ def read_run(path: str) -> RunRecord:
 def _place(path: str) -> str:
     """Where the newest model of a run is: the published one, or else its last checkpoint."""
     folder = Path(path)
+    if folder.is_file():
+        raise InputError(f"{path} is a file; give the folder of a run, of a checkpoint or of a model.")
     if not folder.is_dir() or (folder / "config.json").is_file():
         return path
     if (folder / "final" / "config.json").is_file():
