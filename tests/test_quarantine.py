@@ -157,6 +157,19 @@ def test_a_share_of_the_images_seen_may_be_unreadable(tmp_path):
     quarantine.collect(1100)
 
 
+def test_the_list_is_in_the_folder_that_a_run_goes_on_in(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    begun = Quarantine(old, OneProcess, 1)
+    begun.add([entry(0), entry(1)])
+    begun.collect(100)
+    moved = Quarantine(new, OneProcess, 1)
+    moved.begin(str(old / "checkpoint-3"))
+    assert listed(new) == listed(old) == [entry(0), entry(1)]
+    # what another run has left there is not this run's
+    moved.begin(str(tmp_path / "whole" / "checkpoint-3"))
+    assert not (new / "quarantine.jsonl").exists()
+
+
 def test_the_list_is_read_back_on_resuming_and_begun_anew_else(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "photos")
     training = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 20,

@@ -40,15 +40,14 @@ class Quarantine:
     def begin(self, checkpoint: str | None):
         """Takes over the list of the run that wrote a checkpoint, or begins a new one."""
         read = [[]]
-        if self.accelerator.is_main_process:
-            if checkpoint is None:
-                self.file.unlink(missing_ok=True)
-            else:
-                read = [_read(Path(checkpoint).parent / QUARANTINE)]
+        if self.accelerator.is_main_process and checkpoint is not None:
+            read = [_read(Path(checkpoint).parent / QUARANTINE)]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(read)
         self._found, self._entries = [], {}
         self._take_in(read[0])
+        # the checkpoint may be in another folder than the run now is
+        self._write()
 
     def add(self, found: list[dict]):
         """Keeps what this process has found for the next [`~Quarantine.collect`]."""
@@ -70,14 +69,22 @@ class Quarantine:
             found = gather_object(found) if anything else []
         if not self._take_in(found):
             return
-        if self.accelerator.is_main_process:
-            write_text_atomically(self.file, "".join(f"{json.dumps(entry)}\n" for entry in self.entries))
+        self._write()
         allowed = allowed_to_skip(num_seen, self.share)
         if len(self._entries) > allowed:
             raise InputError(
                 f"{self.summary()} of {num_seen:,} seen, and up to {allowed:,} would be replaced; repair or remove "
                 "them, or raise --max_unreadable_share."
             )
+
+    def _write(self):
+        """Makes the file what is known; without any entry, there is none."""
+        if not self.accelerator.is_main_process:
+            return
+        if self._entries:
+            write_text_atomically(self.file, "".join(f"{json.dumps(entry)}\n" for entry in self.entries))
+        else:
+            self.file.unlink(missing_ok=True)
 
     def _take_in(self, entries: list[dict]) -> bool:
         """Adds entries that are new; whether there was one."""
