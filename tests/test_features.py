@@ -365,11 +365,13 @@ def test_too_many_unreadable_images_stop_it_and_nothing_is_lost(model, tmp_path)
     assert contents(output) == contents(tmp_path / "whole")
 
 
-def test_ten_unreadable_images_may_always_be_skipped(model, tmp_path):
+def test_ten_unreadable_images_may_be_skipped_but_none_at_0(model, tmp_path):
     folder = Path(make_folder(tmp_path / "pets", ["cat", "dog", "owl", "fox"]))
     for file in sorted(folder.glob("*/*.png"))[:10]:
         file.write_bytes(b"no image")
-    manifest = write(model, str(folder), tmp_path / "out", max_skipped_share=0)
+    with pytest.raises(InputError, match="max_skipped_share 0 allows"):
+        write(model, str(folder), tmp_path / "none", max_skipped_share=0)
+    manifest = write(model, str(folder), tmp_path / "out", max_skipped_share=0.01)
     assert manifest["splits"]["train"] == {"num_images": 16, "num_skipped": 10, "num_shards": 4}
     assert [allowed_to_skip(*asked) for asked in ((5, 1), (1000, 0.01), (1100, 0.01), (199, 0.1))] == [10, 10, 11, 19]
 

@@ -157,6 +157,17 @@ def test_a_share_of_the_images_seen_may_be_unreadable(tmp_path):
     quarantine.collect(1100)
 
 
+def test_a_share_of_none_allows_none(tmp_path):
+    quarantine = Quarantine(tmp_path, OneProcess, 0)
+    quarantine.begin(None)
+    quarantine.collect(5000)
+    quarantine.add([entry(0)])
+    with pytest.raises(
+        InputError, match=r"1 image cannot be read \(number 0: why; .* of 5,000 seen, and up to 0 would"
+    ):
+        quarantine.collect(5000)
+
+
 def test_the_list_is_in_the_folder_that_a_run_goes_on_in(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     begun = Quarantine(old, OneProcess, 1)

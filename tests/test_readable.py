@@ -68,6 +68,7 @@ def listed(skipped: list[dict]) -> list[tuple]:
 @pytest.mark.parametrize(("num_images", "number"), [(1, 10), (1099, 10), (1100, 11), (5000, 50)])
 def test_ten_may_be_left_out_and_a_share_of_many(num_images, number):
     assert allowed_to_skip(num_images, 0.01) == number
+    assert allowed_to_skip(num_images, 0) == 0
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -45,7 +45,9 @@ class FeatureArguments:
     )
     max_skipped_share: float = field(
         default=0.01,
-        metadata={"help": "share of images that may be unreadable (ten always may); they are skipped and listed"},
+        metadata={
+            "help": "share of images that may be unreadable (ten may, but none at 0); they are skipped and listed"
+        },
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "processes that decode images; 0: the main one"})
     disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})

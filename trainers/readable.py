@@ -22,8 +22,8 @@ _BATCH_SIZE = 64
 
 
 def allowed_to_skip(num_images: int, share: float) -> int:
-    """How many of so many images may be left out as unreadable: a share of them, and ten of however few."""
-    return max(10, int(share * num_images))
+    """How many of so many images may be left out as unreadable: a share of them, and ten of however few; none at 0."""
+    return max(10, int(share * num_images)) if share else 0
 
 
 def readable_positions(

@@ -75,7 +75,7 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
         num_monitored_images (`int`): Latest images whose embeddings the logged standard deviation, RankMe and so on
             are computed on.
         max_unreadable_share (`float`): Share of the train images seen that may be unreadable, and are replaced, in
-            [0, 1]; of few images ten may be.
+            [0, 1]; of few images ten may be, but none at 0.
         exact_accumulation (`bool`): Whether VICReg's statistics are those of all images of a step, and not of a
             micro-batch, when gradients are accumulated; costs a forward pass without gradients.
         max_skipped_steps (`int`): Steps in a row whose loss or gradient is not finite that are skipped; one more stops
@@ -99,7 +99,8 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
         default=2048, metadata={"help": "latest images that the logged feature statistics are computed on"}
     )
     max_unreadable_share: float = field(
-        default=0.01, metadata={"help": "stop if a larger share of the train images seen (and over ten) is unreadable"}
+        default=0.01,
+        metadata={"help": "stop if a larger share of the train images seen (and over ten) is unreadable; 0: if any"},
     )
     exact_accumulation: bool = field(
         default=False,
