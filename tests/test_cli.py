@@ -26,3 +26,11 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, run, comm
     monkeypatch.setattr(f"trainers.{run}", interrupted)
     assert main(command) == 130
     assert capsys.readouterr().err.startswith(f"\ncjepa: interrupted; {advice}")
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_help_says_how_to_go_on_from_the_newest_checkpoint(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    _, _, text = capsys.readouterr().out.partition("--resume_from_checkpoint [X ...]")
+    assert "`last`" in text.partition("\n  --")[0]

@@ -37,6 +37,10 @@ class PrecisionTrainingArguments(TrainingArguments):
     max_hours: float | None = field(
         default=None, metadata={"help": "stop with a checkpoint after so many hours, as at SIGTERM and SIGUSR1"}
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "go on from a checkpoint: its folder, or `last`, the newest whole one in --output_dir"},
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "it would wait for the device each step"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "images have no column to keep"})
 
