@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from training_worker import build_trainer  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
+from trainers.errors import InputError  # noqa: E402
 from trainers.optimizer_files import (  # noqa: E402
     host_state,
     load_optimizer,
@@ -156,6 +157,17 @@ def fail(output: str):
     assert known == {1: False, 2: True, 3: False, 4: False}
 
 
+def break_down(output: str):
+    """Writing a checkpoint fails in the main process by no fault of the disk; none goes on, none waits."""
+    trainer = build_trainer(output, TRAINING)
+    if dist.get_rank() == 0:
+        trainer.write_extra_files = lambda folder: 1 / 0
+    try:
+        trainer.train()
+    except (ZeroDivisionError, InputError) as error:
+        Path(output, f"error-{dist.get_rank()}").write_text(f"{type(error).__name__}: {error}")
+
+
 def sharded(output: str):
     """Saves, and loads what was saved, in the same processes."""
     save_sharded(output)
@@ -167,6 +179,7 @@ def trainers(output: str):
     """Goes on exactly, and with a checkpoint that cannot be saved."""
     resume(f"{output}/resume")
     fail(f"{output}/fail")
+    break_down(f"{output}/broken")
 
 
 TASKS = {"sharded": sharded, "load_sharded": load_sharded, "trainers": trainers}

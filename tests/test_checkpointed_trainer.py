@@ -313,6 +313,12 @@ def test_two_processes_resume_exactly_and_agree_on_failures(tmp_path):
     assert same(whole, resumed) and same(resumed, other)
     assert said.count("The checkpoint of step 2 could not be saved") == 1
     assert names(tmp_path / "fail") == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+    errors = [(tmp_path / "broken" / f"error-{rank}").read_text() for rank in (0, 1)]
+    other = "InputError: The checkpoint of step 1 could not be saved (division by zero)."
+    assert errors == ["ZeroDivisionError: division by zero", other] and names(tmp_path / "broken") == [
+        "error-0",
+        "error-1",
+    ]
 
 
 def test_uploads_hold_no_pickle_and_keep_their_checkpoint(tmp_path, monkeypatch):

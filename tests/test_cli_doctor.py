@@ -60,13 +60,13 @@ def test_the_verdict_on_a_run_and_on_a_checkpoint(collapsed, capsys, tmp_path):
     run, _ = collapsed
     (checkpoint,) = run.glob("checkpoint-*")
     status, words = said(capsys, run)
-    assert status == 1 and words.startswith("collapsed at step")
+    assert status == 3 and words.startswith("collapsed at step")
     assert "the features shrank" in words and "To change: --regularizer_weight 0.001 (is 0)" in words
     assert Image.open(checkpoint / "doctor.png").size[0] > 1000
     picture = tmp_path / "curves.png"
     status, text = said(capsys, checkpoint, "--json", "--output", picture)
     verdict = json.loads(text)
-    assert status == 1 and verdict["state"] == "collapsed" and verdict["levels"][0]["turned"] < verdict["step"]
+    assert status == 3 and verdict["state"] == "collapsed" and verdict["levels"][0]["turned"] < verdict["step"]
     assert verdict["picture"] == str(picture) and picture.is_file()
 
 
@@ -102,7 +102,7 @@ def test_weights_without_a_log(healthy, tmp_path, capsys):
         encoder.layernorm.bias.fill_(1.0)
     encoder.save_pretrained(tmp_path / "published")
     status, words = said(capsys, tmp_path / "published", *arguments)
-    assert status == 1 and words.startswith("collapsed") and (tmp_path / "published/doctor.png").is_file()
+    assert status == 3 and words.startswith("collapsed") and (tmp_path / "published/doctor.png").is_file()
     assert encoder(images()).pooler_output.std(dim=0).mean() < 1e-3
 
 

@@ -90,6 +90,10 @@ def run(encoder, photos, tmp_path_factory):
     return folder
 
 
+def names_in(folder) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir() if path.name != ".lock")
+
+
 def facts_of(folder) -> dict:
     return json.loads(Path(folder, "final", "results.json").read_text())
 
@@ -138,13 +142,18 @@ def test_the_best_checkpoint_is_what_is_saved(run, photos):
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(encoder, photos, tmp_path):
     """With mixed images, dropped branches and random crops, from the middle of the second of three epochs."""
     flags = ["--validation_share", "0", "--save_total_limit", "5", "--rand_augment", "5",
-             "--save_strategy", "steps", "--save_steps", "6"]  # fmt: skip
+             "--save_strategy", "steps", "--save_steps", "6", "--logging_steps", "4"]  # fmt: skip
     assert finetune(encoder, photos, tmp_path / "whole", *flags) == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "begun", ignore=shutil.ignore_patterns("final", "checkpoint-12"))
-    assert sorted(path.name for path in (tmp_path / "begun").iterdir()) == ["checkpoint-6", "settings.yaml"]
+    assert names_in(tmp_path / "begun") == ["checkpoint-6", "settings.yaml"]
     assert finetune(encoder, photos, tmp_path / "begun", *flags, "--resume_from_checkpoint", "last") == 0
     whole, begun = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "begun"))
     assert all(torch.equal(begun[name], tensor) for name, tensor in whole.items())
+    losses, resumed = (
+        [entry["loss"] for entry in facts_of(tmp_path / name)["history"] if "loss" in entry]
+        for name in ("whole", "begun")
+    )
+    assert resumed == losses
     start = load_file(Path(encoder) / "model.safetensors")
     assert not torch.equal(whole["cjepa.layers.0.mlp.fc1.weight"], start["cjepa.layers.0.mlp.fc1.weight"])
 
@@ -460,15 +469,16 @@ def test_a_loss_that_is_not_finite_ends_the_run(encoder, photos, tmp_path, capsy
     flags = [*DIVERGING, "--save_strategy", "steps", "--save_steps", "1"]
     fails(capsys, finetune(encoder, photos, tmp_path / "run", *flags), "nan at step 2", "nothing is published",
           "lower --learning_rate")  # fmt: skip
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-1", "settings.yaml"]
+    assert names_in(tmp_path / "run") == ["checkpoint-1", "settings.yaml"]
 
 
 def test_weights_that_are_not_finite_are_not_published(encoder, photos, tmp_path, capsys):
     """Where no loss is logged before the end, or the losses that are not finite are left out of it."""
-    for number, flags in enumerate((["--logging_steps", "500"], ["--logging_nan_inf_filter"])):
+    not_logged = ["--logging_steps", "500", "--save_strategy", "no"]
+    for number, flags in enumerate((not_logged, ["--logging_nan_inf_filter", "--save_strategy", "no"])):
         output = tmp_path / f"run{number}"
         fails(capsys, finetune(encoder, photos, output, *DIVERGING, *flags), "The weights of step 12 are not finite")
-        assert sorted(path.name for path in output.iterdir()) == ["checkpoint-12", "checkpoint-8", "settings.yaml"]
+        assert names_in(output) == ["settings.yaml"]
 
 
 def test_models_that_cannot_are_refused(stack, photos, tmp_path, capsys, monkeypatch):

@@ -85,15 +85,31 @@ def test_two_processes_start_on_a_cpu(launched):
     assert_trained(*launched)
 
 
-def test_slurm_script_goes_on_with_a_stopped_run(tmp_path, launched):
+def fake_slurm(folder: Path, srun: str) -> dict[str, str]:
+    """Environment of a job in which `srun` is another program."""
     python = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
-    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL), ("python", python)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    slurm = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "2",
-        "SLURM_JOB_ID": str(os.getpid()),
+    for name, text in (("srun", srun), ("scontrol", FAKE_SCONTROL), ("python", python)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    return {
+        "PATH": path, "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_JOB_ID": str(os.getpid())
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("status", "is_queued"), [(0, True), (138, True), (1, False), (143, False)], ids=["saved", "usr1", "error", "term"]
+)
+def test_slurm_script_queues_a_job_again_that_was_stopped(tmp_path, status, is_queued):
+    environment = os.environ | fake_slurm(tmp_path, f"#!/bin/bash\nexit {status}\n")
+    command = ["bash", ROOT / "scripts/slurm/pretrain.sbatch", "cjepa_scenes", "--output_dir", tmp_path / "run"]
+    assert subprocess.run(command, env=environment).returncode == status
+    asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
+    assert asked == (f"requeue {os.getpid()}\n" if is_queued else "")
+
+
+def test_slurm_script_goes_on_with_a_stopped_run(tmp_path, launched):
+    slurm = fake_slurm(tmp_path, FAKE_SRUN)
     # as if the run had been stopped after its first step
     output = tmp_path / "run"
     shutil.copytree(launched[0], output, ignore=shutil.ignore_patterns("final", "checkpoint-2"))

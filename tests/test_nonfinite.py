@@ -112,6 +112,16 @@ def test_command_says_why_it_ends(tmp_path, capsys):
     assert not (tmp_path / "run" / "final").exists()
 
 
+def test_a_run_says_how_many_steps_it_has_skipped(tmp_path, capsys):
+    flags = ["--learning_rate", "1e30", "--start_learning_rate", "1e30", "--warmup_steps", "0", "--max_steps", "4"]
+    flags += ["--max_skipped_steps", "9", "--output_dir", str(tmp_path / "run"), "--logging_steps", "2"]
+    assert main(["pretrain", "cjepa_scenes", *FLAGS, *flags]) == 0
+    assert f"3 of 4 steps were skipped, see {tmp_path / 'run' / 'nonfinite.jsonl'}." in capsys.readouterr().out
+    final = tmp_path / "run" / "final"
+    assert json.loads((final / "results.json").read_text())["training"]["skipped_steps"] == 3
+    assert "\n3 steps were skipped, as their loss or gradient was not finite.\n" in (final / "README.md").read_text()
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     class Break(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):

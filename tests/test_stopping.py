@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -82,6 +83,17 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alive(tmp_path, name):
     assert process.returncode == 0 and f"stopped by {name} at step" in rest
     # and they end with the run
     assert not psutil.wait_procs(workers, timeout=30)[1]
+
+
+def test_the_workers_of_an_evaluation_outlive_a_signal_that_another_sends(tmp_path):
+    trainer = build_trainer(str(tmp_path), {"dataloader_num_workers": 1, "per_device_eval_batch_size": 2})
+    batches = iter(trainer.get_eval_dataloader(trainer.train_dataset))
+    first = next(batches)
+    (worker,) = multiprocessing.active_children()
+    for name in ("TERM", "USR1"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    time.sleep(0.5)
+    assert sum(len(batch["pixel_values"]) for batch in (first, *batches)) == len(trainer.train_dataset)
 
 
 def test_two_processes_stop_at_the_same_step_when_one_is_told(tmp_path):

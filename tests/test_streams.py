@@ -196,28 +196,29 @@ def test_processes_that_cannot_share_are_told_which_can(tmp_path):
         train_data(folder, num_ranks=3, num_lanes=8)
 
 
-def test_an_unreadable_image_is_replaced_by_the_next_of_its_batch(tmp_path):
-    broken = {(0, 2), (1, 0), (1, 3)}
-    data = train_data(write_parquet(tmp_path / "parquet", [4, 4], broken=broken), buffer=1, num_lanes=2)
-    (batch,) = islice(data.batches(0, 8, 0, 1), 1)
-    samples = data.decoder.__getitems__(batch)
-    entries = [entry for sample in samples for entry in sample.unreadable]
-    assert {(Path(entry["file"]).name, entry["offset"], entry["reason"]) for entry in entries} == {
-        (f"train-0000{shard}.parquet", row, "not an image") for shard, row in broken
-    }
-    rows = [(row.shard, row.offset) for _, row in batch]
-    for place, (position, _) in enumerate(batch):
-        shard, offset = next(row for row in rows[place:] + rows[:place] if row not in broken)
-        with seeded(sample_seed(7, 2, position)):
-            expected = train_transform((32, 32))(Image.open(io.BytesIO(png(shard, offset))))
-        assert torch.equal(samples[place].item["pixel_values"], expected)
-        assert samples[place].sample_id["shard"] == shard and samples[place].sample_id["offset"] == offset
+def test_an_unreadable_image_is_replaced_by_the_next_one_whatever_the_batch(tmp_path):
+    broken = {(0, 2), (1, 0), (1, 3), (2, 0), (2, 1)}
+    shards = [(0, row) for row in range(4)] + [(1, row) for row in range(4)] + [(2, 0), (2, 1)]
+    data = train_data(write_parquet(tmp_path / "parquet", [4, 4, 2], broken=broken), buffer=4, num_lanes=1)
+    for batch_size, rank, num_ranks in ((10, 0, 1), (1, 0, 1), (4, 1, 2)):
+        batches = islice(data.batches(0, batch_size, rank, num_ranks), 2)
+        for batch in batches:
+            for (position, row), sample in zip(batch, data.decoder.__getitems__(batch), strict=True):
+                own = shards.index((row.shard, row.offset))
+                place = next(place for place in (shards + shards)[own:] if place not in broken)
+                with seeded(sample_seed(7, 2, position)):
+                    expected = train_transform((32, 32))(Image.open(io.BytesIO(png(*place))))
+                assert torch.equal(sample.item["pixel_values"], expected)
+                assert (sample.sample_id["shard"], sample.sample_id["offset"]) == place
+                found = [(Path(entry["file"]).name, entry["offset"], entry["reason"]) for entry in sample.unreadable]
+                told = (f"train-0000{row.shard}.parquet", row.offset, "not an image")
+                assert found == ([told] if (row.shard, row.offset) in broken else [])
 
 
-def test_a_batch_without_a_readable_image_is_said(tmp_path):
-    data = train_data(write_parquet(tmp_path / "parquet", [2], broken={(0, 0), (0, 1)}))
+def test_a_stream_without_a_readable_image_is_said(tmp_path):
+    data = train_data(write_parquet(tmp_path / "parquet", [2, 1], broken={(0, 0), (0, 1), (1, 0)}))
     (batch,) = islice(data.batches(0, 2, 0, 1), 1)
-    with pytest.raises(InputError, match=r"None of the 2 images .*train-00000.parquet: not an image"):
+    with pytest.raises(InputError, match=r"None of the images of .*train-0000\d.parquet: not an image"):
         data.decoder.__getitems__(batch)
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,6 +44,11 @@ def all_checkpoints(output: Path) -> list[Path]:
         place = replaced.with_name(replaced.stem.removeprefix("."))
         if not place.exists():
             os.replace(replaced, place)
+    return present_checkpoints(output)
+
+
+def present_checkpoints(output: Path) -> list[Path]:
+    """As [`all_checkpoints`], but changes nothing: for those that only look at a run, which may be going on."""
     found = [path for path in output.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=checkpoint_step, reverse=True)
 
@@ -163,8 +169,12 @@ def unfinished_folder(output: Path, step: int) -> Path:
 
 def finish_checkpoint(unfinished: Path, step: int):
     """Writes the manifest of a filled folder, syncs all to the disk, and gives the checkpoint its name."""
-    write_manifest(unfinished, step)
-    for path in (*unfinished.rglob("*"), unfinished):
+    # the disk is at work while checksums are computed
+    with ThreadPoolExecutor(1) as executor:
+        syncing = executor.submit(lambda paths: [_sync(path) for path in paths], list(unfinished.rglob("*")))
+        write_manifest(unfinished, step)
+        syncing.result()
+    for path in (unfinished / MANIFEST, unfinished):
         _sync(path)
     place, replaced = (unfinished.with_name(name) for name in (f"checkpoint-{step}", f".checkpoint-{step}.replaced"))
     if place.exists():

@@ -37,6 +37,8 @@ from trainers.processes import in_main_process
 
 SCHEDULER = "scheduler.json"
 STATE = "trainer_state.json"
+# at these training may go on; any other error is one of the program
+_OF_THE_DISK = (OSError, SafetensorError)
 
 
 @dataclass
@@ -130,39 +132,43 @@ class CheckpointedTrainer(Trainer):
         if self._pending is None:
             return
         save, self._pending = self._pending, None
-        outcome: list[str | None] = [None]
-        if save.writing is not None:
-            try:
-                save.writing.result()
-            except (OSError, SafetensorError) as error:
-                outcome = [first_line(error)]
+        error = None if save.writing is None else save.writing.exception()
+        outcome = [None, False, ""]
+        if error is not None:
+            outcome = [first_line(error), isinstance(error, _OF_THE_DISK), _newest_whole(save.output)]
         broadcast_object_list(outcome)
-        self.save_error = outcome[0]
+        self.save_error, is_of_the_disk, newest = outcome
+        if self.save_error is not None and not is_of_the_disk:
+            # the other processes must not wait for one that has failed
+            raise error or InputError(f"The checkpoint of step {save.step} could not be saved ({self.save_error}).")
         if self.save_error is not None:
-            self._after_failure(save)
+            self._after_failure(save, newest)
             return
         self._saved_best = save.best
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(save.output / f"checkpoint-{save.step}"))
 
-    def _after_failure(self, save: _Save):
+    def _after_failure(self, save: _Save, newest: str):
         """Forgets a checkpoint that could not be saved, or ends the run if it was to be the last."""
         if self.state.best_global_step == save.step:
             self.state.best_metric, self.state.best_global_step, self.state.best_model_checkpoint = self._saved_best
-        whole = [path.name for path in all_checkpoints(save.output) if (path / MANIFEST).exists()]
-        last = f"the last whole one is {whole[0]}" if whole else "there is none yet"
         failed = f"The checkpoint of step {save.step} could not be saved ({self.save_error})"
         if save.step == self.state.global_step and self.control.should_training_stop:
             raise InputError(
-                f"{failed}, with which the run would end; {last}. Make room for {save.output} and go on with "
+                f"{failed}, with which the run would end; {newest}. Make room for {save.output} and go on with "
                 f"--resume_from_checkpoint {LAST}."
             )
         if self.is_world_process_zero():
-            print(f"{failed}: training goes on; {last}.", flush=True)
+            print(f"{failed}: training goes on; {newest}.", flush=True)
 
     def _best(self) -> tuple:
         state = self.state
         return state.best_metric, state.best_global_step, state.best_model_checkpoint
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """A checkpoint ends the window of a log, so that a resumed run logs the losses of an uninterrupted one."""
+        self.control.should_log |= self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         """Takes what a checkpoint holds at this step; it is written at once, or in the background."""
@@ -311,6 +317,11 @@ class CheckpointedTrainer(Trainer):
 
     def _load_scaler(self, checkpoint):
         """Nothing: no run scales its losses."""
+
+
+def _newest_whole(output: Path) -> str:
+    whole = [path.name for path in all_checkpoints(output) if (path / MANIFEST).exists()]
+    return f"the last whole one is {whole[0]}" if whole else "there is none yet"
 
 
 def run_now(function, *args) -> Future:

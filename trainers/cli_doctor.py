@@ -7,6 +7,8 @@ from trainers.cli_models import add_data_flags, as_in_the_run, model_parser
 from trainers.errors import InputError
 
 NUM_IMAGES = 2048
+# 1 is Python's own for an error of the program
+ILL_STATUS = 3
 
 
 def add_doctor(commands):
@@ -18,13 +20,14 @@ def add_doctor(commands):
         commands,
         "doctor",
         usage="cjepa doctor RUN [--key value ...]",
+        metavar="RUN",
         help="say whether a run has collapsed, and what to change",
         description="Judge a run by its log: healthy, collapsed (the features shrank), dimensional collapse (few "
         "directions are left), diverged, not learning, or too short to tell; with what was seen, what to change, and "
-        "the curves as doctor.png. MODEL is the folder of a run, its `final`, or a checkpoint. Weights without a log, "
+        "the curves as doctor.png. RUN is the folder of a run, its `final`, or a checkpoint. Weights without a log, "
         "such as a model of the Hub, are judged by what they make of images (--dataset: by default those of the run, "
         f"or rendered scenes; {NUM_IMAGES:,} of the evaluation images, a fixed choice), beside a random encoder.",
-        epilog="exit status: 0 healthy or too short to tell, 1 ill, 2 a mistake in the command\n"
+        epilog=f"exit status: 0 healthy or too short to tell, {ILL_STATUS} ill, 2 a mistake in the command\n"
         "examples:  cjepa doctor runs/mine\n"
         "           cjepa doctor runs/mine/checkpoint-600 --json",
     )
@@ -36,7 +39,7 @@ def add_doctor(commands):
 
 
 def run_doctor(namespace) -> int:
-    """Prints the verdict and draws the picture; gives 1 of an ill run, else 0."""
+    """Prints the verdict and draws the picture; gives `ILL_STATUS` of an ill run, else 0."""
     from trainers.doctor import diagnose
     from trainers.doctor_figure import draw_diagnosis, draw_spectra
     from trainers.doctor_runs import read_run
@@ -53,7 +56,7 @@ def run_doctor(namespace) -> int:
         print(json.dumps({"run": namespace.model, "picture": str(picture), **diagnosis.to_dict()}, indent=2))
     else:
         print(f"{diagnosis}\nCurves in {picture}.")
-    return int(diagnosis.is_ill)
+    return ILL_STATUS if diagnosis.is_ill else 0
 
 
 def _picture(namespace, place: str):

@@ -55,7 +55,7 @@ def add_evaluate(commands):
     parser.set_defaults(run=run_evaluate, parser=parser)
 
 
-def model_parser(commands, name: str, usage: str, **texts: str) -> argparse.ArgumentParser:
+def model_parser(commands, name: str, usage: str, metavar: str = "MODEL", **texts: str) -> argparse.ArgumentParser:
     """
     The parser of a command on a saved model.
 
@@ -63,17 +63,18 @@ def model_parser(commands, name: str, usage: str, **texts: str) -> argparse.Argu
         commands: Where to, the subparsers of `cjepa` or of one of its commands.
         name (`str`): What the command is called.
         usage (`str`): The first line of its `--help`.
+        metavar (`str`): What its argument is called.
         texts (`str`): `help`, `description` and `epilog`, as argparse has them.
 
     Returns:
-        `argparse.ArgumentParser`: With the argument MODEL.
+        `argparse.ArgumentParser`: With that argument.
     """
     parser = commands.add_parser(
         name, usage=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts
     )
     parser.add_argument(
         "model",
-        metavar="MODEL",
+        metavar=metavar,
         help="a folder such as runs/mine/final, or the id of a model on the Hub; before all flags",
     )
     return parser

@@ -15,6 +15,7 @@ from transformers.utils import cached_file, has_file
 
 from modeling_cjepa.configuration_cjepa import pair
 from trainers.baselines import random_encoders
+from trainers.checkpoint_files import present_checkpoints
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.doctor import COLLAPSED, COLLAPSED_SPREAD, DIMENSIONAL, HEALTHY, Diagnosis, LevelDiagnosis, worst
 from trainers.doctor_advice import run_settings
@@ -77,10 +78,10 @@ def _place(path: str) -> str:
         return path
     if (folder / "final" / "config.json").is_file():
         return str(folder / "final")
-    checkpoints = sorted(folder.glob("checkpoint-[0-9]*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    checkpoints = present_checkpoints(folder)
     if not checkpoints:
         raise InputError(f"{path} holds neither a model nor a checkpoint; give the folder of a run, or of a model.")
-    return str(checkpoints[-1])
+    return str(checkpoints[0])
 
 
 def _read_json(place: str, name: str) -> dict:

@@ -42,6 +42,7 @@ from trainers.readable import write_skipped
 from trainers.recipes import RunArguments, recipe_text
 from trainers.reports import draw_curves, machine_facts, software_facts
 from trainers.resources import render_template
+from trainers.run_lock import only_run_in
 from trainers.stopping import stopped_sentence
 from trainers.transforms import eval_transform, image_processor
 
@@ -121,7 +122,7 @@ def finetune(run: Finetuning) -> Path | None:
         if checkpoint is not None:
             print(f"going on from {checkpoint}", flush=True)
     trainer = build_trainer(run, model, args, splits.train, splits.validation)
-    with full_disk_named(Path(args.output_dir)):
+    with full_disk_named(Path(args.output_dir)), only_run_in(Path(args.output_dir)):
         if trainer.is_world_process_zero():
             values = run.values() | {"processes": args.world_size, _IMAGES: images}
             write_text_atomically(Path(args.output_dir, _SETTINGS), recipe_text(values))

@@ -85,7 +85,7 @@ def plain_number(value: str) -> str:
 
 def type_name(hint) -> str:
     """A type as a user reads it."""
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace(" | None", " or null")
 
 
 def flag_value(text: str):

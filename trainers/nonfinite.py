@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from trainers.errors import InputError
 
-FILE = "nonfinite.jsonl"
+NONFINITE = "nonfinite.jsonl"
 _ADVICE = "lower --learning_rate, set --max_grad_norm 1 or --precision float32"
 
 
@@ -155,7 +155,7 @@ class NonFiniteSteps(TrainerCallback):
         }
         records = gather_object([record])
         what = f"The loss or gradient of step {step.number} is not finite"
-        file = Path(trainer.args.output_dir, FILE)
+        file = Path(trainer.args.output_dir, NONFINITE)
         if trainer.is_world_process_zero():
             append_lines(file, records)
         if not all(other["weights_are_finite"] for other in records):
@@ -185,6 +185,12 @@ class NonFiniteSteps(TrainerCallback):
         if not math.isfinite(logs.get("loss", 0.0)):
             step = self.trainer.state.global_step
             raise InputError(f"The loss is {logs['loss']} at step {step}; {last_checkpoint(self.trainer)}.")
+
+
+def num_skipped(history: list[dict]) -> int:
+    """How many steps were skipped by a run's log, the parts before a resume included."""
+    # the last entry sums those of a call up
+    return sum(entry.get("skipped_steps", 0) for entry in history if "train_runtime" not in entry)
 
 
 def _arriving(step: int, is_bad: torch.Tensor, norm: torch.Tensor, terms: list[dict]) -> _Step:

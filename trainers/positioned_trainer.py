@@ -120,11 +120,6 @@ class PositionedTrainer(StoppableTrainer):
         self.quarantine.add([entry for batch in batches for entry in batch.pop(UNREADABLE, [])])
         return batches, num_items
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
-        """A checkpoint ends the window of a log, so that a resumed run logs the losses of an uninterrupted one."""
-        self.control.should_log |= self.control.should_save
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-
     def log(self, logs: dict[str, float], start_time: float | None = None):
         """Logs, with the images seen; of what could not be read since the last time all processes learn here."""
         if self.is_in_train:

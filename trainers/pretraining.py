@@ -31,11 +31,12 @@ from trainers.errors import InputError
 from trainers.evaluation import evaluate_model
 from trainers.files import full_disk_named, write_json
 from trainers.lanes import choose_lanes, uneven_lanes
-from trainers.nonfinite import check_finite_weights
+from trainers.nonfinite import NONFINITE, check_finite_weights, num_skipped
 from trainers.publishing import save_model, whole_folder
 from trainers.recipes import Recipe, model_fields, recipe_text, write_recipe
 from trainers.reports import draw_curves, format_table, machine_facts, software_facts
 from trainers.resources import render_template
+from trainers.run_lock import only_run_in
 from trainers.sharding import whole_model
 from trainers.sources import load_sources, with_common_classes
 from trainers.stopping import stopped_sentence
@@ -74,7 +75,7 @@ def pretrain(recipe: Recipe) -> Path | None:
     image_size = max(pair(model.config.image_size))
     train, labelled = load_images(recipe, image_size, args)
     trainer = build_trainer(recipe, model, args, train)
-    with full_disk_named(Path(args.output_dir)):
+    with full_disk_named(Path(args.output_dir)), only_run_in(Path(args.output_dir)):
         trainer.take_over(checkpoint)  # refuses other images before anything is written
         if trainer.is_world_process_zero():
             write_recipe(recipe.values, Path(args.output_dir, "recipe.yaml"))
@@ -240,6 +241,9 @@ def finish(recipe: Recipe, trainer: JepaTrainer, model, labelled: Labelled | Non
         write_json(unfinished / "results.json", facts | {"history": trainer.state.log_history})
         card = render_template(recipe.objective.card, card_facts(facts, folder))
         (unfinished / "README.md").write_text(card, encoding="utf-8")
+    skipped, steps = facts["training"]["skipped_steps"], facts["training"]["steps"]
+    if skipped:
+        print(f"\n{skipped:,} of {steps:,} steps were skipped, see {Path(trainer.args.output_dir, NONFINITE)}.")
     if trainer.quarantine.entries:
         print(f"\n{trainer.quarantine.summary()} and were replaced by others.")
     if "evaluation" in facts:
@@ -279,6 +283,7 @@ def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float) -> di
     speeds = sorted(entry["images_per_second"] for entry in logged)
     training = {
         "steps": state.global_step,
+        "skipped_steps": num_skipped(state.log_history),
         "batch_size": trainer.clock.batch_size,
         "images_seen": trainer.clock.samples_seen(state.global_step),
         "seconds": round(trained_seconds(logged) or seconds, 1),

@@ -70,8 +70,7 @@ class StopCallback(TrainerCallback):
         self._asked = self._asked or 1 + SIGNALS.index(number)
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)  # inside of Accelerate's
-        loader.worker_init_fn = WorkerSignals(loader.worker_init_fn)
+        outlive_signals(train_dataloader)
 
     def on_step_end(self, args, state, control, **kwargs):
         if time.monotonic() > self._deadline:
@@ -147,6 +146,14 @@ class WorkerSignals:
         os._exit(0)
 
 
+def outlive_signals(loader):
+    """Gives a data loader workers that outlive signals, see [`WorkerSignals`]."""
+    inside = getattr(loader, "base_dataloader", loader)  # of Accelerate's
+    if not isinstance(inside.worker_init_fn, WorkerSignals):
+        inside.worker_init_fn = WorkerSignals(inside.worker_init_fn)
+    return loader
+
+
 class StoppableTrainer(CheckpointedTrainer):
     """
     A [`CheckpointedTrainer`] that stops with a checkpoint at SIGTERM, SIGUSR1 or after `args.max_hours` (see
@@ -163,6 +170,10 @@ class StoppableTrainer(CheckpointedTrainer):
         """Trains; what stopped it is in `self.stop.reason`."""
         with self.stop.watching():
             return super().train(*args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As in transformers; an evaluation during training ends before a signal stops the run."""
+        return outlive_signals(super().get_eval_dataloader(eval_dataset))
 
 
 def stopped_sentence(trainer: StoppableTrainer) -> str:

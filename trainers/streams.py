@@ -7,6 +7,8 @@ of W) reads lanes of its own. The position alone tells what comes next: no buffe
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -143,40 +145,43 @@ class _Decoder(Dataset):
     """The samples of a batch of undecoded images, which workers are given."""
 
     def __init__(self, images: "StreamedImages", seed: int):
-        self.transform, self.seed = images.transform, seed
-        self.name, self.files = images.shards.name, images.shards.files
+        self.transform, self.shards, self.seed = images.transform, images.shards, seed
 
     def __getitems__(self, batch: list[tuple[int, Row]]) -> list[Sample]:
-        samples = [self._sample(position, row) for position, row in batch]
-        readable = [place for place, sample in enumerate(samples) if not sample.unreadable]
-        if not readable:
-            reasons = "; ".join(f"row {entry['offset']} of {entry['file']}: {entry['reason']}"
-                                for sample in samples[:3] for entry in sample.unreadable)  # fmt: skip
-            raise InputError(f"None of the {len(batch)} images of a batch of {self.name} can be read ({reasons}); "
-                             "repair or remove them.")  # fmt: skip
-        for place, sample in enumerate(samples):
-            if sample.unreadable:
-                # the next one of the batch that can be read stands for it, cropped as it would have been
-                other = next((other for other in readable if other > place), readable[0])
-                samples[place] = self._sample(batch[place][0], batch[other][1])._replace(unreadable=sample.unreadable)
-        return samples
+        return [self._sample(position, row) for position, row in batch]
 
     def _sample(self, position: int, row: Row) -> Sample:
-        try:
-            image = decode_image(row.image)
-        except UnreadableImage as error:
-            return Sample({}, self._sample_id(row), [self._entry(row, str(error))])
-        with seeded(sample_seed(self.seed, _OF_CROP, position)):
-            return Sample({"pixel_values": self.transform(image)}, self._sample_id(row), [])
+        """An image, or the next one that can be read, cropped as that in whose place it is."""
+        unreadable = []
+        for other in chain([row], self._next_rows(row)):
+            try:
+                image = decode_image(other.image)
+            except UnreadableImage as error:
+                # the others are told of when it is their turn
+                unreadable = unreadable or [self._entry(row, str(error))]
+                continue
+            with seeded(sample_seed(self.seed, _OF_CROP, position)):
+                return Sample({"pixel_values": self.transform(image)}, self._sample_id(other), unreadable)
+        reason = "row {offset} of {file}: {reason}".format(**unreadable[0])
+        raise InputError(f"None of the images of {self.shards.name} can be read ({reason}); repair or remove them.")
+
+    def _next_rows(self, row: Row) -> Iterator[Row]:
+        """All rows that follow one in the order of the shards, up to it; its own shard is read once more for them."""
+        read, num_shards = partial(self.shards.read, counted=lambda shard, num_rows: None), self.shards.num_shards
+        yield from read(row.shard, row.offset + 1)
+        for shard in range(row.shard + 1, row.shard + num_shards):
+            yield from read(shard % num_shards, 0)
+        yield from islice(read(row.shard, 0), row.offset)
 
     def _sample_id(self, row: Row) -> dict:
-        return {"shard": row.shard, "offset": row.offset} | ({"file": self.files[row.shard]} if self.files else {})
+        files = self.shards.files
+        return {"shard": row.shard, "offset": row.offset} | ({"file": files[row.shard]} if files else {})
 
     def _entry(self, row: Row, reason: str) -> dict:
-        inside = (row.image or {}).get("path")
-        file = self.files[row.shard] if self.files else f"shard {row.shard}"
+        inside, files = (row.image or {}).get("path"), self.shards.files
+        file = files[row.shard] if files else f"shard {row.shard}"
         told = f"{inside}: {reason}" if inside else reason
-        return {"dataset": self.name, "file": file, "offset": row.offset, "reason": told}
+        return {"dataset": self.shards.name, "file": file, "offset": row.offset, "reason": told}
 
 
 class StreamedImages:

@@ -121,7 +121,9 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "clip gradients to this norm; 0 never clips"})
     logging_steps: float = field(default=20, metadata={"help": "log every so many optimizer steps"})
     logging_first_step: bool = field(default=True, metadata={"help": "log the first step, too"})
-    dataloader_drop_last: bool | None = field(default=None, metadata={"help": "no batch is smaller: leave it out"})
+    dataloader_drop_last: bool | None = field(
+        default=None, metadata={"help": "refused: there is no smaller last batch, passes follow without a break"}
+    )
     prediction_loss_only: bool = field(default=True, metadata={"help": "do not gather predictions in evaluation"})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "every parameter is used"})
 
