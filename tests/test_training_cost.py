@@ -37,7 +37,7 @@ def test_command_prints_a_table(capsys, tmp_path, monkeypatch):
     write_recipe(read_recipe("cjepa_scenes", sizes).values, path := tmp_path / "tiny.yaml")
     assert main(["benchmark", "training", str(path), "--rounds", "2"]) == 0
     said = capsys.readouterr().out
-    assert "| of the trainer " in said and "overhead" in said and "turns of 2 steps" in said
+    assert "| of the trainer " in said and "overhead" in said and "rounds of 2 steps" in said
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 

@@ -25,7 +25,7 @@ def benchmark_training(recipe: Recipe, num_rounds: int = 9) -> dict:
     Times steps of a recipe's trainer, with its logs, the doctor, checks and stops, and bare steps of an equal model.
 
     A bare step is the forward pass under the same masks or views, the backward pass, the optimizer and the moving
-    average, on batches of a plain data loader. A round is as many steps of each as lie between two logs.
+    average, on batches of a plain data loader. A round is as many steps of each, in turns, as lie between two logs.
 
     Args:
         recipe ([`Recipe`]): What to train; checkpoints go to a temporary folder.
@@ -51,7 +51,7 @@ def benchmark_training(recipe: Recipe, num_rounds: int = 9) -> dict:
         model = build_model(recipe, args)
         source, _ = load_sources(recipe.data, max(pair(model.config.image_size)), progress=False)
         trainer = build_trainer(recipe, model, args, source)
-        turns = _Turns(_BareSteps(trainer), int(args.logging_steps))
+        turns = _Turns(_BareSteps(trainer), int(args.logging_steps), args.device)
         trainer.pop_callback(PrinterCallback)
         trainer.add_callback(turns)
         trainer.train()
@@ -104,25 +104,32 @@ class _BareSteps:
 
 
 class _Turns(TrainerCallback):
-    """Lets the bare steps have their turn each time the trainer has logged."""
+    """
+    Lets bare steps and the trainer's take turns: of one step on a CPU, where what else the machine does then slows
+    both alike; of a whole round where steps are queued on a device, so that none waits for it in between.
+    """
 
-    def __init__(self, bare: _BareSteps, length: int):
+    def __init__(self, bare: _BareSteps, length: int, device: torch.device):
         self.bare, self.length = bare, length
+        self.turn = 1 if device.type == "cpu" else length
+        # seconds of each round
         self.seconds: dict[str, list[float]] = {"trainer": [], "bare": []}
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step % self.length:
+        if state.global_step % self.turn:
             return
         _finish(args.device)
+        now = time.perf_counter()
         if state.global_step:
-            self.seconds["trainer"].append(time.perf_counter() - self.started)
-        started = time.perf_counter()
-        for _ in range(self.length):
+            self.seconds["trainer"][-1] += now - self.started
+        if state.global_step % self.length == 0:
+            for seconds in self.seconds.values():
+                seconds.append(0.0)
+        for _ in range(self.turn):
             self.bare.step()
         _finish(args.device)
-        if state.global_step:
-            self.seconds["bare"].append(time.perf_counter() - started)
         self.started = time.perf_counter()
+        self.seconds["bare"][-1] += self.started - now
 
 
 def _finish(device: torch.device):
@@ -131,14 +138,12 @@ def _finish(device: torch.device):
 
 
 def _summary(turns: _Turns) -> dict:
-    # the first turns set things up
-    bare, trainer = (turns.seconds[name][1:] for name in ("bare", "trainer"))
-    # the trainer's turn lies between two bare ones: what else the machine did in them slowed it, too
-    around = [(before + after) / 2 for before, after in itertools.pairwise(turns.seconds["bare"])]
+    # the first round sets things up; the last has only begun
+    bare, trainer = (turns.seconds[name][1:-1] for name in ("bare", "trainer"))
     found = {
         "bare": [seconds / turns.length for seconds in bare],
         "trainer": [seconds / turns.length for seconds in trainer],
-        "overhead": [whole / alone - 1 for whole, alone in zip(trainer, around, strict=True)],
+        "overhead": [whole / alone - 1 for whole, alone in zip(trainer, bare, strict=True)],
     }
     return {
         name: dict(zip(("low", "median", "high"), statistics.quantiles(values, n=4), strict=True))
@@ -175,7 +180,7 @@ def format_training_cost(found: dict) -> str:
         [
             *markdown_table(cells),
             f"\noverhead {overhead['median']:.2%} ({overhead['low']:.2%} - {overhead['high']:.2%}): the trainer's "
-            f"turns of {found['steps']} steps and a log over the bare ones around them",
+            f"rounds of {found['steps']} steps and a log over as many bare ones in between",
             f"a checkpoint of {found['bytes'] / 1e6:.1f} MB took {found['save']:.2f} s, of which training waited "
             f"{found['stall']:.2f} s; its bytes alone {found['write']:.2f} s",
         ]
