@@ -233,8 +233,9 @@ def norms_by_part(model: torch.nn.Module) -> dict[str, float | str]:
 
 def are_finite(model: torch.nn.Module) -> torch.Tensor:
     """Whether all weights and statistics of this process are finite: a scalar, on their device."""
-    # a larger norm than the largest element overflows before they do
-    return torch.stack(torch._foreach_norm(_float_tensors(model), math.inf)).isfinite().all()
+    # both are NaN where one element is; on a CPU it takes a twentieth of the time of `isfinite` or of a norm
+    extremes = [extreme for tensor in _float_tensors(model) if tensor.numel() for extreme in tensor.aminmax()]
+    return torch.stack(extremes).isfinite().all()
 
 
 def _float_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
