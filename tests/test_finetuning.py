@@ -27,7 +27,7 @@ from trainers.classifiers import build_classifier, classifier_config, freeze_enc
 from trainers.cli import main
 from trainers.datasets import ImageDataset, ImageSource, sample_seed
 from trainers.datasets import seeded as seed_for
-from trainers.finetune_args import FinetuneArguments, FinetuneDataArguments
+from trainers.finetune_args import FinetuneArguments, FinetuneDataArguments, Finetuning
 from trainers.finetune_data import (
     ClassificationCollator,
     ClassificationLoss,
@@ -356,7 +356,7 @@ def test_loss_is_the_mean_over_the_images_of_a_step():
 def test_rates_of_the_layers_reach_the_optimizer(encoder, tmp_path):
     images = np.zeros((8, 32, 32, 3), np.uint8)
     source = ImageSource(images, np.arange(8) % 2, ["a", "b"])
-    run = finetuning.Finetuning(
+    run = Finetuning(
         encoder, FinetuneArguments(layer_decay=0.5), FinetuneDataArguments(validation_share=0),
         {"output_dir": str(tmp_path), "use_cpu": True, "learning_rate": 0.8, "weight_decay": 0.3,
          "optim": "adamw_torch", "max_steps": 10},

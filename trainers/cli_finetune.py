@@ -45,8 +45,13 @@ def add_finetune(commands):
 def run_finetune(namespace):
     """Fine-tunes by the flags given."""
     from trainers.cli_models import as_in_the_run
-    from trainers.finetune_args import FinetuneArguments, FinetuneDataArguments, FinetuneTrainingArguments
-    from trainers.finetuning import Finetuning, finetune
+    from trainers.finetune_args import (
+        FinetuneArguments,
+        FinetuneDataArguments,
+        FinetuneTrainingArguments,
+        Finetuning,
+    )
+    from trainers.finetuning import finetune
     from trainers.flags import check_value, dataclass_from_flags, given_flags, type_hints
     from trainers.loading import load_encoder_config, load_image_statistics
 

@@ -1,5 +1,6 @@
 """Arguments of a fine-tuning run: what is trained, on which labelled images, and transformers' `TrainingArguments`."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from modeling_cjepa.configuration_cjepa import CLASSIFIER_POOLINGS
@@ -149,3 +150,38 @@ class FinetuneTrainingArguments(PrecisionTrainingArguments):
         if metric is not None and metric.removeprefix("eval_") not in METRICS:
             raise ValueError(f"metric_for_best_model={metric!r} is not known; choose one of {', '.join(METRICS)}.")
         super().__post_init__()
+
+
+@dataclass
+class Finetuning:
+    """
+    A run, ready to be started.
+
+    Args:
+        model (`str`): Folder of the encoder, or its id on the Hub.
+        settings ([`FinetuneArguments`]): What of it is trained.
+        data ([`FinetuneDataArguments`]): On what.
+        training (`dict`): Fields of [`FinetuneTrainingArguments`] that are set.
+        command (`list[str]`): The command line it came from, for the record.
+    """
+
+    model: str
+    settings: FinetuneArguments
+    data: FinetuneDataArguments
+    training: dict = field(default_factory=dict)
+    command: list[str] = field(default_factory=list)
+
+    def values(self) -> dict:
+        """Every setting that is not as its default, for the record and to compare with when resuming."""
+        return (
+            {"model": self.model}
+            | changed_fields(self.settings)
+            | changed_fields(self.data)
+            | dict(sorted(self.training.items()))
+        )
+
+
+def changed_fields(arguments) -> dict:
+    """The fields of a dataclass that are not as their defaults."""
+    defaults = type(arguments)()
+    return {name: value for name, value in dataclasses.asdict(arguments).items() if value != getattr(defaults, name)}

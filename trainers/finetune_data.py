@@ -3,7 +3,6 @@
 Shapes: B images, C classes.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -177,9 +176,3 @@ class ClassificationLoss:
             outputs.logits.float(), labels, reduction="sum", label_smoothing=self.label_smoothing
         )
         return total / num_images
-
-
-def changed_fields(arguments) -> dict:
-    """The fields of a dataclass that are not as their defaults."""
-    defaults = type(arguments)()
-    return {name: value for name, value in dataclasses.asdict(arguments).items() if value != getattr(defaults, name)}

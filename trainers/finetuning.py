@@ -4,16 +4,12 @@ The optimizer's groups, the loss of mixed labels and the metrics are arguments o
 have one name in memory and on disk, so that it reloads its best checkpoint exactly.
 """
 
-import json
-import shlex
 import time
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 import yaml
-from transformers import ProgressCallback, Trainer, TrainerState
+from transformers import ProgressCallback, Trainer
 from transformers.trainer_utils import set_seed
 
 from modeling_cjepa.configuration_cjepa import pair
@@ -22,26 +18,23 @@ from trainers.checkpoints import WITHOUT_EFFECT, find_checkpoint, is_finished, l
 from trainers.classifiers import add_adapters, build_classifier, classifier_config, freeze_encoder
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.errors import InputError
-from trainers.files import full_disk_named, write_json, write_text_atomically
-from trainers.finetune_args import LEARNING_RATES, FinetuneArguments, FinetuneDataArguments, FinetuneTrainingArguments
+from trainers.files import full_disk_named, write_text_atomically
+from trainers.finetune_args import LEARNING_RATES, FinetuneTrainingArguments, Finetuning
 from trainers.finetune_data import (
     ClassificationCollator,
     ClassificationLoss,
     Splits,
     TrainImages,
-    changed_fields,
     finetune_transform,
     load_splits,
 )
+from trainers.finetune_results import finish, trainable_parameters
 from trainers.finetune_trainer import ClassifierTrainer, check_possible, num_ranks
 from trainers.layer_decay import parameter_groups
 from trainers.pretraining import start_arguments
-from trainers.probes import accuracy_interval, top_accuracies
-from trainers.publishing import save_model, whole_folder
+from trainers.probes import top_accuracies
 from trainers.readable import write_skipped
 from trainers.recipes import RunArguments, recipe_text
-from trainers.reports import draw_curves, machine_facts, software_facts
-from trainers.resources import render_template
 from trainers.run_lock import only_run_in
 from trainers.stopping import stopped_sentence
 from trainers.transforms import eval_transform, image_processor
@@ -51,40 +44,6 @@ _SETTINGS = "settings.yaml"
 _IMAGES = "images"
 # what a continued run may change beside what has no effect
 _LENGTH = {"max_steps", "num_train_epochs"}
-_PANELS = (
-    ("loss", ("loss", "eval_loss"), True),
-    ("accuracy on held-out images", ("eval_accuracy",), False),
-    ("learning rate of the head", ("learning_rate",), True),
-)
-
-
-@dataclass
-class Finetuning:
-    """
-    A run, ready to be started.
-
-    Args:
-        model (`str`): Folder of the encoder, or its id on the Hub.
-        settings ([`FinetuneArguments`]): What of it is trained.
-        data ([`FinetuneDataArguments`]): On what.
-        training (`dict`): Fields of [`FinetuneTrainingArguments`] that are set.
-        command (`list[str]`): The command line it came from, for the record.
-    """
-
-    model: str
-    settings: FinetuneArguments
-    data: FinetuneDataArguments
-    training: dict = field(default_factory=dict)
-    command: list[str] = field(default_factory=list)
-
-    def values(self) -> dict:
-        """Every setting that is not as its default, for the record and to compare with when resuming."""
-        return (
-            {"model": self.model}
-            | changed_fields(self.settings)
-            | changed_fields(self.data)
-            | dict(sorted(self.training.items()))
-        )
 
 
 def finetune(run: Finetuning) -> Path | None:
@@ -255,107 +214,3 @@ def train(trainer: Trainer, checkpoint: str | None):
         trainer._load_best_model()
     else:
         trainer._load_from_checkpoint(checkpoint)
-
-
-def finish(run: Finetuning, trainer: Trainer, splits: Splits, ranked, seconds: float, folder: Path):
-    """Saves the classifier with its results and card, and says how good it is and how to load it."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    test = splits.test
-    num_trained = trainable_parameters(model)
-    figures = top_accuracies(ranked, test.labels)
-    num_correct = round(figures["accuracy"] * len(test))
-    evaluation = {
-        **{name: 100 * value for name, value in figures.items()},
-        "accuracy_interval": list(accuracy_interval(num_correct, len(test))),
-        "test_dataset": test.name,
-        "num_test_images": len(test),
-    }
-    with whole_folder(folder) as unfinished:
-        if run.settings.mode == "lora":
-            model.save_pretrained(unfinished / "adapter")
-            model = model.merge_and_unload()
-        save_model(model, trainer.processing_class, unfinished)
-        facts = run_facts(run, trainer, model, num_trained, splits, seconds) | {"evaluation": evaluation}
-        draw_curves(trainer.state.log_history, unfinished / "curves.png", _PANELS)
-        write_json(unfinished / "results.json", facts | {"history": trainer.state.log_history})
-        card_facts = facts | {"folder": folder, "settings_text": recipe_text(facts["settings"])}
-        card = render_template("classifier.md.j2", json.loads(json.dumps(card_facts, default=str)))
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
-    low, high = evaluation["accuracy_interval"]
-    top5 = f", top-5 {evaluation['top5_accuracy']:.1f} %" if "top5_accuracy" in evaluation else ""
-    print(
-        f"\naccuracy {evaluation['accuracy']:.1f} % (95 % interval {low:.1f}-{high:.1f}){top5} on {len(test):,} "
-        f"images of {test.name}"
-    )
-    print(_CLOSING.format(folder=folder), flush=True)
-
-
-_CLOSING = """
-Saved in {folder} (weights, config, image processor, curves.png, results.json, README.md). Load it:
-
-    from transformers import pipeline
-
-    classifier = pipeline("image-classification", model="{folder}", trust_remote_code=True)
-    classifier("photo.jpg")"""
-
-
-def trainable_parameters(model) -> int:
-    """How many of a model's parameters take gradients."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def best_checkpoint(args: FinetuneTrainingArguments, state: TrainerState) -> dict:
-    """The step of the checkpoint that was chosen, by what, and its held-out accuracy; None each if it is the last."""
-    steps = {entry["step"]: entry["eval_accuracy"] for entry in state.log_history if "eval_accuracy" in entry}
-    if not args.load_best_model_at_end or state.best_global_step not in steps:
-        return {"best_step": None, "best_by": None, "best_held_out_accuracy": None}
-    return {
-        "best_step": state.best_global_step,
-        "best_by": args.metric_for_best_model.removeprefix("eval_"),
-        "best_held_out_accuracy": 100 * steps[state.best_global_step],
-    }
-
-
-def run_facts(run: Finetuning, trainer: Trainer, model, num_trained: int, splits: Splits, seconds: float) -> dict:
-    """What is known about a finished run, for `results.json` and the card."""
-    train, validation, _, skipped = splits
-    args, state, settings = trainer.args, trainer.state, run.settings
-    return {
-        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
-        "command": shlex.join(["cjepa", *run.command]),
-        "seed": args.seed,
-        "settings": run.values() | {"dataset": run.data.dataset},
-        "model": {
-            "start": run.model,
-            "from_scratch": settings.from_scratch,
-            "parameters": model.num_parameters(),
-            "trained_parameters": num_trained,
-            "image_size": list(pair(model.config.image_size)),
-            "classes": list(model.config.id2label.values()),
-        },
-        "data": {
-            "dataset": run.data.dataset,
-            "train_dataset": train.name,
-            "num_train_images": len(train),
-            "num_held_out_images": 0 if validation is None else len(validation),
-            "num_skipped_images": len(skipped),
-            "label_share": run.data.label_share,
-        },
-        "training": {
-            "mode": settings.mode,
-            "classifier_pooling": settings.classifier_pooling,
-            "steps": state.global_step,
-            "epochs": round(state.epoch or 0, 2),
-            "batch_size": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
-            "learning_rate": args.learning_rate,
-            "weight_decay": args.weight_decay,
-            "label_smoothing": args.label_smoothing_factor,
-            **{name: getattr(settings, name) for name in ("layer_decay", "drop_path_rate", "mixup", "cutmix")},
-            "seconds": round(seconds, 1),
-            "processes": args.world_size,
-            "precision": "bf16" if args.bf16 else "float32",
-            **best_checkpoint(args, state),
-        },
-        "machine": machine_facts(),
-        "software": software_facts(),
-    }
