@@ -106,9 +106,25 @@ def test_weights_without_a_log(healthy, tmp_path, capsys):
     assert encoder(images()).pooler_output.std(dim=0).mean() < 1e-3
 
 
+def test_a_broken_checkpoint_is_passed_over(collapsed, tmp_path, capsys):
+    run = shutil.copytree(collapsed[0], tmp_path / "run")
+    (checkpoint,) = run.glob("checkpoint-*")
+    broken = shutil.copytree(checkpoint, run / "checkpoint-100")
+    state = broken / "trainer_state.json"
+    state.write_bytes(state.read_bytes()[:-20])
+    (run / "checkpoint-5-old").mkdir()
+    assert main(["doctor", str(run)]) == 3
+    printed = capsys.readouterr()
+    assert printed.out.startswith("collapsed at step")
+    assert f"{broken} is passed over: trainer_state.json has" in printed.err
+    shutil.rmtree(checkpoint)
+    assert main(["doctor", str(run)]) == 2
+    assert "neither a model nor a whole checkpoint" in capsys.readouterr().err
+
+
 def test_mistakes_are_told(tmp_path, capsys):
     assert main(["doctor", str(tmp_path)]) == 2
-    assert "neither a model nor a checkpoint" in capsys.readouterr().err
+    assert "neither a model nor a whole checkpoint" in capsys.readouterr().err
     assert main(["doctor", str(tmp_path / "nowhere")]) == 2
 
 

@@ -142,3 +142,41 @@ def test_figures_of_fewer_images_after_a_resume_are_passed_over():
     assert diagnose(log + resumed).step == 160
     sunk = log + resumed + [log[-1] | {"step": 240, "rankme": 9.0}]
     assert diagnose(sunk).state == DIMENSIONAL
+
+
+def monitored(log: list[dict], *numbers: int) -> list[dict]:
+    return [entry | {"monitored_images": number} for entry, number in zip(log, numbers, strict=True)]
+
+
+def test_other_batches_after_a_resume_do_not_blind_it():
+    """2,046 images where 2,048 were watched before, by six processes in the place of four."""
+    log = monitored(history(), *[2048] * 12)
+    after = [entry | {"step": entry["step"] + 240} for entry in history(feature_std=(0.5, 0.01), rankme=(30.0, 1.1))]
+    diagnosis = diagnose(log + monitored(after, 600, 1200, *[2046] * 10))
+    assert diagnosis.state == COLLAPSED and diagnosis.step == 460 and diagnosis.note is None
+    few = diagnose(log + monitored(after, *[512] * 12))
+    assert few.state == HEALTHY and few.step == 220
+    assert few.sentences()[-1] == "logs since step 220 are of too few images to be compared with those before"
+
+
+def test_a_lower_number_of_images_begins_anew():
+    facts = settings({"num_monitored_images": 64})
+    before = monitored(history(feature_std=2.0, rankme=30.0), *[2048] * 12)
+    after = [entry | {"step": entry["step"] + 240} for entry in history(feature_std=(0.5, 0.01), rankme=9.0)]
+    diagnosis = diagnose(before + monitored(after, *[64] * 12), facts)
+    assert diagnosis.state == COLLAPSED and "from 0.5 to 0.01" in diagnosis.sentences()[0]
+    well = [entry | {"step": entry["step"] + 240} for entry in history(feature_std=(0.3, 0.35), rankme=(9.0, 12.0))]
+    assert diagnose(before + monitored(well, *[64] * 12), facts).state == HEALTHY
+
+
+def test_gaps_in_a_log_are_no_error():
+    broken = [entry | {"feature_std": math.nan, "rankme": None} for entry in history()[:-1]] + history()[-1:]
+    assert diagnose(broken).state == HEALTHY
+    without_loss = [{name: value for name, value in entry.items() if "loss" not in name} for entry in history()]
+    assert diagnose(without_loss).state == HEALTHY
+    sunk = history(rankme=(20.0, 2.0))
+    late = [{name: value for name, value in sunk[0].items() if "loss" not in name}] + sunk[1:]
+    assert diagnose(late).state == DIMENSIONAL
+    never = [{name: value for name, value in entry.items() if "loss" not in name} for entry in sunk]
+    (sentence,) = diagnose(never).sentences()
+    assert sentence.startswith("the features came to lie in few directions: effective rank 20 -> 2")

@@ -16,6 +16,7 @@ from transformers import ViTConfig
 
 from modeling_cjepa import CJepaModel
 from trainers import probes
+from trainers.checkpoint_files import write_manifest
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.diagnostics import feature_std, rankme
 from trainers.errors import InputError
@@ -371,6 +372,17 @@ def test_broken_models_are_refused(folder, tmp_path, train, test):
         evaluate_model(folder, train, test, ARGUMENTS)
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="weights of .* cannot be loaded"):
+        evaluate_model(folder, train, test, ARGUMENTS)
+
+
+def test_a_checkpoint_whose_weights_are_damaged_is_refused(folder, train, test):
+    """A byte that is another one gives weights that can be loaded."""
+    write_manifest(folder, 1)
+    evaluate_model(folder, train, test, ARGUMENTS)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(InputError, match=r"is a broken checkpoint \(model.safetensors is damaged, its checksum"):
         evaluate_model(folder, train, test, ARGUMENTS)
 
 

@@ -91,7 +91,7 @@ def run(encoder, photos, tmp_path_factory):
 
 
 def names_in(folder) -> list[str]:
-    return sorted(path.name for path in Path(folder).iterdir() if path.name != ".lock")
+    return sorted(path.name for path in Path(folder).iterdir())
 
 
 def facts_of(folder) -> dict:

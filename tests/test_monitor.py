@@ -133,3 +133,15 @@ def test_lidar_of_wide_views_keeps_what_it_tells():
     torch.testing.assert_close(columns.T @ columns, torch.eye(MAX_LIDAR_WIDTH), atol=1e-5, rtol=0)
     assert torch.equal(columns, projection(width, MAX_LIDAR_WIDTH))
     assert "lidar" not in embedding_figures(views[:, 0], views[:, :1])
+
+
+@pytest.mark.parametrize("batch_size", [6, 10, 24])
+def test_as_many_images_are_watched_whatever_the_batch(batch_size):
+    monitor, model = Monitor(20, batch_size), tiny_model()
+    outputs = [model(images(batch_size, seed=seed), generator=seeded(seed)) for seed in range(5)]
+    for output in outputs:
+        monitor.add(output)
+    summary = monitor.summary(Accelerator(cpu=True))
+    assert summary["monitored_images"] == 20
+    last = torch.cat([output.level_embeddings[0] for output in outputs])[-20:]
+    assert summary["rankme"] == pytest.approx(rankme(last), rel=1e-4)

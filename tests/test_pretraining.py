@@ -242,7 +242,7 @@ def test_another_course_leaves_later_checkpoints_aside(run, tmp_path, capsys):
     shutil.copytree(begun / "checkpoint-3", begun / "checkpoint-9")
     flags = ["--resume_from_checkpoint", str(begun / "checkpoint-3"), "--max_steps", "4", "--save_total_limit", "-1"]
     assert pretrain(begun, *flags) == 0
-    assert "checkpoint-9 is of a course that is left here" in capsys.readouterr().out
+    assert "checkpoint-9 is later than checkpoint-3: it is called superseded-checkpoint-9" in capsys.readouterr().out
     kept = ["checkpoint-3", "checkpoint-4", "superseded-checkpoint-9"]
     assert sorted(path.name for path in begun.glob("*checkpoint-*")) == kept
 

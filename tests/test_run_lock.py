@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_finetuning import encoder, finetune, photos  # noqa: F401
+import test_finetuning
 from test_pretraining import fails_in_one_sentence
 from tiny import FLAGS
 
+from trainers import finetuning, pretraining
 from trainers.cli import main
+from trainers.errors import InputError
 
+encoder, photos, finetune = test_finetuning.encoder, test_finetuning.photos, test_finetuning.finetune
 ROOT = Path(__file__).resolve().parent.parent
 # is in the folder until it is killed, and leaves a child behind that was started meanwhile, as a loader's workers are
 HOLDER = """
@@ -50,6 +53,35 @@ def test_another_run_is_refused_until_the_first_has_ended(busy, capsys):
     assert main(command) == 0
 
 
-def test_a_fine_tuning_is_refused_too(busy, encoder, photos, capsys):  # noqa: F811
+def test_a_fine_tuning_is_refused_too(busy, encoder, photos, capsys):
     fails_in_one_sentence(capsys, finetune(encoder, photos, busy[0]), f"Another run is writing into {busy[0]}")
     assert [path.name for path in busy[0].iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_what_a_folder_holds_is_looked_at_once_no_other_can_write(
+    tmp_path,
+    monkeypatch,
+    command,
+    encoder,
+    photos,
+    capsys,
+):
+    """Else a call that is loading images when another one saves its first checkpoint starts anew over it."""
+    folder, refused = tmp_path / "new" / "run", []
+
+    def look(args):
+        other = "import sys; from pathlib import Path; from trainers.run_lock import only_run_in\n"
+        other += "with only_run_in(Path(sys.argv[1])): pass"
+        tried = subprocess.run([sys.executable, "-c", other, str(folder)], cwd=ROOT, capture_output=True, text=True)
+        refused.append("Another run is writing into" in tried.stderr)
+        raise InputError("enough")
+
+    module = pretraining if command == "pretrain" else finetuning
+    monkeypatch.setattr(module, "find_checkpoint", look)
+    if command == "pretrain":
+        status = main(["pretrain", "cjepa_scenes", *FLAGS, "--output_dir", str(folder)])
+    else:
+        status = finetune(encoder, photos, folder)
+    fails_in_one_sentence(capsys, status, "enough")
+    assert refused == [True] and not folder.exists()

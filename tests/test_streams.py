@@ -30,6 +30,8 @@ from trainers.lanes import choose_lanes, uneven_lanes
 from trainers.objectives import OBJECTIVES
 from trainers.stream_sources import PretrainDataArguments, load_stream
 from trainers.streams import StreamedImages, StreamedTrainData
+from trainers.tables import load_tables
+from trainers.tars import check_tars
 from trainers.transforms import train_transform
 
 EQUAL, UNEQUAL = [6] * 8, [5, 9, 2, 7, 1, 8, 4, 6]
@@ -220,6 +222,35 @@ def test_a_stream_without_a_readable_image_is_said(tmp_path):
     (batch,) = islice(data.batches(0, 2, 0, 1), 1)
     with pytest.raises(InputError, match=r"None of the images of .*train-0000\d.parquet: not an image"):
         data.decoder.__getitems__(batch)
+
+
+@pytest.mark.parametrize("damage", ["cut in an image", "cut in a header", "another header"])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_tar_that_ends_too_soon_is_refused(tmp_path, damage, streaming):
+    """Its readers end there without a word."""
+    folder = write_tars(tmp_path / "tars", [6, 6])
+    file = tmp_path / "tars" / "train-00001.tar"
+    with tarfile.open(file) as tar:
+        member = tar.getmembers()[6]
+    data = bytearray(file.read_bytes())
+    if damage == "another header":
+        data[member.offset + 10 : member.offset + 40] = b"x" * 30
+    else:
+        del data[(member.offset_data if damage == "cut in an image" else member.offset) + 100 :]
+    check_tars([str(file)])
+    file.write_bytes(data)
+    arguments = PretrainDataArguments(dataset=folder, streaming=streaming)
+    with pytest.raises(InputError, match=r"train-00001.tar is no whole tar \(.*\); repair or remove it"):
+        load_stream(arguments) if streaming else load_tables(arguments)
+
+
+def test_a_tar_without_its_last_blocks_is_whole(tmp_path):
+    write_tars(tmp_path / "tars", [3])
+    file = tmp_path / "tars" / "train-00000.tar"
+    with tarfile.open(file) as tar:
+        last = tar.getmembers()[-1]
+    file.write_bytes(file.read_bytes()[: last.offset_data + 512])
+    check_tars([str(file)])
 
 
 def test_two_views_are_made_of_a_stream(tmp_path):

@@ -54,13 +54,13 @@ def present_checkpoints(output: Path) -> list[Path]:
 
 
 def set_aside_later(checkpoint: Path):
-    """Renames the checkpoints of later steps beside one that a run goes on from: another course begins there."""
+    """Renames what is later than the checkpoint that a run goes on from: it is broken, or another course begins."""
     for path in all_checkpoints(checkpoint.parent):
         if checkpoint_step(path) > checkpoint_step(checkpoint):
             names = (f"superseded-{path.name}{f'-{number}' if number else ''}" for number in itertools.count())
             place = next(place for name in names if not (place := path.with_name(name)).exists())
             os.replace(path, place)
-            print(f"{path} is of a course that is left here, and is called {place.name} from now on.", flush=True)
+            print(f"{path} is later than {checkpoint.name}: it is called {place.name} from now on.", flush=True)
 
 
 def choose_checkpoint(output: Path, asked: str) -> str:
@@ -91,8 +91,14 @@ def choose_checkpoint(output: Path, asked: str) -> str:
     raise InputError(f"{output} holds no whole checkpoint to resume from; mend --output_dir.")
 
 
-def broken_part(checkpoint: Path) -> str | None:
-    """Why a folder is no whole checkpoint, or None if it is one; every byte of it is read."""
+def broken_part(checkpoint: Path, pattern: str = "*") -> str | None:
+    """
+    Why a folder is no whole checkpoint, or None if it is one.
+
+    Args:
+        checkpoint (`Path`): The folder.
+        pattern (`str`): Which files are looked at, such as `*.json`; every byte of them is read.
+    """
     try:
         text = (checkpoint / MANIFEST).read_bytes().decode("utf-8")
     except (FileNotFoundError, NotADirectoryError):
@@ -109,6 +115,8 @@ def broken_part(checkpoint: Path) -> str | None:
     except (ValueError, LookupError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
     for name, size, digest in files:
+        if not Path(name).match(pattern):
+            continue
         try:
             found = (checkpoint / name).stat().st_size
             if found != size:

@@ -23,6 +23,8 @@ STILL = 0.1
 DIVERGED_LOSS = 3.0
 # a loss that has risen so far above its lowest, in a healthy run, is worth a sentence
 RISEN_LOSS = 1.1
+# figures of as many images as others, or of this share of them, are compared
+ABOUT = 0.9
 
 HEALTHY, TOO_SHORT = "healthy", "too short to tell"
 COLLAPSED, DIMENSIONAL, DIVERGED, NOT_LEARNING = "collapsed", "dimensional collapse", "diverged", "not learning"
@@ -58,12 +60,14 @@ class Diagnosis:
         step (`int`, *optional*): The last one that was looked at.
         levels (`list[LevelDiagnosis]`): Each level, from the image up.
         advice (`list[str]`): What to change.
+        note (`str`, *optional*): Why later logs were not looked at.
     """
 
     state: str
     step: int | None = None
     levels: list[LevelDiagnosis] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
+    note: str | None = None
 
     @property
     def is_ill(self) -> bool:
@@ -73,11 +77,12 @@ class Diagnosis:
     def sentences(self) -> list[str]:
         """What is seen, of a stack with the level's number."""
         several = len(self.levels) > 1
-        return [
+        seen = [
             f"level {level.level}: {sentence}" if several else sentence
             for level in self.levels
             for sentence in level.sentences
         ]
+        return [*seen, self.note] if self.note else seen
 
     def to_dict(self) -> dict:
         """As plain dictionaries and lists, for JSON."""
@@ -101,24 +106,33 @@ def diagnose(history: list[dict], facts: dict | None = None) -> Diagnosis:
         [`Diagnosis`].
     """
     facts = facts or {}
-    entries = comparable(history)
+    entries = comparable(history, facts.get("num_monitored_images"))
     if not entries:
         return Diagnosis(TOO_SHORT)
     levels = [_diagnose_level(_Level(entries, level, facts)) for level in range(_num_levels(entries))]
     state = worst(levels)
-    return Diagnosis(state, entries[-1].get("step"), levels, advise(state, facts, levels))
+    step = entries[-1].get("step")
+    is_stale = next(entry for entry in reversed(history) if "rankme" in entry) is not entries[-1]
+    note = f"logs since step {step} are of too few images to be compared with those before" if is_stale else None
+    return Diagnosis(state, step, levels, advise(state, facts, levels), note)
 
 
-def comparable(history: list[dict]) -> list[dict]:
+def comparable(history: list[dict], asked: int | None = None) -> list[dict]:
     """
-    The logs of a history whose figures are of as many images as those before them: n images cannot have an effective
-    rank above n, and a run that was resumed begins again with few.
+    The logs of a history whose figures are of about as many images as those before them, or of more: n images cannot
+    have an effective rank above n, and a run that was resumed begins again with few.
+
+    Args:
+        history (`list[dict]`): As in [`diagnose`].
+        asked (`int`, *optional*): How many the run watches now. Logs of more, before that was lowered, are left out.
     """
     entries, most = [], 0
     for entry in history:
-        if "rankme" in entry and (number := entry.get("monitored_images", most)) >= most:
-            entries.append(entry)
-            most = number
+        number = entry.get("monitored_images", most)
+        if "rankme" not in entry or number < ABOUT * most or (asked and ABOUT * number > asked):
+            continue
+        entries.append(entry)
+        most = max(most, number)
     return entries
 
 
@@ -181,8 +195,8 @@ class _Curve:
         return min(self.points, key=lambda point: point[1])
 
     def at(self, step: int) -> float:
-        """The value at a step, or at the last one before it."""
-        return [value for at, value in self.points if at <= step][-1]
+        """The value at a step, or at the last one before it; else the first one."""
+        return [self.first, *(value for at, value in self.points if at <= step)][-1]
 
 
 class _Level:
@@ -220,7 +234,7 @@ def _diagnose_level(level: _Level) -> LevelDiagnosis:
 def _diverged(level: _Level):
     if any(curve.is_broken for curve in (level.std, level.rank, level.loss, level.spread)):
         return DIVERGED, [f"a figure of step {level.step} is not finite"]
-    if len(level.entries) >= MIN_LOGS and level.loss.last > DIVERGED_LOSS * level.loss.first > 0:
+    if level.loss and len(level.entries) >= MIN_LOGS and level.loss.last > DIVERGED_LOSS * level.loss.first > 0:
         return (
             DIVERGED,
             [f"the loss grew from {level.loss.first:.3g} to {level.loss.last:.3g}"],
@@ -258,6 +272,8 @@ def _flattened(level: _Level):
 def _with_loss(level: _Level, step: int, fall: str, cause: str) -> str:
     """What fell, since when, and what the loss made of it."""
     since = f"in {level.step - step} steps"
+    if not level.loss:
+        return f"{cause}: {fall} {since}"
     before, now = level.loss.at(step), level.loss.last
     if now < before:
         return f"the loss fell ({before:.3g} -> {now:.3g}) because {cause}: {fall} {since}"
@@ -271,7 +287,7 @@ def _still(level: _Level):
         return None
     for curve in (level.std, level.rank):
         values = [value for _, value in curve.points[1:]]  # the first log is of a single batch
-        if max(values) > (1 + STILL) * curve.last or min(values) < (1 - STILL) * curve.last:
+        if not values or max(values) > (1 + STILL) * curve.last or min(values) < (1 - STILL) * curve.last:
             return None
     return NOT_LEARNING, [
         f"the embeddings are as they were at the start: standard deviation {level.std.last:.2g}, effective "
@@ -285,8 +301,10 @@ def _healthy(level: _Level) -> list[str]:
         f"effective rank {level.rank.first:.3g} -> {level.rank.last:.3g}{level.width()}, standard deviation "
         f"{level.std.first:.2g} -> {level.std.last:.2g}"
     ]
+    if not level.prediction:
+        return sentences
     step, lowest = level.loss.lowest()
-    if level.prediction and level.loss.last > RISEN_LOSS * lowest and level.std.last > level.std.at(step):
+    if level.loss.last > RISEN_LOSS * lowest and level.std.last > level.std.at(step):
         sentences.append(
             f"the prediction loss has risen since step {step} ({lowest:.3g} -> {level.loss.last:.3g}) because the "
             f"targets differ more (standard deviation {level.std.at(step):.2g} -> {level.std.last:.2g}), so that "

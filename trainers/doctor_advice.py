@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 from modeling_cjepa import CJepaConfig, SJeaModel
 from trainers.training_args import CJepaTrainingArguments, JepaTrainingArguments, SJeaTrainingArguments
 
-_TRAINING = ("learning_rate", "max_grad_norm", "ema_momentum", "final_ema_momentum")
+_TRAINING = ("learning_rate", "max_grad_norm", "ema_momentum", "final_ema_momentum", "num_monitored_images")
 _USUAL_RATE = JepaTrainingArguments.learning_rate
 _WEIGHTS = ("regularizer_weight", "variance_weight", "covariance_weight")
 
@@ -25,9 +25,8 @@ def run_settings(config: PreTrainedConfig, training: JepaTrainingArguments | dic
         `dict`: `model_type`, `widths` and `weights` (of the regulariser) of each level, `warmup_steps`, and the
         arguments that matter.
     """
-    is_cjepa = isinstance(config, CJepaConfig)
-    defaults = CJepaTrainingArguments if is_cjepa else SJeaTrainingArguments
-    if is_cjepa:
+    defaults = default_arguments(config)
+    if isinstance(config, CJepaConfig):
         levels = [config.level_config(number) for number in range(config.num_levels)]
         widths = [level.hidden_size for level in levels]
     else:
@@ -42,6 +41,11 @@ def run_settings(config: PreTrainedConfig, training: JepaTrainingArguments | dic
         "warmup_steps": warmup_steps,
         **{name: chosen.get(name, getattr(defaults, name)) for name in _TRAINING if hasattr(defaults, name)},
     }
+
+
+def default_arguments(config: PreTrainedConfig) -> type[JepaTrainingArguments]:
+    """The class whose defaults a run of a model has."""
+    return CJepaTrainingArguments if isinstance(config, CJepaConfig) else SJeaTrainingArguments
 
 
 def advise(state: str, facts: dict, levels: list) -> list[str]:

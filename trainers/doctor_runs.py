@@ -5,6 +5,7 @@ Shapes: n images, D width of a level's embedding.
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +16,15 @@ from transformers.utils import cached_file, has_file
 
 from modeling_cjepa.configuration_cjepa import pair
 from trainers.baselines import random_encoders
-from trainers.checkpoint_files import present_checkpoints
+from trainers.checkpoint_files import broken_part, present_checkpoints
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.doctor import COLLAPSED, COLLAPSED_SPREAD, DIMENSIONAL, HEALTHY, Diagnosis, LevelDiagnosis, worst
-from trainers.doctor_advice import run_settings
+from trainers.doctor_advice import default_arguments, run_settings
 from trainers.embedding import check_finite, extract_embeddings
 from trainers.errors import InputError, first_line
 from trainers.loading import load_encoder_config
 from trainers.monitor import embedding_figures
 from trainers.pooling import EveryLevel
-from trainers.training_args import JepaTrainingArguments
 from trainers.transforms import eval_transform
 
 
@@ -63,7 +63,7 @@ def read_run(path: str) -> RunRecord:
     state = _read_json(place, "trainer_state.json") if not results else {}
     history = results.get("history") or state.get("log_history") or []
     settings = results.get("settings") or _recipe_beside(Path(place))
-    warmup = settings.get("warmup_steps", JepaTrainingArguments.warmup_steps)
+    warmup = settings.get("warmup_steps", default_arguments(config).warmup_steps)
     num_steps = results.get("training", {}).get("steps") or state.get("max_steps", 0)
     warmup_steps = warmup if warmup >= 1 else math.ceil(warmup * num_steps)
     return RunRecord(place, history, run_settings(config, settings, warmup_steps))
@@ -78,10 +78,12 @@ def _place(path: str) -> str:
         return path
     if (folder / "final" / "config.json").is_file():
         return str(folder / "final")
-    checkpoints = present_checkpoints(folder)
-    if not checkpoints:
-        raise InputError(f"{path} holds neither a model nor a checkpoint; give the folder of a run, or of a model.")
-    return str(checkpoints[0])
+    for checkpoint in present_checkpoints(folder):
+        broken = broken_part(checkpoint, "*.json")
+        if not broken:
+            return str(checkpoint)
+        print(f"{checkpoint} is passed over: {broken}", file=sys.stderr)
+    raise InputError(f"{path} holds neither a model nor a whole checkpoint; give the folder of a run, or of a model.")
 
 
 def _read_json(place: str, name: str) -> dict:

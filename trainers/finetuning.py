@@ -64,10 +64,20 @@ def finetune(run: Finetuning) -> Path | None:
     torch.set_flush_denormal(True)
     config = classifier_config(run.model, run.settings)  # a mistake is told before images are read
     args = training_arguments(run)
+    output = Path(args.output_dir)
+    with only_run_in(output):
+        trainer, splits, checkpoint = prepare(run, args, pair(config.image_size))
+        with full_disk_named(output):
+            return _run(run, trainer, splits, checkpoint)
+
+
+def prepare(
+    run: Finetuning, args: FinetuneTrainingArguments, image_size: tuple[int, int]
+) -> tuple[ClassifierTrainer, Splits, str | None]:
+    """The trainer of a run, its images, and the checkpoint to go on from; nothing is written yet."""
     checkpoint = find_checkpoint(args)
     if checkpoint is not None:
         check_same_settings(checkpoint, run.values(), args.world_size)
-    image_size = pair(config.image_size)
     checking = not args.disable_tqdm, args.dataloader_num_workers, args.distributed_state
     splits = load_splits(run.data, max(image_size), *checking)
     images = splits.fingerprints()
@@ -80,27 +90,31 @@ def finetune(run: Finetuning) -> Path | None:
         print(describe(run, model, args, splits), flush=True)
         if checkpoint is not None:
             print(f"going on from {checkpoint}", flush=True)
-    trainer = build_trainer(run, model, args, splits.train, splits.validation)
-    with full_disk_named(Path(args.output_dir)), only_run_in(Path(args.output_dir)):
-        if trainer.is_world_process_zero():
-            values = run.values() | {"processes": args.world_size, _IMAGES: images}
-            write_text_atomically(Path(args.output_dir, _SETTINGS), recipe_text(values))
-            write_skipped(Path(args.output_dir), splits.skipped)
-        started = time.perf_counter()
-        train(trainer, checkpoint)
-        if trainer.stop.reason is not None:
-            trainer.accelerator.wait_for_everyone()
-            if trainer.is_world_process_zero():
-                print(stopped_sentence(trainer), flush=True)
-            return None
-        trainer.check_weights()
-        seconds = time.perf_counter() - started
-        test = ImageDataset(splits.test, eval_transform(image_size))
-        predicted = trainer.predict(test, metric_key_prefix="test")
-        folder = Path(args.output_dir, "final")
-        if trainer.is_world_process_zero():
-            finish(run, trainer, splits, predicted.predictions, seconds, folder)
+    return build_trainer(run, model, args, splits.train, splits.validation), splits, checkpoint
+
+
+def _run(run: Finetuning, trainer: ClassifierTrainer, splits: Splits, checkpoint: str | None) -> Path | None:
+    """Trains, and saves and tests what was trained."""
+    args = trainer.args
+    if trainer.is_world_process_zero():
+        values = run.values() | {"processes": args.world_size, _IMAGES: splits.fingerprints()}
+        write_text_atomically(Path(args.output_dir, _SETTINGS), recipe_text(values))
+        write_skipped(Path(args.output_dir), splits.skipped)
+    started = time.perf_counter()
+    train(trainer, checkpoint)
+    if trainer.stop.reason is not None:
         trainer.accelerator.wait_for_everyone()
+        if trainer.is_world_process_zero():
+            print(stopped_sentence(trainer), flush=True)
+        return None
+    trainer.check_weights()
+    seconds = time.perf_counter() - started
+    test = ImageDataset(splits.test, eval_transform(pair(trainer.model.config.image_size)))
+    predicted = trainer.predict(test, metric_key_prefix="test")
+    folder = Path(args.output_dir, "final")
+    if trainer.is_world_process_zero():
+        finish(run, trainer, splits, predicted.predictions, seconds, folder)
+    trainer.accelerator.wait_for_everyone()
     return folder
 
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoImageProcessor
 from transformers.utils import cached_file, has_file
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining, CJepaModel, SJeaConfig, SJeaForPreTraining, SJeaModel
+from trainers.checkpoint_files import MANIFEST, broken_part
 from trainers.errors import InputError, first_line
 
 _CLASSES = {CJepaConfig: (CJepaForPreTraining, CJepaModel), SJeaConfig: (SJeaForPreTraining, SJeaModel)}
@@ -44,6 +45,9 @@ def load_encoder_config(path: str | Path) -> CJepaConfig | SJeaConfig:
 def load_model(path: str | Path) -> CJepaForPreTraining | CJepaModel | SJeaForPreTraining | SJeaModel:
     """A saved model with all of its weights, in float32; only its encoder, unless it is one of pre-training."""
     config = load_encoder_config(path)
+    broken = Path(path, MANIFEST).is_file() and broken_part(Path(path), "model*.safetensors")
+    if broken:
+        raise InputError(f"{path} is a broken checkpoint ({broken}); take another one.")
     pretraining, encoder = _CLASSES[type(config)]
     cls = pretraining if pretraining.__name__ in (config.architectures or []) else encoder
     try:

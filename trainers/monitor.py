@@ -24,13 +24,14 @@ class Monitor:
     only part that waits for it.
 
     Args:
-        num_images (`int`): Latest images, over all processes, whose embeddings are kept; at least one batch is.
+        num_images (`int`): Latest images, over all processes, whose embeddings are looked at.
         batch_size (`int`): Images of a batch over all processes.
     """
 
     def __init__(self, num_images: int, batch_size: int):
+        self.num_images = num_images
         # of each of the latest batches one tuple of all levels'
-        self.embeddings: deque[tuple[torch.Tensor, ...]] = deque(maxlen=max(num_images // batch_size, 1))
+        self.embeddings: deque[tuple[torch.Tensor, ...]] = deque(maxlen=-(-num_images // batch_size))
         self.views: deque[tuple[torch.Tensor, ...]] = deque(maxlen=self.embeddings.maxlen)
         self.reset()
 
@@ -83,7 +84,10 @@ class Monitor:
         totals = torch.stack([torch.stack([self.sums[name], self.counts[name].float()]) for name in self.sums])
         totals = accelerator.reduce(totals, "sum")
         summary = dict(zip(self.sums, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
-        for level, (embeddings, views) in enumerate(zip(latest(self.embeddings), latest(self.views), strict=True)):
+        # as many however large the batches are: the effective rank depends on it
+        number = max(self.num_images // accelerator.num_processes, 1)
+        kept = zip(latest(self.embeddings, number), latest(self.views, number), strict=True)
+        for level, (embeddings, views) in enumerate(kept):
             embeddings = accelerator.gather(embeddings)
             summary["monitored_images"] = len(embeddings)
             figures = embedding_figures(embeddings, accelerator.gather(views))
@@ -91,9 +95,9 @@ class Monitor:
         return summary
 
 
-def latest(batches: deque[tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
-    """Each level's rows of all batches."""
-    return [torch.cat(of_level) for of_level in zip(*batches, strict=True)]
+def latest(batches: deque[tuple[torch.Tensor, ...]], number: int) -> list[torch.Tensor]:
+    """Each level's latest rows, up to a number."""
+    return [torch.cat(of_level)[-number:] for of_level in zip(*batches, strict=True)]
 
 
 def embedding_figures(embeddings: torch.Tensor, views: torch.Tensor | None = None) -> dict[str, float]:

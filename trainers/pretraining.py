@@ -64,6 +64,15 @@ def pretrain(recipe: Recipe) -> Path | None:
     torch.set_flush_denormal(True)
     args = training_arguments(recipe)
     model = build_model(recipe, args)
+    output = Path(args.output_dir)
+    with only_run_in(output):
+        trainer, labelled, checkpoint = prepare(recipe, args, model)
+        with full_disk_named(output):
+            return _run(recipe, trainer, labelled, checkpoint)
+
+
+def prepare(recipe: Recipe, args: JepaTrainingArguments, model) -> tuple[JepaTrainer, "Labelled | None", str | None]:
+    """The trainer of a run, what gives labelled images, and the checkpoint to go on from; nothing is written yet."""
     checkpoint = find_checkpoint(args)
     if checkpoint is not None:
         check_same_model(checkpoint, model.config)
@@ -74,30 +83,34 @@ def pretrain(recipe: Recipe) -> Path | None:
             print(f"going on from {checkpoint}{changed}", flush=True)
     image_size = max(pair(model.config.image_size))
     train, labelled = load_images(recipe, image_size, args)
-    trainer = build_trainer(recipe, model, args, train)
-    with full_disk_named(Path(args.output_dir)), only_run_in(Path(args.output_dir)):
-        trainer.take_over(checkpoint)  # refuses other images before anything is written
+    return build_trainer(recipe, model, args, train), labelled, checkpoint
+
+
+def _run(recipe: Recipe, trainer: JepaTrainer, labelled: "Labelled | None", checkpoint: str | None) -> Path | None:
+    """Trains, and saves and evaluates what was trained."""
+    args = trainer.args
+    trainer.take_over(checkpoint)  # refuses other images before anything is written
+    if trainer.is_world_process_zero():
+        write_recipe(recipe.values, Path(args.output_dir, "recipe.yaml"))
+    started = time.perf_counter()
+    if checkpoint is not None and is_finished(checkpoint, args):
+        trainer.state = load_state(checkpoint)
+        trainer._load_from_checkpoint(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - started
+    trainer.accelerator.wait_for_everyone()
+    if trainer.stop.reason is not None:
         if trainer.is_world_process_zero():
-            write_recipe(recipe.values, Path(args.output_dir, "recipe.yaml"))
-        started = time.perf_counter()
-        if checkpoint is not None and is_finished(checkpoint, args):
-            trainer.state = load_state(checkpoint)
-            trainer._load_from_checkpoint(checkpoint)
-        else:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter() - started
-        trainer.accelerator.wait_for_everyone()
-        if trainer.stop.reason is not None:
-            if trainer.is_world_process_zero():
-                print(stopped_sentence(trainer), flush=True)
-            return None
-        check_finite_weights(trainer)
-        if trainer.doctor.has_stopped:
-            raise InputError(trainer.doctor.stop_sentence(args.output_dir))
-        folder = Path(args.output_dir, "final")
-        model = whole_model(trainer)
-        if trainer.is_world_process_zero():
-            finish(recipe, trainer, model, labelled, seconds, folder)
+            print(stopped_sentence(trainer), flush=True)
+        return None
+    check_finite_weights(trainer)
+    if trainer.doctor.has_stopped:
+        raise InputError(trainer.doctor.stop_sentence(args.output_dir))
+    folder = Path(args.output_dir, "final")
+    model = whole_model(trainer)
+    if trainer.is_world_process_zero():
+        finish(recipe, trainer, model, labelled, seconds, folder)
     return folder
 
 

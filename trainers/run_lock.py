@@ -1,6 +1,7 @@
 """One run at a time in a folder: two that wrote their checkpoints into it would resume each other's."""
 
-from contextlib import ExitStack, contextmanager
+import os
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from trainers.errors import InputError
@@ -22,7 +23,7 @@ def only_run_in(output: Path):
     The system drops the lock with the main process, however that ends. Windows has no such locks: nothing is kept out.
 
     Args:
-        output (`Path`): The run's folder, which is made.
+        output (`Path`): The run's folder, which is made, and removed again if nothing was written into it.
 
     Raises:
         InputError: Another run is in it.
@@ -33,16 +34,28 @@ def only_run_in(output: Path):
 
 
 def _lock(output: Path, stack: ExitStack):
+    is_new = not output.exists()
     output.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        return
-    file = stack.enter_context(open(output / _LOCK, "w"))
-    try:
-        # of the process alone: workers that outlive it for a moment do not hold it, as they would by `flock`
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise InputError(
-            f"Another run is writing into {output}; wait until it has ended, or name another --output_dir."
-        ) from error
-    except OSError as error:
-        print(f"{output} is not locked ({error.strerror}): see that no other run writes into it.", flush=True)
+    if is_new:
+        stack.callback(_remove_if_empty, output)
+    path = output / _LOCK
+    while fcntl is not None:
+        file = stack.enter_context(open(path, "w"))
+        try:
+            # of the process alone: workers that outlive it for a moment do not hold it, as they would by `flock`
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(
+                f"Another run is writing into {output}; wait until it has ended, or name another --output_dir."
+            ) from error
+        except OSError as error:
+            print(f"{output} is not locked ({error.strerror}): see that no other run writes into it.", flush=True)
+        stack.callback(path.unlink, missing_ok=True)
+        # else the run before has removed it meanwhile
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return
+
+
+def _remove_if_empty(folder: Path):
+    with suppress(OSError):
+        folder.rmdir()

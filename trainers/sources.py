@@ -16,6 +16,7 @@ from trainers.errors import InputError, first_line
 from trainers.labels import find_labels, one_class_folder
 from trainers.probes import spare_positions
 from trainers.scenes import SCENE_LABELS, render_scenes, scene_labels
+from trainers.tars import check_tars
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 EVAL_SPLITS = ("test", "validation", "val", "valid")
@@ -262,6 +263,8 @@ def load_splits(arguments: DataArguments, streaming: bool = False) -> dict:
     suffix, data_files = table_files(arguments)
     if suffix is not None:
         builder, what = _TABLES[suffix]
+        if suffix == ".tar":
+            check_tars([file for files in data_files.values() for file in files])
         return _load(f"the {what} {name}", builder, data_files=data_files, streaming=streaming)
     if path.is_dir():
         if not any(_is_image(file.relative_to(path)) for file in path.rglob("*")):

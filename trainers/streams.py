@@ -6,6 +6,8 @@ of W) reads lanes of its own. The position alone tells what comes next: no buffe
 
 import hashlib
 import json
+import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain, islice
@@ -67,7 +69,7 @@ class Shards:
     def _batches(self, shard: int):
         try:
             yield from self.rows.shard(self.num_shards, shard).iter(_ROWS_AT_ONCE)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
             raise InputError(f"{self.where(shard)} cannot be read ({first_line(error)}); repair it, or check the "
                              "network, and go on with --resume_from_checkpoint last.") from error  # fmt: skip
 
