@@ -14,7 +14,7 @@ STORED = Path(__file__).resolve().parents[1] / "docs/results/doctor_calibration.
 
 def test_stored_logs_hold_what_the_doctor_reads():
     for run in json.loads(STORED.read_text()):
-        assert {"step", "loss", "feature_std", "rankme"} <= run["history"].keys()
+        assert {"step", "loss", "loss_variance", "feature_std", "rankme"} <= run["history"].keys()
 
 
 # runs that became something else than they were made to be, see docs/doctor.md
@@ -23,7 +23,7 @@ OTHERWISE = {"cjepa_scenes", "vicreg_covariance_0"}
 
 def test_no_stored_run_is_mistaken():
     rows = [row for row in verdicts(json.loads(STORED.read_text())) if row["truth"] and row["name"] not in OTHERWISE]
-    assert sum(row["truth"] == "ill" for row in rows) >= 20 and sum(row["truth"] == "healthy" for row in rows) >= 10
+    assert sum(row["truth"] == "ill" for row in rows) >= 30 and sum(row["truth"] == "healthy" for row in rows) >= 15
     assert [row for row in rows if row["is_ill"] != (row["truth"] == "ill")] == []
     assert [row for row in rows if row["truth"] == "healthy" and row["alarm"]] == []
 

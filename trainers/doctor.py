@@ -5,11 +5,11 @@ level's figures are compared with their own best so far, never with a fixed numb
 thresholds come from.
 """
 
-import math
 from dataclasses import asdict, dataclass, field
 
 from modeling_cjepa.losses_cjepa import level_term
 from trainers.doctor_advice import advise
+from trainers.doctor_curves import Curve
 
 # fewer logs than these tell nothing, nor does what is logged in the warm-up
 MIN_LOGS = 5
@@ -163,53 +163,17 @@ def _num_levels(entries: list[dict]) -> int:
     return sum(level_term("rankme", level) in entries[0] for level in range(len(entries[0])))
 
 
-class _Curve:
-    """The finite values of a figure, and whether the last one logged was finite."""
-
-    def __init__(self, entries: list[dict], key: str):
-        logged = [(entry.get("step", 0), entry[key]) for entry in entries if key in entry]
-        self.points = [(step, value) for step, value in logged if _is_finite(value)]
-        self.is_broken = bool(logged) and not _is_finite(logged[-1][1])
-
-    def __bool__(self) -> bool:
-        return bool(self.points)
-
-    def left(self, floor: float = 0.0) -> float:
-        """What share of its highest value is left, both above a floor; 1 of a figure that was never above it."""
-        highest = self.highest()[1] - floor
-        return (self.last - floor) / highest if highest > 0 else 1.0
-
-    @property
-    def first(self) -> float:
-        return self.points[0][1]
-
-    @property
-    def last(self) -> float:
-        return self.points[-1][1]
-
-    def highest(self) -> tuple[int, float]:
-        """Step and value of the highest point."""
-        return max(self.points, key=lambda point: point[1])
-
-    def lowest(self) -> tuple[int, float]:
-        return min(self.points, key=lambda point: point[1])
-
-    def at(self, step: int) -> float:
-        """The value at a step, or at the last one before it; else the first one."""
-        return [self.first, *(value for at, value in self.points if at <= step)][-1]
-
-
 class _Level:
     """The curves of one level and what its sentences need."""
 
     def __init__(self, entries: list[dict], number: int, facts: dict):
-        def curve(name: str, prefix: str = "") -> _Curve:
-            return _Curve(entries, prefix + level_term(name, number))
+        def curve(name: str, prefix: str = "") -> Curve:
+            return Curve(entries, prefix + level_term(name, number))
 
         self.number, self.facts, self.entries = number, facts, entries
         self.std, self.rank = curve("feature_std"), curve("rankme")
         self.prediction = curve("prediction", "loss_")
-        self.loss = self.prediction or _Curve(entries, "loss")
+        self.loss = self.prediction or Curve(entries, "loss")
         # what the regulariser sees, as far as its hinge lets it: 1 less the mean lack of standard deviation
         self.spread = curve("variance", "loss_")
         self.spread.points = [(step, 1 - value) for step, value in self.spread.points]
@@ -217,6 +181,12 @@ class _Level:
     @property
     def step(self) -> int:
         return self.entries[-1].get("step", 0)
+
+    @property
+    def since(self) -> int:
+        """The first step that is judged."""
+        earliest = self.entries[min(MIN_LOGS, len(self.entries)) - 1].get("step", 0)
+        return max(earliest, self.facts.get("warmup_steps", 0))
 
     def width(self) -> str:
         widths = self.facts.get("widths") or []
@@ -244,7 +214,7 @@ def _diverged(level: _Level):
 
 
 def _too_short(level: _Level):
-    if len(level.entries) < MIN_LOGS or level.step < level.facts.get("warmup_steps", 0):
+    if len(level.entries) < MIN_LOGS or level.step < level.since:
         return TOO_SHORT, ["too few logs, or still in the warm-up"]
     return None
 
@@ -254,18 +224,18 @@ def _shrunk(level: _Level):
         (level.std, "the embeddings' standard deviation"),
         (level.spread, "the standard deviation that the regulariser sees"),
     ):
-        if curve and curve.left() < COLLAPSED_SPREAD:
+        if curve.has_sunk(COLLAPSED_SPREAD, level.since):
             step, highest = curve.highest()
-            fall = f"{what} fell from {highest:.2g} to {curve.last:.2g}"
+            fall = f"{what} fell from {highest:.2g} to {curve.last:.2g}{curve.dip(step)}"
             return COLLAPSED, [_with_loss(level, step, fall, "the features shrank")], step
     return None
 
 
 def _flattened(level: _Level):
     step, highest = level.rank.highest()
-    if level.rank.left(floor=1) >= COLLAPSED_RANK:
+    if not level.rank.has_sunk(COLLAPSED_RANK, level.since, floor=1):
         return None
-    fall = f"effective rank {highest:.3g} -> {level.rank.last:.3g}{level.width()}"
+    fall = f"effective rank {highest:.3g} -> {level.rank.last:.3g}{level.width()}{level.rank.dip(step)}"
     return DIMENSIONAL, [_with_loss(level, step, fall, "the features came to lie in few directions")], step
 
 
@@ -311,7 +281,3 @@ def _healthy(level: _Level) -> list[str]:
             "there is more to predict: no sign of collapse"
         )
     return sentences
-
-
-def _is_finite(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
