@@ -189,7 +189,7 @@ def test_what_was_lost_is_there_again_only_with_as_much():
         after = [entry | {"step": first + entry["step"]} for rank in ranks for entry in history(rankme=rank)[:4]]
         for number, entry in enumerate(after):
             entry["step"] = first + 20 * number
-        return diagnose(history() + after, facts)
+        return diagnose(history() + after, settings(**facts))
 
     sunk = fallen(10.0, (20.0, 20.0))
     assert sunk.state == DIMENSIONAL and sunk.levels[0].turned == 220
