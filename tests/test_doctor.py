@@ -185,15 +185,15 @@ def test_gaps_in_a_log_are_no_error():
 def test_what_was_lost_is_there_again_only_with_as_much():
     """An effective rank of 30 falls to 10 and rises again: at 20 it is not what it was, at 29 it is."""
 
-    def fallen(*ranks, first=240, **facts):
-        after = [entry | {"step": first + entry["step"]} for rank in ranks for entry in history(rankme=rank)[:4]]
+    def fallen(*ranks, **facts):
+        after = [entry for rank in ranks for entry in history(rankme=rank)[:4]]
         for number, entry in enumerate(after):
-            entry["step"] = first + 20 * number
+            entry["step"] = 240 + 20 * number
         return diagnose(history() + after, settings(**facts))
 
-    sunk = fallen(10.0, (20.0, 20.0))
+    sunk = fallen(10.0, 20.0)
     assert sunk.state == DIMENSIONAL and sunk.levels[0].turned == 220
-    assert "effective rank 30 -> 20 (it was 10 at step 240)" in sunk.sentences()[0]
+    assert "effective rank 30 -> 20 of 32 (it was 10 at step 240)" in sunk.sentences()[0]
     assert fallen(10.0, 20.0, 29.0).state == HEALTHY
     assert fallen(20.0).state == HEALTHY
     assert fallen(10.0, 20.0, warmup_steps=301).state == HEALTHY
