@@ -25,6 +25,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _HIDDEN = re.compile(r"\.checkpoint-\d+\.(unfinished|replaced|removed)")
 _PICKLES = {".pt", ".pth", ".bin", ".pkl"}
 _BLOCK = 1 << 20  # bytes that are hashed at once
+_FILES_AT_ONCE = 4
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -136,9 +137,13 @@ def _why_foreign(folder: Path) -> str:
 
 def write_manifest(folder: Path, step: int):
     """Writes the manifest of the files in a folder."""
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST):
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": file_digest(path)}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as executor:
+        digests = executor.map(file_digest, paths)
+        files = {
+            path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+            for path, digest in zip(paths, digests, strict=True)
+        }
     (folder / MANIFEST).write_text(manifest_text(step, files), encoding="utf-8")
 
 
