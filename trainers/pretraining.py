@@ -45,6 +45,9 @@ from trainers.streams import Shards
 from trainers.trainer import JepaTrainer
 from trainers.training_args import JepaTrainingArguments
 
+# gives labelled images to fit probes on, and to test them on
+Labelled = Callable[[], tuple[ImageSource, ImageSource]]
+
 
 def pretrain(recipe: Recipe) -> Path | None:
     """
@@ -71,7 +74,7 @@ def pretrain(recipe: Recipe) -> Path | None:
             return _run(recipe, trainer, labelled, checkpoint)
 
 
-def prepare(recipe: Recipe, args: JepaTrainingArguments, model) -> tuple[JepaTrainer, "Labelled | None", str | None]:
+def prepare(recipe: Recipe, args: JepaTrainingArguments, model) -> tuple[JepaTrainer, Labelled | None, str | None]:
     """The trainer of a run, what gives labelled images, and the checkpoint to go on from; nothing is written yet."""
     checkpoint = find_checkpoint(args)
     if checkpoint is not None:
@@ -86,7 +89,7 @@ def prepare(recipe: Recipe, args: JepaTrainingArguments, model) -> tuple[JepaTra
     return build_trainer(recipe, model, args, train), labelled, checkpoint
 
 
-def _run(recipe: Recipe, trainer: JepaTrainer, labelled: "Labelled | None", checkpoint: str | None) -> Path | None:
+def _run(recipe: Recipe, trainer: JepaTrainer, labelled: Labelled | None, checkpoint: str | None) -> Path | None:
     """Trains, and saves and evaluates what was trained."""
     args = trainer.args
     trainer.take_over(checkpoint)  # refuses other images before anything is written
@@ -112,9 +115,6 @@ def _run(recipe: Recipe, trainer: JepaTrainer, labelled: "Labelled | None", chec
     if trainer.is_world_process_zero():
         finish(recipe, trainer, model, labelled, seconds, folder)
     return folder
-
-
-Labelled = Callable[[], tuple[ImageSource, ImageSource]]
 
 
 def load_images(
