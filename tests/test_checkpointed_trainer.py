@@ -131,16 +131,16 @@ def test_states_that_cannot_be_saved_or_are_of_others_are_refused(tmp_path):
         load_optimizer(tmp_path, model, others)
 
 
-def test_options_of_the_machine_are_its_own(tmp_path):
+def test_options_of_the_machine_and_of_the_run_are_its_own(tmp_path):
     model = nn.Linear(3, 2)
     saved = torch.optim.AdamW(model.parameters(), lr=0.25, betas=(0.5, 0.75), fused=True)
     model(torch.ones(1, 3)).sum().backward()
     saved.step()
     save_optimizer(tmp_path, *optimizer_state(model, saved, True, False))
-    loaded = torch.optim.AdamW(model.parameters(), foreach=True)
+    loaded = torch.optim.AdamW(model.parameters(), foreach=True, betas=(0.5, 0.875))
     load_optimizer(tmp_path, model, loaded)
     group = loaded.param_groups[0]
-    assert (group["lr"], group["betas"], group["fused"], group["foreach"]) == (0.25, (0.5, 0.75), None, True)
+    assert (group["lr"], group["betas"], group["fused"], group["foreach"]) == (0.25, (0.5, 0.875), None, True)
 
 
 def test_no_checkpoint_of_another_trainer_is_resumed_from(tmp_path):

@@ -91,6 +91,37 @@ def test_run_stops_after_too_many_in_a_row(tmp_path):
     assert [line["step"] for line in lines(tmp_path / "first")] == [5]
 
 
+def test_the_last_good_checkpoint_stays_while_steps_are_skipped(tmp_path):
+    """And records of a course that is left are not kept."""
+    training = FIVE_STEPS | {
+        "max_steps": 7, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "max_skipped_steps": 3
+    }  # fmt: skip
+
+    def spoiled(steps):
+        return training | {"inject": {"where": "images", "steps": steps, "ranks": [0]}}
+
+    with pytest.raises(
+        InputError, match=f"step 6 is not finite.*last good one is {tmp_path / 'run' / 'checkpoint-1'}:"
+    ):
+        run(str(tmp_path / "run"), spoiled([3, 4, 5, 6]))
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-5"}
+    trainer = build_trainer(str(tmp_path / "run"), {**training, "learning_rate": 1e-4})
+    inject(trainer, "images", [6], [0])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    # finite again, the limit holds
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-7"}
+    assert [line["step"] for line in lines(tmp_path / "run")] == [6]
+
+
+def test_a_checkpoint_whose_next_step_is_not_finite_is_the_last_resort(tmp_path):
+    training = FIVE_STEPS | {
+        "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_skipped_steps": 1,
+        "inject": {"where": "images", "steps": [3, 4], "ranks": [0]},
+    }  # fmt: skip
+    with pytest.raises(InputError, match=f"step 4 is not finite.*last good one is {tmp_path / 'checkpoint-2'}:"):
+        run(str(tmp_path), training)
+
+
 def test_a_fused_optimizer_is_asked_one_step_later(tmp_path):
     training = FIVE_STEPS | {"max_skipped_steps": 0, "optim": "adamw_torch_fused"}
     trainer = build_trainer(str(tmp_path), training | {"logging_steps": 5, "logging_first_step": False})

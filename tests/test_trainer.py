@@ -297,3 +297,28 @@ def test_schedule_values():
 def test_arguments_out_of_range_are_refused(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         CJepaTrainingArguments(output_dir=str(tmp_path), **values)
+
+
+def test_a_resumed_run_follows_its_own_arguments(tmp_path):
+    """Learning rate, betas and intervals are those of the call, and not of the one that wrote the checkpoint."""
+    training = {"max_steps": 6, "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1}
+    changed = {
+        "learning_rate": 3e-4,
+        "start_learning_rate": 1e-4,
+        "adam_beta2": 0.9,
+        "save_steps": 2,
+        "logging_steps": 2,
+    }
+    begun = build_trainer(str(tmp_path / "run"), training | {"max_steps": 6})
+    begun.train()
+    _, whole = train(str(tmp_path / "whole"), training | changed | {"logging_steps": 1})
+    resumed = build_trainer(str(tmp_path / "run"), training | changed | {"save_total_limit": None})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    expected = {entry["step"]: entry["learning_rate"] for entry in whole if "loss" in entry}
+    logged = {entry["step"]: entry["learning_rate"] for entry in resumed.state.log_history if "loss" in entry}
+    assert list(logged) == [1, 2, 4, 6]
+    assert {step: logged[step] for step in (2, 4, 6)} == {step: expected[step] for step in (2, 4, 6)}
+    assert all(group["betas"] == (0.9, 0.9) for group in resumed.optimizer.param_groups)
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [
+        "checkpoint-1", "checkpoint-2", "checkpoint-4", "checkpoint-6"
+    ]  # fmt: skip

@@ -219,10 +219,13 @@ class CheckpointedTrainer(Trainer):
             if optimizer is not None:
                 save_optimizer(folder, *optimizer)
             finish_checkpoint(folder, step)
-        args, kept = self.args, {Path(self.state.best_model_checkpoint or "").name}
-        if self._is_pushing():
-            kept.add(self._pushed.name)
-        rotate_checkpoints(folder.parent, step, args.save_total_limit, args.keep_checkpoints_every, kept)
+        limit, every = self.args.save_total_limit, self.args.keep_checkpoints_every
+        rotate_checkpoints(folder.parent, step, limit, every, self.checkpoints_to_keep(folder.parent))
+
+    def checkpoints_to_keep(self, output: Path) -> set[str]:
+        """Names of checkpoints that are not removed, however many there are."""
+        kept = {Path(self.state.best_model_checkpoint or "").name}
+        return kept | {self._pushed.name} if self._is_pushing() else kept
 
     def _plain_model(self):
         """The model without what wraps it."""
@@ -284,8 +287,10 @@ class CheckpointedTrainer(Trainer):
                 in_main_process(set_aside_later, Path(checkpoint))
         return super().train(checkpoint, *args, **kwargs)
 
-    def _init_training_state(self, *args):
-        found = super()._init_training_state(*args)
+    def _init_training_state(self, max_steps, *args):
+        found = super()._init_training_state(max_steps, *args)
+        # those of this call, and not of the one that wrote the checkpoint
+        self.state.compute_steps(self.args, max_steps)
         self._saved_best = self._best()
         return found
 

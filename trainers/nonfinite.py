@@ -16,7 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Adam
 from transformers import TrainerCallback
 
+from trainers.checkpoint_files import checkpoint_step, present_checkpoints
 from trainers.errors import InputError
+from trainers.files import write_text_atomically
 
 NONFINITE = "nonfinite.jsonl"
 _ADVICE = "lower --learning_rate, set --max_grad_norm 1 or --precision float32"
@@ -71,6 +73,8 @@ class NonFiniteSteps(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._num_in_row, self._unread, self._counts["train_loss"] = 0, [], [0, 0]
         self.last_finite_step = state.global_step
+        if state.is_world_process_zero:
+            keep_lines(Path(args.output_dir, NONFINITE), state.global_step)
         self.start_window()
         self._statistics = running_statistics(model)
 
@@ -165,6 +169,17 @@ class NonFiniteSteps(TrainerCallback):
             others = f", as of the {before} before it, which were skipped" if before else ""
             raise InputError(f"{what}{others} (see {file}); {last_checkpoint(trainer)}.")
 
+    @property
+    def is_skipping(self) -> bool:
+        """Whether the latest step that is known of was skipped."""
+        return self._num_in_row > 0
+
+    def last_good_checkpoint(self, output: Path) -> Path | None:
+        """The newest checkpoint that a finite step began at, or else one that the last finite step led to."""
+        last = self.last_finite_step
+        found = [path for path in present_checkpoints(output) if checkpoint_step(path) <= last]
+        return next((path for path in found if checkpoint_step(path) < last), next(iter(found), None))
+
     def leave_out_skipped(self, logs: dict[str, float]):
         """
         Takes skipped steps out of the mean losses that `Trainer` logs, and says how many there were.
@@ -253,6 +268,18 @@ def append_lines(file: Path, records: list[dict]):
         os.close(descriptor)
 
 
+def keep_lines(file: Path, step: int):
+    """Keeps the records of steps up to one, after which a run goes on anew."""
+    if not file.exists():
+        return
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept:
+        write_text_atomically(file, "".join(kept))
+    else:
+        file.unlink()
+
+
 def check_finite_weights(trainer):
     """
     Refuses weights that are not finite, in all processes where they are so in one.
@@ -273,9 +300,7 @@ def check_finite_weights(trainer):
 
 def last_checkpoint(trainer) -> str:
     """How to go on after weights, loss or gradient were not finite: from a checkpoint that a finite step began at."""
-    folder = Path(trainer.args.output_dir)
-    steps = [int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
-    steps = [step for step in steps if step < trainer.nonfinite.last_finite_step]
-    if not steps:
-        return f"no good checkpoint was saved: {_ADVICE}, and start anew with another --output_dir"
-    return f"the last good one is {folder / f'checkpoint-{max(steps)}'}: {_ADVICE}, and --resume_from_checkpoint it"
+    good = trainer.nonfinite.last_good_checkpoint(Path(trainer.args.output_dir))
+    if good is None:
+        return f"there is no good checkpoint: {_ADVICE}, and start anew with another --output_dir"
+    return f"the last good one is {good}: {_ADVICE}, and --resume_from_checkpoint it"

@@ -18,8 +18,9 @@ from trainers.errors import InputError
 
 TENSORS = "optimizer.safetensors"
 VALUES = "optimizer.json"
-# how a step is computed on this machine, not what it computes
-_IMPLEMENTATION = {"foreach", "fused", "capturable"}
+# how a step is computed on this machine, and what a run may set otherwise than the one it goes on from; what else a
+# group holds may be state of its optimizer
+_OF_THE_RUN = {"foreach", "fused", "capturable", "betas", "eps", "momentum"}
 
 
 def host_tensor(tensor: torch.Tensor, kept: bool, copied: bool) -> torch.Tensor | None:
@@ -145,12 +146,12 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: Optimizer):
 
 
 def _merged(group: dict, saved: dict, first: int) -> dict:
-    """A group's options as they were saved, those of this machine as they are, and its parameters' numbers."""
+    """A group's options as they were saved, those of this run as they are, and its parameters' numbers."""
     merged = {"params": list(range(first, first + len(group["params"])))}
     for key, own in group.items():
         if key == "params":
             continue
-        value = own if key in _IMPLEMENTATION or key not in saved else saved[key]
+        value = own if key in _OF_THE_RUN or key not in saved else saved[key]
         merged[key] = tuple(value) if isinstance(own, tuple) else value
     return merged
 

@@ -4,6 +4,7 @@ A step's randomness is a function of (seed, step, micro-step), so that a resumed
 """
 
 import time
+from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -187,6 +188,25 @@ class JepaTrainer(PositionedTrainer):
             "images_per_second": self._num_images / seconds,
             "data_wait_share": self._waited / seconds,
         }
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """As the checkpoint was, but with the learning rates of this run's arguments at its step."""
+        scheduler = self.lr_scheduler
+        if checkpoint is None or not isinstance(scheduler, LambdaLR):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        base_rates = list(scheduler.base_lrs)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler.base_lrs = base_rates
+        for group, base, factor in zip(self.optimizer.param_groups, base_rates, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = base, base * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def checkpoints_to_keep(self, output: Path) -> set[str]:
+        """While steps are skipped, the checkpoint to go on from if there are too many stays, too."""
+        kept = super().checkpoints_to_keep(output)
+        good = self.nonfinite.last_good_checkpoint(output) if self.nonfinite.is_skipping else None
+        return kept | {good.name} if good else kept
 
     def _save_checkpoint(self, model, trial):
         """Saves a checkpoint; raises `InputError` if the weights are not finite."""
