@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -251,6 +252,22 @@ def test_a_tar_without_its_last_blocks_is_whole(tmp_path):
         last = tar.getmembers()[-1]
     file.write_bytes(file.read_bytes()[: last.offset_data + 512])
     check_tars([str(file)])
+
+
+@pytest.mark.parametrize("error", [EOFError("ends"), tarfile.ReadError("ends"), zlib.error("ends"), OSError("ends")])
+def test_a_shard_that_cannot_be_read_on_is_said(tmp_path, monkeypatch, error):
+    shards = load_stream(
+        PretrainDataArguments(dataset=write_parquet(tmp_path / "parquet", [6]), streaming=True)
+    ).shards
+
+    def ends(self, batch_size):
+        raise error
+
+    monkeypatch.setattr("datasets.IterableDataset.iter", ends)
+    with pytest.raises(
+        InputError, match=r"train-00000.parquet cannot be read \(ends\); repair it, or check the network"
+    ):
+        next(shards.read(0, 0, lambda shard, number: None))
 
 
 def test_two_views_are_made_of_a_stream(tmp_path):
