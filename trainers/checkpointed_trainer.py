@@ -1,19 +1,13 @@
-"""transformers' `Trainer` with checkpoints that are whole or not there, without pickles, for any number of processes.
-
-A checkpoint holds no state of random generators: every micro-batch seeds them from (seed, step, micro-step, process).
-"""
+"""transformers' `Trainer` with checkpoints that are whole or not there, without pickles, for any processes."""
 
 import json
-import random
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy
 
@@ -30,10 +24,10 @@ from trainers.checkpoint_files import (
     unfinished_folder,
 )
 from trainers.checkpoint_push import push_checkpoint
-from trainers.datasets import sample_seed
 from trainers.errors import InputError, first_line
 from trainers.optimizer_files import host_state, load_optimizer, load_weights, optimizer_state, save_optimizer
 from trainers.processes import in_main_process
+from trainers.seeded_trainer import SeededTrainer
 
 SCHEDULER = "scheduler.json"
 STATE = "trainer_state.json"
@@ -51,9 +45,9 @@ class _Save:
     writing: Future | None = None
 
 
-class CheckpointedTrainer(Trainer):
+class CheckpointedTrainer(SeededTrainer):
     """
-    transformers' `Trainer` with other checkpoints.
+    A [`SeededTrainer`] with other checkpoints, which hold no state of random generators.
 
     Each is a folder `checkpoint-N` of safetensors and JSON that appears when it is whole (see
     [`~checkpoint_files.finish_checkpoint`]); its optimizer's state goes by parameter names, whole, so that another
@@ -81,31 +75,6 @@ class CheckpointedTrainer(Trainer):
         self._pending: _Save | None = None
         self._saved_best = self._best()
         self._pushed: Path | None = None
-        self._micro_step = 0
-
-    # randomness
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of an optimizer step, whose micro-steps are counted from 0."""
-        self._micro_step = 0
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
-
-    def seed_micro_step(self, micro_step: int):
-        """Seeds the generators of Python, numpy and torch, of all devices, for a micro-batch of the present step."""
-        self._micro_step = micro_step
-        # the last number tells it from other seeds of a step
-        numbers = (self.args.seed, self.state.global_step, micro_step, self.args.process_index, 1)
-        seed = sample_seed(*numbers)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward pass of a micro-batch, with the same random numbers whenever it is repeated."""
-        self.seed_micro_step(self._micro_step)
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self._micro_step += 1
-        return loss
 
     # saving
 
