@@ -19,8 +19,7 @@ class Curve:
 
     def left(self, floor: float = 0.0) -> float:
         """What share of its highest value is left, both above a floor; 1 of a figure that was never above it."""
-        highest = self.highest()[1] - floor
-        return (self.last - floor) / highest if highest > 0 else 1.0
+        return _share(self.last, self.highest()[1], floor)
 
     def has_sunk(self, share: float, since: int, floor: float = 0.0) -> bool:
         """
@@ -34,7 +33,7 @@ class Curve:
         highest, sunk = floor, False
         for step, value in self.points:
             highest = max(highest, value)
-            left = (value - floor) / (highest - floor) if highest > floor else 1.0
+            left = _share(value, highest, floor)
             sunk = step >= since and (left < share or (sunk and left < RECOVERED))
         return sunk
 
@@ -64,6 +63,10 @@ class Curve:
     def at(self, step: int) -> float:
         """The value at a step, or at the last one before it; else the first one."""
         return [self.first, *(value for at, value in self.points if at <= step)][-1]
+
+
+def _share(value: float, highest: float, floor: float) -> float:
+    return (value - floor) / (highest - floor) if highest > floor else 1.0
 
 
 def _is_finite(value) -> bool:

@@ -80,9 +80,8 @@ def prepare(
         check_same_settings(checkpoint, run.values(), args.world_size)
     checking = not args.disable_tqdm, args.dataloader_num_workers, args.distributed_state
     splits = load_splits(run.data, max(image_size), *checking)
-    images = splits.fingerprints()
     if checkpoint is not None:
-        check_same_images(checkpoint, images)
+        check_same_images(checkpoint, splits.fingerprints())
     set_seed(args.seed)
     config = classifier_config(run.model, run.settings, splits.train.label_names)
     model = build_model(run, config, args)

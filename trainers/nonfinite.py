@@ -248,7 +248,7 @@ def norms_by_part(model: torch.nn.Module) -> dict[str, float | str]:
 
 def are_finite(model: torch.nn.Module) -> torch.Tensor:
     """Whether all weights and statistics of this process are finite: a scalar, on their device."""
-    # both are NaN where one element is; on a CPU it takes a twentieth of the time of `isfinite` or of a norm
+    # both are NaN where one element is; on a CPU it takes a fraction of the time of `isfinite` or of a norm
     extremes = [extreme for tensor in _float_tensors(model) if tensor.numel() for extreme in tensor.aminmax()]
     return torch.stack(extremes).isfinite().all()
 
