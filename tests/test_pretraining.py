@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import FLAGS, tiny_model
 
 from modeling_cjepa import CJepaForPreTraining, CJepaModel
-from trainers import pretraining
+from trainers import pretrain_results, pretraining
 from trainers.checkpoint_files import write_manifest
 from trainers.cli import main
 from trainers.datasets import ImageSource
@@ -467,7 +467,7 @@ def test_full_disk_is_said_and_leaves_no_half_folder(run, tmp_path, capsys, monk
     def no_space(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pretraining, "draw_curves", no_space)
+    monkeypatch.setattr(pretrain_results, "draw_curves", no_space)
     fails_in_one_sentence(capsys, pretrain(tmp_path / "run"), "disk is full", str(tmp_path / "run"), "resume")
     left = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert left == ["checkpoint-3", "recipe.yaml"]
