@@ -27,6 +27,7 @@ from trainers.checkpoint_push import push_checkpoint
 from trainers.errors import InputError, first_line
 from trainers.optimizer_files import host_state, load_optimizer, load_weights, optimizer_state, save_optimizer
 from trainers.processes import in_main_process
+from trainers.publishing import AUTO_MAPS, save_model
 from trainers.seeded_trainer import SeededTrainer
 
 SCHEDULER = "scheduler.json"
@@ -207,7 +208,11 @@ class CheckpointedTrainer(SeededTrainer):
         return host_state(self._plain_model(), self.args.should_save, copied)
 
     def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]):
-        self._plain_model().save_pretrained(folder, state_dict=weights)
+        model = self._plain_model()
+        if getattr(model.config, "model_type", None) in AUTO_MAPS and not hasattr(model, "peft_config"):
+            save_model(model, self.processing_class, folder, weights)  # with the code, so that it loads anywhere
+            return
+        model.save_pretrained(folder, state_dict=weights)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 

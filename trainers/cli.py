@@ -11,6 +11,7 @@ from trainers.cli_features import add_features
 from trainers.cli_finetune import add_finetune
 from trainers.cli_models import add_evaluate
 from trainers.cli_probe import add_probe
+from trainers.cli_publish import add_publish
 from trainers.cli_visualize import add_visualize
 from trainers.errors import InputError, plain_message
 from trainers.flags import GOES_ON_FROM_CHECKPOINT, closest
@@ -66,7 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(after_interruption="repeat the call to start again")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
-        add_pretrain, add_doctor, add_evaluate, add_probe, add_finetune, add_features, add_visualize, add_benchmark
+        add_pretrain, add_doctor, add_evaluate, add_probe, add_finetune, add_features, add_visualize, add_publish,
+        add_benchmark,
     ):  # fmt: skip
         add(commands)
     return parser

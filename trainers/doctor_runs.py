@@ -57,10 +57,10 @@ def read_run(path: str) -> RunRecord:
     Raises:
         InputError: There is neither, or a file is broken.
     """
-    place = _place(path)
+    place = newest_model(path)
     config = load_encoder_config(place)
-    results = _read_json(place, "results.json")
-    state = _read_json(place, "trainer_state.json") if not results else {}
+    results = read_json(place, "results.json")
+    state = read_json(place, "trainer_state.json") if not results else {}
     history = results.get("history") or state.get("log_history") or []
     settings = results.get("settings") or _recipe_beside(Path(place))
     warmup = settings.get("warmup_steps", default_arguments(config).warmup_steps)
@@ -69,8 +69,8 @@ def read_run(path: str) -> RunRecord:
     return RunRecord(place, history, run_settings(config, settings, warmup_steps))
 
 
-def _place(path: str) -> str:
-    """Where the newest model of a run is: the published one, or else its last checkpoint."""
+def newest_model(path: str) -> str:
+    """Where the newest model of a run is: the finished one, or else that of its last checkpoint."""
     folder = Path(path)
     if folder.is_file():
         raise InputError(f"{path} is a file; give the folder of a run, of a checkpoint or of a model.")
@@ -86,7 +86,8 @@ def _place(path: str) -> str:
     raise InputError(f"{path} holds neither a model nor a whole checkpoint; give the folder of a run, or of a model.")
 
 
-def _read_json(place: str, name: str) -> dict:
+def read_json(place: str, name: str) -> dict:
+    """A JSON file beside a model, in its folder or on the Hub; empty if there is none."""
     if not has_file(place, name):
         return {}
     try:

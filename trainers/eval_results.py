@@ -21,23 +21,45 @@ def eval_results(results: dict) -> list[EvalResult]:
         `list` of `EvalResult`: Accuracies in percent, rounded to two digits; none of baselines, of models beside or of
         probes that were not run.
     """
-    name, split = re.fullmatch(r"(.*?)(?: \((.*)\))?", results["test_dataset"], re.DOTALL).groups()
-    # a folder's place on this machine is nobody else's business
-    name = Path(name).name if Path(name).expanduser().exists() else name
     return [
-        EvalResult(
-            task_type="image-classification",
-            task_name="Image Classification",
-            dataset_type=name,
-            dataset_name=name.rpartition("/")[2],
-            dataset_split=split,
-            metric_type="accuracy",
-            metric_value=round(row["accuracy"], 2),
-            metric_name=metric_name(row),
-        )
+        _accuracy(results["test_dataset"], row["accuracy"], metric_name(row))
         for row in results["rows"]
         if row["role"] == "model" and row["accuracy"] is not None
     ]
+
+
+def probe_results(results: dict) -> list[EvalResult]:
+    """The same of what [`~evaluation.evaluate_model`] returned: kNN and linear probe of the model's own encoders."""
+    own = [
+        row for row in results["rows"] if row["encoder"].startswith(("encoder", "target encoder", "context encoder"))
+    ]
+    names = {"knn": f"kNN accuracy (k {results['num_neighbors']}; ", "linear": "Linear probe accuracy ("}
+    return [
+        _accuracy(results["test_dataset"], row[probe], f"{name}{row['encoder']})")
+        for row in own
+        for probe, name in names.items()
+    ]
+
+
+def accuracy_results(results: dict) -> list[EvalResult]:
+    """The same of a fine-tuned classifier's test."""
+    return [_accuracy(results["test_dataset"], results["accuracy"], "Accuracy")]
+
+
+def _accuracy(test_dataset: str, percent: float, metric_name: str) -> EvalResult:
+    name, split = re.fullmatch(r"(.*?)(?: \((.*)\))?", test_dataset, re.DOTALL).groups()
+    # a folder's place on this machine is nobody else's business
+    name = Path(name).name if Path(name).expanduser().exists() else name
+    return EvalResult(
+        task_type="image-classification",
+        task_name="Image Classification",
+        dataset_type=name,
+        dataset_name=name.rpartition("/")[2],
+        dataset_split=split,
+        metric_type="accuracy",
+        metric_value=round(percent, 2),
+        metric_name=metric_name,
+    )
 
 
 def metric_name(row: dict) -> str:

@@ -8,14 +8,14 @@ from pathlib import Path
 from transformers import Trainer, TrainerState
 
 from modeling_cjepa.configuration_cjepa import pair
+from trainers.cards import write_card
+from trainers.data_facts import data_facts
 from trainers.files import write_json
 from trainers.finetune_args import FinetuneTrainingArguments, Finetuning
 from trainers.finetune_data import Splits
 from trainers.probes import accuracy_interval, top_accuracies
 from trainers.publishing import save_model, whole_folder
-from trainers.recipes import recipe_text
-from trainers.reports import draw_curves, machine_facts, software_facts
-from trainers.resources import render_template
+from trainers.reports import draw_curves, energy_facts, machine_facts, software_facts
 
 _PANELS = (
     ("loss", ("loss", "eval_loss"), True),
@@ -45,9 +45,7 @@ def finish(run: Finetuning, trainer: Trainer, splits: Splits, ranked, seconds: f
         facts = run_facts(run, trainer, model, num_trained, splits, seconds) | {"evaluation": evaluation}
         draw_curves(trainer.state.log_history, unfinished / "curves.png", _PANELS)
         write_json(unfinished / "results.json", facts | {"history": trainer.state.log_history})
-        card_facts = facts | {"folder": folder, "settings_text": recipe_text(facts["settings"])}
-        card = render_template("classifier.md.j2", json.loads(json.dumps(card_facts, default=str)))
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        write_card(unfinished, "classifier", json.loads(json.dumps(facts, default=str)), str(folder))
     low, high = evaluation["accuracy_interval"]
     top5 = f", top-5 {evaluation['top5_accuracy']:.1f} %" if "top5_accuracy" in evaluation else ""
     print(
@@ -101,7 +99,7 @@ def run_facts(run: Finetuning, trainer: Trainer, model, num_trained: int, splits
             "classes": list(model.config.id2label.values()),
         },
         "data": {
-            "dataset": run.data.dataset,
+            **data_facts(run.data),
             "train_dataset": train.name,
             "num_train_images": len(train),
             "num_held_out_images": 0 if validation is None else len(validation),
@@ -122,6 +120,7 @@ def run_facts(run: Finetuning, trainer: Trainer, model, num_trained: int, splits
             "processes": args.world_size,
             "precision": "bf16" if args.bf16 else "float32",
             **best_checkpoint(args, state),
+            **energy_facts(Path(args.output_dir)),
         },
         "machine": machine_facts(),
         "software": software_facts(),

@@ -5,14 +5,25 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 from transformers.utils import cached_file, has_file
 
-from modeling_cjepa import CJepaConfig, CJepaForPreTraining, CJepaModel, SJeaConfig, SJeaForPreTraining, SJeaModel
+from modeling_cjepa import (
+    CJepaConfig,
+    CJepaForImageClassification,
+    CJepaForPreTraining,
+    CJepaModel,
+    SJeaConfig,
+    SJeaForImageClassification,
+    SJeaForPreTraining,
+    SJeaModel,
+)
 from trainers.checkpoint_files import MANIFEST, broken_part
 from trainers.errors import InputError, first_line
 
+# what is saved with all of its weights; of a classifier only the encoder is loaded, unless it is asked for
 _CLASSES = {CJepaConfig: (CJepaForPreTraining, CJepaModel), SJeaConfig: (SJeaForPreTraining, SJeaModel)}
+_CLASSIFIERS = {CJepaConfig: CJepaForImageClassification, SJeaConfig: SJeaForImageClassification}
 
 
 def load_encoder_config(path: str | Path) -> CJepaConfig | SJeaConfig:
@@ -42,14 +53,28 @@ def load_encoder_config(path: str | Path) -> CJepaConfig | SJeaConfig:
     return config
 
 
-def load_model(path: str | Path) -> CJepaForPreTraining | CJepaModel | SJeaForPreTraining | SJeaModel:
-    """A saved model with all of its weights, in float32; only its encoder, unless it is one of pre-training."""
+def load_model(path: str | Path, with_classifier: bool = False) -> PreTrainedModel:
+    """
+    A saved model in float32.
+
+    Args:
+        path (`str` or `Path`): Its folder, or its id on the Hub.
+        with_classifier (`bool`): Whether a classifier is loaded as one, and not its encoder alone.
+
+    Returns:
+        `PreTrainedModel`: [`CJepaForPreTraining`] or [`SJeaForPreTraining`] with all of its weights if it is one, else
+        [`CJepaModel`] or [`SJeaModel`], or a classifier.
+
+    Raises:
+        InputError: There is none, it is broken, or a weight is missing.
+    """
     config = load_encoder_config(path)
     broken = Path(path, MANIFEST).is_file() and broken_part(Path(path), "model*.safetensors")
     if broken:
         raise InputError(f"{path} is a broken checkpoint ({broken}); take another one.")
     pretraining, encoder = _CLASSES[type(config)]
-    cls = pretraining if pretraining.__name__ in (config.architectures or []) else encoder
+    choices = (pretraining, *([_CLASSIFIERS[type(config)]] if with_classifier else []))
+    cls = next((choice for choice in choices if choice.__name__ in (config.architectures or [])), encoder)
     try:
         model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -32,7 +32,6 @@ class Objective:
     Attributes:
         title (`str`): Its name and what it is.
         config_class, model_class, data_class, training_class, trainer_class (`type`): Its classes.
-        card (`str`): The template of its model card.
         downstream (`str`): What `AutoModel` loads of it.
     """
 
@@ -42,7 +41,6 @@ class Objective:
     data_class: type[PretrainDataArguments]
     training_class: type[JepaTrainingArguments]
     trainer_class: type[JepaTrainer]
-    card: str
     downstream: str
 
     def build_model(self, fields: dict, attn_implementation: str) -> PreTrainedModel:
@@ -100,7 +98,6 @@ class CJepa(Objective):
     title = "C-JEPA (I-JEPA + VICReg)"
     config_class, model_class, trainer_class = CJepaConfig, CJepaForPreTraining, CJepaTrainer
     data_class, training_class = PretrainDataArguments, CJepaTrainingArguments
-    card = "cjepa.md.j2"
     downstream = "the target encoder"
 
     def build_model(self, fields, attn_implementation):
@@ -140,7 +137,6 @@ class SJea(Objective):
     title = "S-JEA (stacked VICReg)"
     config_class, model_class, trainer_class = SJeaConfig, SJeaForPreTraining, SJeaTrainer
     data_class, training_class = TwoViewDataArguments, SJeaTrainingArguments
-    card = "sjea.md.j2"
     downstream = "the stack of encoders"
 
     def build_model(self, fields, attn_implementation):

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from modeling_cjepa.losses_cjepa import level_term
+from trainers.cards import write_card
+from trainers.data_facts import data_facts
 from trainers.datasets import ImageSource
 from trainers.doctor import diagnose
 from trainers.errors import InputError
@@ -17,9 +19,8 @@ from trainers.evaluation import evaluate_model
 from trainers.files import write_json
 from trainers.nonfinite import NONFINITE, num_skipped
 from trainers.publishing import save_model, whole_folder
-from trainers.recipes import Recipe, model_fields, recipe_text
-from trainers.reports import draw_curves, format_table, machine_facts, software_facts
-from trainers.resources import render_template
+from trainers.recipes import Recipe, model_fields
+from trainers.reports import draw_curves, energy_facts, format_table, machine_facts, software_facts
 from trainers.trainer import JepaTrainer
 
 # gives labelled images to fit probes on, and to test them on
@@ -42,8 +43,7 @@ def finish(recipe: Recipe, trainer: JepaTrainer, model, labelled: Labelled | Non
                 print(f"The model is saved, but cannot be evaluated: {error}", flush=True)
         draw_curves(trainer.state.log_history, unfinished / "curves.png")
         write_json(unfinished / "results.json", facts | {"history": trainer.state.log_history})
-        card = render_template(recipe.objective.card, card_facts(facts, folder))
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        write_card(unfinished, model.config.model_type, facts, str(folder))
     skipped, steps = facts["training"]["skipped_steps"], facts["training"]["steps"]
     if skipped:
         print(f"\n{skipped:,} of {steps:,} steps were skipped, see {Path(trainer.args.output_dir, NONFINITE)}.")
@@ -54,12 +54,6 @@ def finish(recipe: Recipe, trainer: JepaTrainer, model, labelled: Labelled | Non
     print(CLOSING.format(folder=folder, downstream=recipe.objective.downstream), flush=True)
 
 
-def card_facts(facts: dict, folder: Path) -> dict:
-    """The facts with the folder's place, the settings as a recipe and the evaluation as a table."""
-    table = {"evaluation_table": format_table(facts["evaluation"])} if "evaluation" in facts else {}
-    return facts | {"folder": folder, "settings_text": recipe_text(facts["settings"])} | table
-
-
 CLOSING = """
 Saved in {folder} (weights, config, image processor, curves.png, results.json, README.md). Load it:
 
@@ -67,7 +61,9 @@ Saved in {folder} (weights, config, image processor, curves.png, results.json, R
 
     processor = AutoImageProcessor.from_pretrained("{folder}")
     encoder = AutoModel.from_pretrained("{folder}", trust_remote_code=True)  # {downstream}
-    embeddings = encoder(**processor(images, return_tensors="pt")).pooler_output"""
+    embeddings = encoder(**processor(images, return_tensors="pt")).pooler_output
+
+Publish it: cjepa publish {folder} --repo YOU/NAME"""
 
 
 def trained_seconds(logged: list[dict]) -> float:
@@ -92,16 +88,21 @@ def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float) -> di
         "seconds": round(trained_seconds(logged) or seconds, 1),
         "processes": args.world_size,
         "precision": "bf16" if args.bf16 else "float32",
+        "schedule": args.schedule_facts(),
+        **energy_facts(Path(args.output_dir)),
     }
     if logged:
         training |= {
             "images_per_second": round(speeds[len(speeds) // 2], 1),
             "data_wait_share": round(math.fsum(entry["data_wait_share"] for entry in logged) / len(logged), 4),
             # of each level at the first log and at the last
-            "rankme": [
-                [entry[level_term("rankme", level)] for entry in (logged[0], logged[-1])]
-                for level in range(model.config.num_levels)
-            ],
+            **{
+                sign: [
+                    [entry[level_term(sign, level)] for entry in (logged[0], logged[-1])]
+                    for level in range(model.config.num_levels)
+                ]
+                for sign in ("rankme", "feature_std")
+            },
             "loss_last": logged[-1]["loss"],
         }
     return {
@@ -115,7 +116,7 @@ def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float) -> di
             **{name: getattr(model.config, name) for name in model_fields(objective.config_class)},
         },
         "data": {
-            "dataset": recipe.data.dataset,
+            **data_facts(recipe.data),
             "num_train_images": trainer.num_train_images,
             "num_unreadable": len(trainer.quarantine.entries),
         },

@@ -10,8 +10,10 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+
 import modeling_cjepa
-from modeling_cjepa import CJepaForPreTraining, SJeaForPreTraining
 from trainers.errors import InputError
 
 AUTO_MAPS = {
@@ -66,19 +68,37 @@ def _allow_as_usual(folder: Path):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def save_model(model: CJepaForPreTraining | SJeaForPreTraining, processor, folder: Path):
+def save_model(model: PreTrainedModel, processor, folder: Path, weights: dict | None = None, shard_size="5GB"):
     """
     Writes weights, configuration, code and image processor into an existing folder.
 
     Args:
-        model ([`CJepaForPreTraining`] or [`SJeaForPreTraining`]): All parts are saved; `AutoModel` loads the target
-            encoder, or the stack, of them.
-        processor: The image processor of evaluation.
+        model (`PreTrainedModel`): One of this package. Of a [`CJepaForPreTraining`] or [`SJeaForPreTraining`] all
+            parts are saved; `AutoModel` loads the target encoder, or the stack, of them.
+        processor: The image processor of evaluation; None leaves it out.
         folder (`Path`): Where to.
+        weights (`dict`, *optional*): Tensors to save in place of the model's.
+        shard_size (`int` or `str`): Bytes of the largest file of weights, such as `"1GB"`.
     """
     model.config.auto_map = dict(AUTO_MAPS[model.config.model_type])
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    for source in Path(modeling_cjepa.__file__).parent.glob("*_*.py"):
-        if not source.name.startswith("__"):
-            shutil.copyfile(source, folder / source.name)
+    model.save_pretrained(folder, state_dict=weights, max_shard_size=shard_size)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    for source in code_files(model.config.model_type):
+        shutil.copyfile(source, folder / source.name)
+
+
+def code_files(model_type: str) -> list[Path]:
+    """
+    The files of code that a published model needs.
+
+    Args:
+        model_type (`str`): `cjepa` or `sjea`.
+
+    Returns:
+        `list[Path]`: Those of its Auto classes and all that these import, by name.
+    """
+    package = Path(modeling_cjepa.__file__).parent
+    modules = {package / f"{name.partition('.')[0]}.py" for name in AUTO_MAPS[model_type].values()}
+    imported = {Path(path) for module in modules for path in get_relative_import_files(module)}
+    return sorted(modules | imported)

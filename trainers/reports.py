@@ -1,5 +1,6 @@
 """What a run leaves to read: the facts of machine and software, its curves as a picture, its evaluation as a table."""
 
+import csv
 import math
 import os
 import platform
@@ -45,6 +46,15 @@ def software_facts() -> dict:
             continue
     commit = _commit()
     return facts | ({"commit": commit} if commit else {})
+
+
+def energy_facts(output: Path) -> dict:
+    """Kilowatt-hours by CodeCarbon's estimate over all calls of a run, if asked for (`--report_to codecarbon`)."""
+    emissions = output / "emissions.csv"
+    if not emissions.is_file():
+        return {}
+    with open(emissions, newline="", encoding="utf-8") as file:
+        return {"energy_kwh": math.fsum(float(row["energy_consumed"]) for row in csv.DictReader(file))}
 
 
 def _processor() -> str:

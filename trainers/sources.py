@@ -41,6 +41,10 @@ class DataArguments:
                           "or the id of a data set on the Hub"},
     )  # fmt: skip
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set on the Hub"})
+    dataset_license: str | None = field(
+        default=None,
+        metadata={"help": "licence of the images, for the model card; of a data set on the Hub what its card says"},
+    )
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     eval_split: str | None = field(
         default=None,

@@ -167,6 +167,26 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
         self.dataloader_drop_last = False
         super().__post_init__()
 
+    def schedule_facts(self) -> dict[str, str]:
+        """The optimiser and what changes from step to step, in words, for the model card."""
+        is_share = self.warmup_steps < 1
+        warmup = f"the first {100 * self.warmup_steps:g} % of the" if is_share else f"{self.warmup_steps:g}"
+        rates = (self.start_learning_rate, self.learning_rate, self.final_learning_rate)
+        facts = {
+            "optimizer": self.optim.value if hasattr(self.optim, "value") else str(self.optim),
+            "learning rate": "{:g} to {:g} over {} steps, then by a cosine to {:g}".format(
+                *rates[:2], warmup, rates[2]
+            ),
+            "weight decay": _from_to(self.weight_decay, self.final_weight_decay),
+        }
+        if self.schedule_scale != 1:
+            facts["length of the schedules"] = f"{self.schedule_scale:g} times the run"
+        return facts
+
+
+def _from_to(first: float, last: float) -> str:
+    return f"{first:g}" if first == last else f"{first:g} to {last:g}"
+
 
 @dataclass
 class CJepaTrainingArguments(JepaTrainingArguments):
@@ -200,6 +220,11 @@ class CJepaTrainingArguments(JepaTrainingArguments):
                 f"final_regularizer_weight={self.final_regularizer_weight} is not a number from 0 up; give 0 or more."
             )
         super().__post_init__()
+
+    def schedule_facts(self) -> dict[str, str]:
+        """As of [`JepaTrainingArguments`], with the moving average."""
+        kept = _from_to(self.ema_momentum, self.final_ema_momentum)
+        return super().schedule_facts() | {"share of the old target encoder kept in a step": kept}
 
 
 @dataclass

@@ -1,0 +1,131 @@
+"""Model cards: the facts of a run as Markdown with the Hub's metadata; what is not known is left out."""
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from trainers.eval_results import accuracy_results, eval_results, probe_results
+from trainers.recipes import recipe_text
+from trainers.reports import format_suite, format_table
+from trainers.resources import render_template
+
+CARD = "README.md"
+_TEMPLATES = {"cjepa": "cjepa.md.j2", "sjea": "sjea.md.j2", "classifier": "classifier.md.j2"}
+_PICTURES = "*.png"
+
+
+def write_card(folder: Path, kind: str, facts: dict, repo: str):
+    """
+    Writes the card of a model into its folder, beside the pictures that it shows.
+
+    Args:
+        folder (`Path`): The model's.
+        kind (`str`): `cjepa`, `sjea` or `classifier`.
+        facts (`dict`): What is known: `model` always, and of `recipe`, `command`, `seed`, `settings`, `data`,
+            `training`, `diagnosis`, `machine`, `software`, `evaluation`, `suite` and `license` what there is.
+        repo (`str`): Where the model will be loaded from: a folder, or an id of the Hub.
+    """
+    pictures = {path.name for path in folder.glob(_PICTURES)}
+    code = any(folder.glob("*.py"))
+    body = render_template(_TEMPLATES[kind], _context(facts, repo) | {"pictures": pictures, "code": code})
+    card = f"---\n{card_metadata(kind, facts, repo).to_yaml()}\n---\n\n{body.lstrip()}"
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def _context(facts: dict, repo: str) -> dict:
+    """The facts with what is derived of them: tables, limits, the settings as a recipe."""
+    derived = {"repo": repo, "title": card_title(facts, repo), "hours": hours, "limits": limits(facts)}
+    parameters = facts["model"].get("parameters", {})
+    derived["has_predictor"] = isinstance(parameters, dict) and bool({"predictor", "expanders"} & parameters.keys())
+    if "settings" in facts:
+        derived["settings_text"] = recipe_text(facts["settings"])
+    if "rows" in facts.get("evaluation", {}):
+        derived["evaluation_table"] = format_table(facts["evaluation"])
+    if "suite" in facts:
+        derived["suite_table"] = format_suite(facts["suite"])
+    return facts | derived
+
+
+def card_title(facts: dict, repo: str) -> str:
+    """What the model is called: by its repository's name, or in a run's folder by the recipe's."""
+    path = Path(repo)
+    return facts.get("recipe", path.name) if path.name == "final" else path.name
+
+
+def hours(seconds: float) -> str:
+    """A time in the unit that suits it."""
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+
+
+def card_metadata(kind: str, facts: dict, repo: str) -> ModelCardData:
+    """
+    The metadata of a card, with the figures of its evaluations as `model-index`.
+
+    Args:
+        kind, facts, repo: As of [`write_card`].
+
+    Returns:
+        `ModelCardData`.
+    """
+    is_classifier = kind == "classifier"
+    data, start = facts.get("data", {}), facts["model"].get("start", "")
+    results = found_results(facts)
+    return ModelCardData(
+        license=facts.get("license"),
+        library_name="transformers",
+        pipeline_tag="image-classification" if is_classifier else "image-feature-extraction",
+        tags=["image-classification", "jepa"] if is_classifier else ["self-supervised-learning", "jepa", kind],
+        datasets=[data["dataset"]] if data.get("is_on_hub") else None,
+        metrics=["accuracy"] if results else None,
+        base_model=start if start.count("/") == 1 and not Path(start).exists() else None,
+        model_name=card_title(facts, repo) if results else None,
+        eval_results=results or None,
+    )
+
+
+def found_results(facts: dict) -> list[EvalResult]:
+    """The figures of a model's own evaluations, as the Hub's metadata hold them."""
+    evaluation = facts.get("evaluation", {})
+    found = probe_results(evaluation) if "rows" in evaluation else []
+    if "accuracy" in evaluation:
+        found = accuracy_results(evaluation)
+    return found + (eval_results(facts["suite"]) if "suite" in facts else [])
+
+
+def limits(facts: dict) -> list[str]:
+    """What the facts say the model should not be trusted with."""
+    size = facts["model"].get("image_size")
+    size = "x".join(map(str, size)) if isinstance(size, list) else size
+    found = [f"It was trained on images of {size} pixels and of one kind; others were not tried."]
+    training, evaluation = facts.get("training", {}), facts.get("evaluation", {})
+    if "rows" not in evaluation and "accuracy" not in evaluation and "suite" not in facts:
+        found.append("It was not evaluated.")
+    found += [f"{sentence}." for sentence in _no_better(evaluation.get("rows", []))]
+    if training:
+        found.append("It is one run of one seed.")
+    diagnosis = facts.get("diagnosis", {})
+    if diagnosis.get("state", "healthy") != "healthy":
+        found.append(f"By its log it is {diagnosis['state']}.")
+    found.append("Whom it may treat unfairly was not looked at.")
+    return found
+
+
+def _no_better(rows: list[dict]) -> list[str]:
+    """Probes at which the first encoder is not clearly above a random one or raw pixels."""
+    if not rows:
+        return []
+    sentences = []
+    for baseline in rows[1:]:
+        if not baseline["encoder"].startswith(("random encoder", "raw pixels")):
+            continue
+        for probe, name in (("knn", "neighbours"), ("linear", "a linear probe")):
+            if rows[0][f"{probe}_interval"][0] <= baseline[f"{probe}_interval"][1]:
+                what = f"{rows[0][probe]:.1f} and {baseline[probe]:.1f} %"
+                sentences.append(f"By {name} it is not clearly better than the {baseline['encoder']} ({what})")
+    return sentences
+
+
+def kept_license(folder: Path) -> str | None:
+    """The licence that a model's card says, if there is a card and it says one."""
+    path = folder / CARD
+    return ModelCard.load(path, ignore_metadata_errors=True).data.license if path.is_file() else None

@@ -1,0 +1,152 @@
+"""What is published of a run: the exact folder of a repository on the Hub."""
+
+import os
+import re
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoImageProcessor, PreTrainedModel
+
+from modeling_cjepa import CJepaForImageClassification, SJeaForImageClassification
+from trainers.cards import kept_license, write_card
+from trainers.doctor_runs import newest_model, read_json
+from trainers.errors import InputError, first_line
+from trainers.files import write_json
+from trainers.loading import load_model
+from trainers.objectives import OBJECTIVES
+from trainers.publication_pictures import draw_pictures
+from trainers.publishing import save_model
+from trainers.recipes import model_fields
+
+SUITE = "suite.json"
+
+
+@dataclass(frozen=True)
+class Publication:
+    """
+    A run, and how it is published.
+
+    Args:
+        run (`str`): The folder of a run, of its `final`, of a checkpoint or of a model.
+        repo (`str`): Where to, `user/name`, which the card names.
+        encoder_only (`bool`): Whether only the target encoder, or the stack, is published.
+        native (`bool`): Whether the target encoder is published as transformers' own `IJepaModel`, without code.
+        shard_size (`str`): Bytes of the largest file of weights, such as `1GB`.
+        license (`str`, *optional*): Of the weights.
+    """
+
+    run: str
+    repo: str
+    encoder_only: bool = False
+    native: bool = False
+    shard_size: str = "5GB"
+    license: str | None = None
+
+    def write(self, folder: Path, progress: bool = True):
+        """
+        Writes the folder of the repository.
+
+        Args:
+            folder (`Path`): Where to; it exists and is empty.
+            progress (`bool`): Whether to say what is being done.
+
+        Raises:
+            InputError: There is no whole model of this package, or it has no image processor, or a file is broken.
+        """
+        say = print if progress else (lambda *_: None)
+        place = Path(newest_model(self.run))
+        model, processor = load_model(place, with_classifier=True).eval(), load_processor(place)
+        check_finite(model, place)
+        facts = public_facts(known_facts(place, model))
+        say(f"writing weights and code of {place}")
+        self._write_model(model, processor, folder)
+        if (place / "curves.png").is_file():
+            shutil.copyfile(place / "curves.png", folder / "curves.png")
+        say("drawing pictures")
+        draw_pictures(place, model, processor, facts.get("settings", {}), folder)
+        if facts.keys() != {"model"}:
+            write_json(folder / "results.json", facts)
+        license = self.license or kept_license(place)
+        parameters = self._published_parameters(facts["model"]["parameters"])
+        facts["model"] |= {"parameters": parameters}
+        write_card(folder, card_kind(model), facts | ({"license": license} if license else {}), self.repo)
+
+    def _write_model(self, model: PreTrainedModel, processor, folder: Path):
+        published = model.base_model if self.encoder_only else model
+        save_model(published, processor, folder, shard_size=self.shard_size)
+
+    def _published_parameters(self, parameters):
+        if not (self.native or self.encoder_only) or not isinstance(parameters, dict):
+            return parameters
+        return {name: number for name, number in parameters.items() if name.startswith("encoder")}
+
+
+def check_finite(model: PreTrainedModel, place: Path):
+    """Raises `InputError` if a weight is NaN or infinite."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise InputError(f"The weight {name} of {place} is not finite; publish another checkpoint.")
+
+
+def load_processor(place: Path):
+    """The image processor of a model's folder; raises `InputError` if it has none."""
+    try:
+        return AutoImageProcessor.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{place} has no image processor ({first_line(error)}); save one beside the model."
+        ) from error
+
+
+def card_kind(model: PreTrainedModel) -> str:
+    """The kind of a model's card."""
+    is_classifier = isinstance(model, CJepaForImageClassification | SJeaForImageClassification)
+    return "classifier" if is_classifier else model.config.model_type
+
+
+def known_facts(place: Path, model: PreTrainedModel) -> dict:
+    """What is known of a model: of a finished run its results, of a checkpoint its step, of any model its sizes."""
+    facts = read_json(str(place), "results.json")
+    if not facts:
+        objective = OBJECTIVES[model.config.model_type]
+        parameters = {"encoder": model.base_model.num_parameters()}
+        if hasattr(model, "sample_masks") or hasattr(model, "expanders"):
+            parameters = objective.parameters(model)
+        fields = {name: getattr(model.config, name) for name in model_fields(objective.config_class)}
+        facts = {"model": {"parameters": parameters, **fields}} | _unfinished(place)
+    suite = read_json(str(place), SUITE)
+    return facts | ({"suite": suite} if suite else {})
+
+
+def _unfinished(place: Path) -> dict:
+    """How far a run was at a checkpoint."""
+    state = read_json(str(place), "trainer_state.json")
+    if not state:
+        return {}
+    planned = {"planned_steps": state["max_steps"]} if state["max_steps"] > state["global_step"] else {}
+    return {"training": {"steps": state["global_step"], **planned}}
+
+
+def public_facts(facts: dict) -> dict:
+    """Facts without places on this machine: of a path that is absolute, or is here, the last part is left."""
+    found = {name: value if name == "history" else _public(value) for name, value in facts.items()}
+    for name in ("output_dir", "resume_from_checkpoint"):
+        found.get("settings", {}).pop(name, None)
+    if "command" in facts:
+        found["command"] = shlex.join(map(_public, shlex.split(facts["command"])))
+    return found
+
+
+def _public(value):
+    if isinstance(value, dict):
+        return {name: _public(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_public(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    flag, equals, text = value.partition("=") if value.startswith("--") else ("", "", value)
+    text, split = re.fullmatch(r"(.*?)( \([^()]*\))?", text, re.DOTALL).groups("")  # as in `my/photos (test)`
+    is_place = os.path.isabs(text) or text.startswith(("~", "./", "../")) or ("/" in text and os.path.exists(text))
+    return f"{flag}{equals}{Path(text).name}{split}" if is_place else value
