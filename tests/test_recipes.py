@@ -11,7 +11,8 @@ from trainers.errors import InputError
 from trainers.flags import fits, flag_value, plain_number
 from trainers.objectives import OBJECTIVES
 from trainers.pretraining import build_model, training_arguments
-from trainers.recipes import add_recipe_flags, overrides_of, read_recipe, section_fields, write_recipe
+from trainers.recipe_files import write_recipe
+from trainers.recipes import add_recipe_flags, overrides_of, read_recipe, section_fields
 from trainers.resources import recipe_names
 
 

@@ -7,7 +7,8 @@ from training_worker import build_trainer
 
 from trainers.cli import main, parse
 from trainers.errors import InputError
-from trainers.recipes import read_recipe, write_recipe
+from trainers.recipe_files import write_recipe
+from trainers.recipes import read_recipe
 from trainers.train_data import TrainLoader
 from trainers.training_cost import _BareSteps, benchmark_training
 

@@ -1,11 +1,12 @@
 """Model cards: the facts of a run as Markdown with the Hub's metadata; what is not known is left out."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from trainers.eval_results import accuracy_results, eval_results, probe_results
-from trainers.recipes import recipe_text
+from trainers.recipe_files import recipe_text
 from trainers.reports import format_suite, format_table
 from trainers.resources import render_template
 
@@ -25,11 +26,21 @@ def write_card(folder: Path, kind: str, facts: dict, repo: str):
             `training`, `diagnosis`, `machine`, `software`, `evaluation`, `suite` and `license` what there is.
         repo (`str`): Where the model will be loaded from: a folder, or an id of the Hub.
     """
-    pictures = {path.name for path in folder.glob(_PICTURES)}
-    code = any(folder.glob("*.py"))
-    body = render_template(_TEMPLATES[kind], _context(facts, repo) | {"pictures": pictures, "code": code})
-    card = f"---\n{card_metadata(kind, facts, repo).to_yaml()}\n---\n\n{body.lstrip()}"
-    (folder / CARD).write_text(card, encoding="utf-8")
+    pictures, has_code = {path.name for path in folder.glob(_PICTURES)}, any(folder.glob("*.py"))
+    (folder / CARD).write_text(card_text(kind, facts, repo, pictures, has_code), encoding="utf-8")
+
+
+def card_text(kind: str, facts: dict, repo: str, pictures: Collection[str] = (), has_code: bool = True) -> str:
+    """
+    A card as Markdown with its metadata.
+
+    Args:
+        kind, facts, repo: As of [`write_card`].
+        pictures (`Collection[str]`): Names of those that lie beside it.
+        has_code (`bool`): Whether the code of this package lies beside it.
+    """
+    body = render_template(_TEMPLATES[kind], _context(facts, repo) | {"pictures": pictures, "code": has_code})
+    return f"---\n{card_metadata(kind, facts, repo).to_yaml()}\n---\n\n{body.lstrip()}"
 
 
 def _context(facts: dict, repo: str) -> dict:

@@ -9,7 +9,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import HubStrategy
 
 from trainers.checkpoint_files import (
     LAST,
@@ -23,7 +22,6 @@ from trainers.checkpoint_files import (
     start_checkpoint,
     unfinished_folder,
 )
-from trainers.checkpoint_push import push_checkpoint
 from trainers.errors import InputError, first_line
 from trainers.optimizer_files import host_state, load_optimizer, load_weights, optimizer_state, save_optimizer
 from trainers.processes import in_main_process
@@ -75,7 +73,6 @@ class CheckpointedTrainer(SeededTrainer):
         self.save_error: str | None = None
         self._pending: _Save | None = None
         self._saved_best = self._best()
-        self._pushed: Path | None = None
 
     # saving
 
@@ -194,8 +191,7 @@ class CheckpointedTrainer(SeededTrainer):
 
     def checkpoints_to_keep(self, output: Path) -> set[str]:
         """Names of checkpoints that are not removed, however many there are."""
-        kept = {Path(self.state.best_model_checkpoint or "").name}
-        return kept | {self._pushed.name} if self._is_pushing() else kept
+        return {Path(self.state.best_model_checkpoint or "").name}
 
     def _plain_model(self):
         """The model without what wraps it."""
@@ -215,21 +211,6 @@ class CheckpointedTrainer(SeededTrainer):
         model.save_pretrained(folder, state_dict=weights)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        """As in transformers, but from the checkpoint itself, which is kept as long, and without a pickle."""
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        if self._is_pushing() and not self.args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        earlier = self.push_in_progress.jobs if self._is_pushing() else []
-        self._pushed = Path(checkpoint_folder)
-        self.push_in_progress = push_checkpoint(self._pushed, self.hub_model_id, self.args)
-        self.push_in_progress.jobs += earlier
-
-    def _is_pushing(self) -> bool:
-        return getattr(self, "push_in_progress", None) is not None and not self.push_in_progress.is_done()
 
     def _finalize_training(self, *args):
         """As in transformers, with the last checkpoint whole, and without the end's own removal of checkpoints."""

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from transformers import Trainer, TrainerState
 
-from modeling_cjepa.configuration_cjepa import pair
 from trainers.cards import write_card
 from trainers.data_facts import data_facts
 from trainers.files import write_json
 from trainers.finetune_args import FinetuneTrainingArguments, Finetuning
 from trainers.finetune_data import Splits
+from trainers.model_facts import classifier_facts
 from trainers.probes import accuracy_interval, top_accuracies
 from trainers.publishing import save_model, whole_folder
 from trainers.reports import draw_curves, energy_facts, machine_facts, software_facts
@@ -93,10 +93,8 @@ def run_facts(run: Finetuning, trainer: Trainer, model, num_trained: int, splits
         "model": {
             "start": run.model,
             "from_scratch": settings.from_scratch,
-            "parameters": model.num_parameters(),
             "trained_parameters": num_trained,
-            "image_size": list(pair(model.config.image_size)),
-            "classes": list(model.config.id2label.values()),
+            **classifier_facts(model),
         },
         "data": {
             **data_facts(run.data),

@@ -33,8 +33,10 @@ from trainers.finetune_trainer import ClassifierTrainer, check_possible, num_ran
 from trainers.layer_decay import parameter_groups
 from trainers.pretraining import start_arguments
 from trainers.probes import top_accuracies
+from trainers.publication import push_finished
 from trainers.readable import write_skipped
-from trainers.recipes import RunArguments, recipe_text
+from trainers.recipe_files import recipe_text
+from trainers.recipes import RunArguments
 from trainers.run_lock import only_run_in
 from trainers.stopping import stopped_sentence
 from trainers.transforms import eval_transform, image_processor
@@ -113,6 +115,8 @@ def _run(run: Finetuning, trainer: ClassifierTrainer, splits: Splits, checkpoint
     folder = Path(args.output_dir, "final")
     if trainer.is_world_process_zero():
         finish(run, trainer, splits, predicted.predictions, seconds, folder)
+        if trainer.push is not None:
+            push_finished(folder, trainer.push)
     trainer.accelerator.wait_for_everyone()
     return folder
 

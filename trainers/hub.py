@@ -121,6 +121,10 @@ def upload(folder: Path, destination: Destination, message: str) -> str:
     return str(url) if branch is None else f"{url}/tree/{branch}"
 
 
+class UnreachableError(InputError):
+    """The Hub cannot be reached now."""
+
+
 @contextmanager
 def refusals_named(what: str) -> Iterator[None]:
     """
@@ -130,14 +134,16 @@ def refusals_named(what: str) -> Iterator[None]:
         what (`str`): What has come of it, as in `someone/model was not published`.
 
     Raises:
-        InputError: What was done inside was refused by the Hub, or failed on the way to it.
+        InputError: What was done inside was refused by the Hub, or failed on the way to it ([`UnreachableError`]).
     """
     try:
         yield
     except InputError:
         raise
     except (OSError, ValueError, HTTPError) as error:
-        raise InputError(f"{what}: {reason(error)}.") from error
+        answered = getattr(error, "response", None) is not None
+        lost = isinstance(error, HTTPError | OfflineModeIsEnabled) and not answered
+        raise (UnreachableError if lost else InputError)(f"{what}: {reason(error)}.") from error
 
 
 def reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from trainers.datasets import seeded
 from trainers.errors import InputError
-from trainers.objectives import count
+from trainers.model_facts import count
 from trainers.recipes import Recipe
 from trainers.reports import markdown_table
 from trainers.training_args import computes_in_bf16

@@ -75,10 +75,6 @@ class Objective:
         options = self.trainer_options(config, data, args.device)
         return self.trainer_class(model, args, train_dataset=dataset, processing_class=processor, **options)
 
-    def parameters(self, model) -> dict[str, int]:
-        """Parameters by part, that which is published first."""
-        raise NotImplementedError
-
     def lowest_levels(self, config, number: int):
         """The configuration of so many of a stack's levels, from the image up."""
         raise NotImplementedError
@@ -110,12 +106,6 @@ class CJepa(Objective):
 
     def transform(self, config, data, device):
         return train_transform(pair(config.image_size), data.crop_scale, data.horizontal_flip)
-
-    def parameters(self, model):
-        return {
-            "encoder": model.cjepa.num_parameters(),
-            "predictor": count(model.predictor) + count(model.upper_predictors),
-        }
 
     def lowest_levels(self, config, number):
         config.upper_levels, config.level = config.upper_levels[: number - 1], None
@@ -155,11 +145,6 @@ class SJea(Objective):
         colors = DeviceColors(pair(config.image_size), data) if data.colors_on(device) else None
         return super().trainer_options(config, data, device) | {"colors": colors}
 
-    def parameters(self, model):
-        encoders = {f"encoder {number}": count(level.backbone) for number, level in enumerate(model.sjea.levels)}
-        inside = sum(count(level.expander) for level in model.sjea.levels if level.expander is not None)
-        return encoders | {"expanders": count(model.expanders) + inside}
-
     def lowest_levels(self, config, number):
         config.levels, config.level = config.levels[:number], None
         return config
@@ -177,8 +162,3 @@ class SJea(Objective):
 
 
 OBJECTIVES: dict[str, Objective] = {"cjepa": CJepa(), "sjea": SJea()}
-
-
-def count(module: torch.nn.Module) -> int:
-    """Parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -17,9 +17,10 @@ from trainers.doctor import diagnose
 from trainers.errors import InputError
 from trainers.evaluation import evaluate_model
 from trainers.files import write_json
+from trainers.model_facts import model_facts
 from trainers.nonfinite import NONFINITE, num_skipped
 from trainers.publishing import save_model, whole_folder
-from trainers.recipes import Recipe, model_fields
+from trainers.recipes import Recipe
 from trainers.reports import draw_curves, energy_facts, format_table, machine_facts, software_facts
 from trainers.trainer import JepaTrainer
 
@@ -74,11 +75,10 @@ def trained_seconds(logged: list[dict]) -> float:
     )
 
 
-def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float) -> dict:
-    """What is known about a finished run, for `results.json` and the card."""
+def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float = 0.0) -> dict:
+    """What is known about a run, for `results.json` and the card; `seconds` where the log does not tell how long."""
     state, args = trainer.state, trainer.args
     logged = [entry for entry in state.log_history if "rankme" in entry]
-    objective = recipe.objective
     speeds = sorted(entry["images_per_second"] for entry in logged)
     training = {
         "steps": state.global_step,
@@ -111,10 +111,7 @@ def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float) -> di
         "command": shlex.join(["cjepa", *recipe.command]),
         "seed": args.seed,
         "settings": recipe.values,
-        "model": {
-            "parameters": objective.parameters(model),
-            **{name: getattr(model.config, name) for name in model_fields(objective.config_class)},
-        },
+        "model": model_facts(model),
         "data": {
             **data_facts(recipe.data),
             "num_train_images": trainer.num_train_images,

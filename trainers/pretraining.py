@@ -25,9 +25,12 @@ from trainers.datasets import ImageSource
 from trainers.errors import InputError
 from trainers.files import full_disk_named
 from trainers.lanes import choose_lanes, uneven_lanes
+from trainers.model_facts import parameters_by_part
 from trainers.nonfinite import check_finite_weights
-from trainers.pretrain_results import Labelled, finish
-from trainers.recipes import Recipe, write_recipe
+from trainers.pretrain_results import Labelled, finish, run_facts
+from trainers.publication import push_finished
+from trainers.recipe_files import write_recipe
+from trainers.recipes import Recipe
 from trainers.run_lock import only_run_in
 from trainers.sharding import whole_model
 from trainers.sources import load_sources, with_common_classes
@@ -75,7 +78,9 @@ def prepare(recipe: Recipe, args: JepaTrainingArguments, model) -> tuple[JepaTra
             print(f"going on from {checkpoint}{changed}", flush=True)
     image_size = max(pair(model.config.image_size))
     train, labelled = load_images(recipe, image_size, args)
-    return build_trainer(recipe, model, args, train), labelled, checkpoint
+    trainer = build_trainer(recipe, model, args, train)
+    trainer.describe_run = partial(run_facts, recipe, trainer, model)
+    return trainer, labelled, checkpoint
 
 
 def _run(recipe: Recipe, trainer: JepaTrainer, labelled: Labelled | None, checkpoint: str | None) -> Path | None:
@@ -103,6 +108,8 @@ def _run(recipe: Recipe, trainer: JepaTrainer, labelled: Labelled | None, checkp
     model = whole_model(trainer)
     if trainer.is_world_process_zero():
         finish(recipe, trainer, model, labelled, seconds, folder)
+        if trainer.push is not None:
+            push_finished(folder, trainer.push)
     return folder
 
 
@@ -216,7 +223,7 @@ def build_trainer(recipe: Recipe, model, args, train_source: ImageSource | Shard
 def describe(recipe: Recipe, model, args) -> str:
     """Two lines that say what is about to run."""
     objective = recipe.objective
-    sizes = ", ".join(f"{name} {number / 1e6:.1f} M" for name, number in objective.parameters(model).items())
+    sizes = ", ".join(f"{name} {number / 1e6:.1f} M" for name, number in parameters_by_part(model).items())
     precision = "bf16" if args.bf16 else "float32"
     return (
         f"{objective.title}, recipe {recipe.name}: {sizes} parameters, {objective.describe(model)}\n"

@@ -1,9 +1,7 @@
 """What is published of a run: the exact folder of a repository on the Hub."""
 
-import os
-import re
-import shlex
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +9,16 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from modeling_cjepa import CJepaForImageClassification, SJeaForImageClassification
 from trainers.cards import kept_license, write_card
+from trainers.checkpoint_push import CheckpointPush
 from trainers.doctor_runs import newest_model, read_json
 from trainers.errors import InputError, first_line
 from trainers.files import write_json
+from trainers.hub import Destination, upload
 from trainers.loading import load_model
-from trainers.objectives import OBJECTIVES
+from trainers.model_facts import classifier_facts, model_facts
+from trainers.public_facts import public_facts
 from trainers.publication_pictures import draw_pictures
 from trainers.publishing import save_model
-from trainers.recipes import model_fields
 
 SUITE = "suite.json"
 
@@ -64,13 +64,13 @@ class Publication:
         self._write_model(model, processor, folder)
         if (place / "curves.png").is_file():
             shutil.copyfile(place / "curves.png", folder / "curves.png")
-        say("drawing pictures")
-        draw_pictures(place, model, processor, facts.get("settings", {}), folder)
+        if card_kind(model) != "classifier":
+            say("drawing pictures")
+            draw_pictures(place, model, processor, facts.get("settings", {}), folder)
         if facts.keys() != {"model"}:
             write_json(folder / "results.json", facts)
         license = self.license or kept_license(place)
-        parameters = self._published_parameters(facts["model"]["parameters"])
-        facts["model"] |= {"parameters": parameters}
+        facts["model"]["parameters"] = self._published_parameters(facts["model"]["parameters"])
         write_card(folder, card_kind(model), facts | ({"license": license} if license else {}), self.repo)
 
     def _write_model(self, model: PreTrainedModel, processor, folder: Path):
@@ -110,12 +110,9 @@ def known_facts(place: Path, model: PreTrainedModel) -> dict:
     """What is known of a model: of a finished run its results, of a checkpoint its step, of any model its sizes."""
     facts = read_json(str(place), "results.json")
     if not facts:
-        objective = OBJECTIVES[model.config.model_type]
-        parameters = {"encoder": model.base_model.num_parameters()}
-        if hasattr(model, "sample_masks") or hasattr(model, "expanders"):
-            parameters = objective.parameters(model)
-        fields = {name: getattr(model.config, name) for name in model_fields(objective.config_class)}
-        facts = {"model": {"parameters": parameters, **fields}} | _unfinished(place)
+        facts = {"model": classifier_facts(model)}
+        if card_kind(model) != "classifier":
+            facts = {"model": model_facts(model)} | _unfinished(place)
     suite = read_json(str(place), SUITE)
     return facts | ({"suite": suite} if suite else {})
 
@@ -129,24 +126,22 @@ def _unfinished(place: Path) -> dict:
     return {"training": {"steps": state["global_step"], **planned}}
 
 
-def public_facts(facts: dict) -> dict:
-    """Facts without places on this machine: of a path that is absolute, or is here, the last part is left."""
-    found = {name: value if name == "history" else _public(value) for name, value in facts.items()}
-    for name in ("output_dir", "resume_from_checkpoint"):
-        found.get("settings", {}).pop(name, None)
-    if "command" in facts:
-        found["command"] = shlex.join(map(_public, shlex.split(facts["command"])))
-    return found
+def push_finished(folder: Path, push: CheckpointPush):
+    """
+    Publishes a finished model where its checkpoints went; where that fails, it says how to do so later.
 
-
-def _public(value):
-    if isinstance(value, dict):
-        return {name: _public(entry) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_public(entry) for entry in value]
-    if not isinstance(value, str):
-        return value
-    flag, equals, text = value.partition("=") if value.startswith("--") else ("", "", value)
-    text, split = re.fullmatch(r"(.*?)( \([^()]*\))?", text, re.DOTALL).groups("")  # as in `my/photos (test)`
-    is_place = os.path.isabs(text) or text.startswith(("~", "./", "../")) or ("/" in text and os.path.exists(text))
-    return f"{flag}{equals}{Path(text).name}{split}" if is_place else value
+    Args:
+        folder (`Path`): The model's.
+        push ([`CheckpointPush`]): What pushed the checkpoints.
+    """
+    destination = Destination(push.repo, revision=push.args.hub_revision, update=True, token=push.args.hub_token)
+    try:
+        push.open()
+        with tempfile.TemporaryDirectory() as temporary:
+            Publication(str(folder), push.repo).write(Path(temporary), progress=False)
+            url = upload(Path(temporary), destination, "End of training")
+    except InputError as error:
+        command = f"cjepa publish {folder} --repo {push.repo} --update"
+        print(f"\n{error} The model is in {folder}; publish it by `{command}`.", flush=True)
+    else:
+        print(f"\nPublished: {url}", flush=True)

@@ -14,7 +14,6 @@ import yaml
 
 from trainers.errors import InputError
 from trainers.evaluation import EvaluationArguments
-from trainers.files import write_text_atomically
 from trainers.flags import add_flags, check_value, closest, enum_values, given_flags, type_hints
 from trainers.objectives import OBJECTIVES, Objective
 from trainers.resources import recipe_path
@@ -207,24 +206,3 @@ def overrides_of(namespace: argparse.Namespace) -> dict:
     """The recipe flags that were given."""
     hints = {name: hint for objective in OBJECTIVES.values() for name, hint in field_hints(objective).items()}
     return given_flags(namespace, hints)
-
-
-def write_recipe(values: dict, path: Path):
-    """Writes the keys that were set as a recipe that repeats the run elsewhere."""
-    kept = {name: value for name, value in values.items() if name not in ("output_dir", "resume_from_checkpoint")}
-    write_text_atomically(path, recipe_text(kept))
-
-
-class _PlainDumper(yaml.SafeDumper):
-    """Writes a mapping that occurs twice twice, not as a reference."""
-
-    def ignore_aliases(self, data):
-        return True
-
-
-def recipe_text(values: dict) -> str:
-    """
-    Keys and values as [`read_recipe`] reads them: 0.00001 as `1.0e-05`, which YAML does not take for a word, and lists
-    of numbers on one line.
-    """
-    return yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, default_flow_style=None, width=110)

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from trainers.checkpointed_trainer import CheckpointedTrainer
 from trainers.errors import InputError
+from trainers.pushed_trainer import PushedTrainer
 from trainers.trackers import guard_trackers
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -154,9 +154,9 @@ def outlive_signals(loader):
     return loader
 
 
-class StoppableTrainer(CheckpointedTrainer):
+class StoppableTrainer(PushedTrainer):
     """
-    A [`CheckpointedTrainer`] that stops with a checkpoint at SIGTERM, SIGUSR1 or after `args.max_hours` (see
+    A [`PushedTrainer`] that stops with a checkpoint at SIGTERM, SIGUSR1 or after `args.max_hours` (see
     [`StopCallback`], which is `self.stop`), and not because a tracker fails.
     """
 

@@ -4,6 +4,7 @@ A step's randomness is a function of (seed, step, micro-step), so that a resumed
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,12 +12,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback
 
 from trainers.callbacks import ImagesPerSecondBar, WeightDecayCallback, weight_decay
+from trainers.cards import CARD, card_text
 from trainers.doctor_callback import DoctorCallback
 from trainers.exact_accumulation import check_is_whole, rows_of_step
 from trainers.exchange import ExchangeCallback
+from trainers.model_facts import model_facts
 from trainers.monitor import Monitor
 from trainers.nonfinite import NonFiniteSteps, check_finite_weights, spoil_gradients
 from trainers.positioned_trainer import PositionedTrainer
+from trainers.public_facts import public_facts
 from trainers.schedules import warmup_cosine
 from trainers.sharding import match_deepspeed
 from trainers.training_args import JepaTrainingArguments
@@ -39,9 +43,14 @@ class JepaTrainer(PositionedTrainer):
         image_mean, image_std (`list[float]`): With which uint8 images are normalised on the device; float images are
             taken as they are.
         kwargs: Further arguments of `transformers.Trainer`, such as `train_dataset`.
+
+    Attributes:
+        describe_run (`Callable`, *optional*): Gives the facts of the run so far, for the cards pushed with its
+            checkpoints; model and step are told without.
     """
 
     loss_is_scaled_for_ga = False
+    describe_run: Callable[[], dict] | None = None
 
     def __init__(
         self,
@@ -201,6 +210,21 @@ class JepaTrainer(PositionedTrainer):
         for group, base, factor in zip(self.optimizer.param_groups, base_rates, scheduler.lr_lambdas, strict=True):
             group["initial_lr"], group["lr"] = base, base * factor(scheduler.last_epoch)
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def card_text(self) -> str:
+        """The card of the model as it is now, of what the run tells of itself."""
+        model = self._plain_model()
+        facts = {"model": model_facts(model), "training": {"steps": self.state.global_step}}
+        if self.describe_run is not None:
+            facts = public_facts(self.describe_run())
+        if self.state.global_step < self.state.max_steps:
+            facts["training"]["planned_steps"] = self.state.max_steps
+        return card_text(model.config.model_type, facts, self.hub_model_id)
+
+    def create_model_card(self, *args, **kwargs):
+        """Writes the card of the run into `output_dir`, where transformers' draft would be."""
+        if self.is_world_process_zero():
+            Path(self.args.output_dir, CARD).write_text(self.card_text(), encoding="utf-8")
 
     def checkpoints_to_keep(self, output: Path) -> set[str]:
         """While steps are skipped, the checkpoint to go on from if there are too many stays, too."""
