@@ -75,7 +75,10 @@ def check_destination(destination: Destination) -> str:
     api = HfApi(token=destination.token)
     repo = destination.repo
     with refusals_named(f"{repo} cannot be published"):
-        user = api.whoami()["name"]
+        account = api.whoami()
+        user, owner = account["name"], repo.partition("/")[0]
+        if owner not in {user, *(organization["name"] for organization in account.get("orgs", []))}:
+            raise InputError(f"{user} may not publish under {owner}; give --repo {user}/{repo.partition('/')[2]}.")
         if not api.repo_exists(repo):
             return user
         if destination.private and not api.model_info(repo).private:

@@ -1,0 +1,316 @@
+"""`cjepa publish` and pushed checkpoints, against a server on loopback that speaks the Hub's endpoints."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from command_worker import Commands
+from hub_server import running_hub
+from huggingface_hub import ModelCard
+from PIL import Image
+from tiny import FLAGS
+
+from trainers.cli import main
+from trainers.loading import load_model
+
+LOAD = """
+import json, sys
+import torch
+from PIL import Image
+from transformers import (AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification,
+                          AutoModelForPreTraining, pipeline)
+
+place, remote = sys.argv[1], {"trust_remote_code": True, "revision": sys.argv[2]}
+picture = Image.new("RGB", (40, 30), (200, 100, 50))
+processor = AutoImageProcessor.from_pretrained(place, revision=sys.argv[2])
+pixel_values = processor(picture, return_tensors="pt").pixel_values
+assert AutoConfig.from_pretrained(place, **remote).model_type == "cjepa"
+model, info = AutoModel.from_pretrained(place, output_loading_info=True, **remote)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+whole, info = AutoModelForPreTraining.from_pretrained(place, output_loading_info=True, **remote)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+classifier = AutoModelForImageClassification.from_pretrained(place, num_labels=3, **remote)
+assert classifier(pixel_values).logits.shape == (1, 3)
+embedding = model(pixel_values).pooler_output
+features = pipeline("image-feature-extraction", model=place, pool=True, **remote)(picture)
+torch.testing.assert_close(torch.tensor(features), embedding)
+classes = pipeline("image-classification", model=place, **remote)(picture)
+assert len(classes) == 2, classes
+print(json.dumps({
+    "module": type(whole).__module__, "embedding": embedding.tolist(),
+    "weights": {name: tensor.double().sum().item() for name, tensor in whole.state_dict().items()},
+}))
+"""
+WITH_PACKAGE = """
+import sys
+import modeling_cjepa
+from transformers import AutoModel, AutoModelForPreTraining
+
+assert type(AutoModel.from_pretrained(sys.argv[1])) is modeling_cjepa.CJepaModel
+assert type(AutoModelForPreTraining.from_pretrained(sys.argv[1])) is modeling_cjepa.CJepaForPreTraining
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with running_hub() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a short run, whose data lie in a folder that is nobody else's business."""
+    folder = tmp_path_factory.mktemp("secret") / "mine"
+    photos = tmp_path_factory.mktemp("private") / "photos"
+    for number in range(40):
+        color = (6 * number, 255 - 6 * number, 80)
+        place = photos / ("dark" if number < 20 else "light")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 10 + number).convert("RGB").point(lambda v, c=color: min(v + c[0], 255)).save(
+            place / f"{number}.png"
+        )
+    flags = [*FLAGS, "--dataset", str(photos), "--num_train_images", "null", "--num_eval_images", "null"]
+    flags += ["--dataset_license", "cc-by-4.0", "--max_steps", "3", "--save_steps", "2", "--disable_tqdm"]
+    assert main(["pretrain", "cjepa_scenes", *flags, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def commands(hub, tmp_path_factory):
+    worker = Commands(hub.environment(tmp_path_factory.mktemp("home")))
+    yield worker
+    worker.close()
+
+
+def without_package(code, tmp_path, hub, *arguments, expect=0) -> str:
+    """What code prints in a process that does not find this package."""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= hub.environment(tmp_path / "home") | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-P", script, *arguments]
+    if sys.version_info < (3, 11):
+        command.remove("-P")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == expect, done.stderr
+    return done.stdout
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_dry_run_writes_what_is_published_and_asks_nothing(hub, commands, run, tmp_path):
+    asked = len(hub.requests)
+    status, out, err = commands.run(
+        "publish", run, "--repo", "someone/dry", "--license", "apache-2.0", "--dry-run", tmp_path / "preview"
+    )
+    assert status == 0, err
+    assert len(hub.requests) == asked and "Nothing was uploaded to someone/dry." in out
+    preview = files_of(tmp_path / "preview")
+    assert all(name in out for name in preview)
+    status, out, err = commands.run("publish", run, "--repo", "someone/dry", "--license", "apache-2.0", "--private")
+    assert status == 0, err
+    assert "signed in as someone" in out and f"Published: {hub.url}/someone/dry" in out
+    repository = hub.repositories["someone/dry"]
+    published = {name: data for name, data in repository.files().items() if name != ".gitattributes"}
+    assert published.keys() == preview.keys()
+    changing = {name for name in preview if published[name] != preview[name]}
+    assert not changing
+    assert repository.private and [message for message, _ in repository.branches["main"]][1:] == [
+        "Publish mine by cjepa"
+    ]
+
+
+def test_it_loads_from_folder_and_hub_where_the_package_is_not(hub, commands, run, tmp_path):
+    status, _, err = commands.run("publish", run, "--repo", "someone/loads", "--shard-size", "40KB")
+    assert status == 0, err
+    assert sum(name.endswith(".safetensors") for name in hub.repositories["someone/loads"].files()) > 3
+    model = load_model(run / "final").eval()
+    for place in ("someone/loads", run / "final", run / "checkpoint-2"):
+        found = json.loads(without_package(LOAD, tmp_path, hub, place, "main"))
+        assert found["module"].startswith("transformers_modules.")
+        if str(place).endswith("checkpoint-2"):
+            model = load_model(place).eval()
+        weights = {name: tensor.double().sum().item() for name, tensor in model.state_dict().items()}
+        assert found["weights"] == weights
+    environment = {**os.environ, **hub.environment(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", WITH_PACKAGE, "someone/loads"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_snippet_of_the_card_runs(hub, commands, run, tmp_path):
+    status, _, err = commands.run("publish", run, "--repo", "someone/snippet")
+    assert status == 0, err
+    card = hub.repositories["someone/snippet"].files()["README.md"].decode()
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    assert len([line for line in snippet.splitlines() if line]) <= 6
+    Image.new("RGB", (50, 40), (10, 200, 90)).save(tmp_path / "photo.jpg")
+    shape = without_package(snippet + "\nprint(tuple(embedding.shape))\n", tmp_path, hub)
+    assert shape.strip() == "(1, 32)"
+
+
+def test_the_card_tells_what_was_recorded_and_nothing_else(hub, commands, run, tmp_path):
+    status, _, err = commands.run("publish", run, "--repo", "someone/card", "--license", "mit")
+    assert status == 0, err
+    files = hub.repositories["someone/card"].files()
+    text, results = files["README.md"].decode(), json.loads(files["results.json"])
+    assert "{{" not in text and "None" not in text.split("## Settings")[0] and "photos" in text
+    (tmp_path / "README.md").write_text(text)
+    card = ModelCard.load(tmp_path / "README.md")
+    row = results["evaluation"]["rows"][0]
+    assert card.data.license == "mit" and card.data.model_name == "card" and card.data.datasets is None
+    assert {result.metric_value for result in card.data.eval_results} == {
+        round(row["knn"], 2),
+        round(row["linear"], 2),
+    }
+    for fact in ("cc-by-4.0", "36 images", "3 steps of 16 images", "share of the old target encoder kept", "kWh"):
+        assert (fact in text) == (fact != "kWh")
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert picture in files
+    assert {"masks.png", "attention.png", "tsne.png", "curves.png"} <= files.keys()
+    for data in files.values():
+        assert str(run.parent).encode() not in data and b"private" not in data
+
+
+@pytest.mark.parametrize(
+    ("fault", "environment", "arguments", "sentence"),
+    [
+        (None, {"HF_TOKEN": "hf_wrong"}, ["--repo", "someone/new"], "401"),
+        (None, {}, ["--repo", "other/new"], "someone may not publish under other"),
+        (None, {}, ["--repo", "someone/new--name"], "is no name of a repository"),
+        (None, {}, ["--repo", "new"], "names no user"),
+        (
+            ("POST", "/commit/", 413, "You have exceeded your storage quota", ""),
+            {},
+            ["--repo", "someone/full"],
+            "storage",
+        ),
+        (("POST", "validate-yaml", 400, "bad metadata", ""), {}, ["--repo", "someone/meta"], "Invalid metadata"),
+    ],
+)
+def test_a_refusal_is_one_sentence_and_leaves_nothing_half_published(
+    hub, commands, run, fault, environment, arguments, sentence
+):
+    hub.faults = [fault] * (fault is not None)
+    status, _, err = commands.run("publish", run, *arguments, **environment)
+    hub.faults = []
+    assert status == 2 and sentence in err and "Traceback" not in err, err
+    repository = hub.repositories.get(arguments[1])
+    assert repository is None or set(repository.files()) == {".gitattributes"}
+
+
+def test_no_network_is_one_sentence(commands, run):
+    status, _, err = commands.run("publish", run, "--repo", "someone/x", "--dry-run", run)
+    assert status == 2 and "exists already" in err
+    worker = Commands({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_valid", "HF_HUB_OFFLINE": "0"})
+    status, _, err = worker.run("publish", run, "--repo", "someone/x")
+    worker.close()
+    assert status == 2 and "http://127.0.0.1:9 cannot be reached" in err and "Traceback" not in err
+
+
+def test_a_repository_that_holds_something_is_left_alone_unless_asked(hub, commands, run):
+    assert commands.run("publish", run, "--repo", "someone/held", "--shard-size", "40KB")[0] == 0
+    before = hub.repositories["someone/held"].files()
+    status, _, err = commands.run("publish", run, "--repo", "someone/held")
+    assert status == 2 and f"holds {len(before) - 1} files; give --update" in err
+    assert hub.repositories["someone/held"].files() == before
+    status, _, err = commands.run("publish", run, "--repo", "someone/held", "--private", "--update")
+    assert status == 2 and "is public, and --private was given" in err
+    status, _, err = commands.run("publish", run, "--repo", "someone/held", "--update", "--encoder-only")
+    assert status == 0, err
+    names = hub.repositories["someone/held"].files().keys()
+    assert {name for name in names if "safetensors" in name} == {"model.safetensors"}
+    card = hub.repositories["someone/held"].files()["README.md"].decode()
+    assert "holds the target encoder alone" in card and "predictor |" not in card
+
+
+def test_an_interrupted_upload_goes_on_where_it_was(hub, commands, run):
+    flags = ["publish", run, "--repo", "someone/slow", "--shard-size", "40KB", "--revision", "draft"]
+    hub.faults = [("PUT", "/large/", 500, "broken", "")] * 1 + [("POST", "/commit/", 403, "not now", "")]
+    hub.large.clear()
+    status, _, err = commands.run(*flags)
+    hub.faults = []
+    assert status == 2 and "not now" in err
+    arrived = set(hub.large)
+    assert arrived and set(hub.repositories["someone/slow"].files("draft")) == {".gitattributes"}
+    lost = sorted(arrived)[0]
+    del hub.large[lost]
+    sent = hub.uploads()
+    status, out, err = commands.run(*flags)
+    assert status == 0, err
+    assert hub.uploads() == sent + 1 and set(hub.large) == arrived
+    assert out.strip().endswith(f"{hub.url}/someone/slow/tree/draft")
+    assert len(hub.repositories["someone/slow"].branches["main"]) == 1
+
+
+def test_what_cannot_be_published_is_refused(commands, run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    status, _, err = commands.run("publish", tmp_path / "empty", "--repo", "someone/x", "--dry-run", tmp_path / "a")
+    assert status == 2 and "holds neither a model nor a whole checkpoint" in err
+    broken = load_model(run / "final")
+    with torch.no_grad():
+        broken.cjepa.layernorm.bias[3] = torch.nan
+    broken.save_pretrained(tmp_path / "nan")
+    status, _, err = commands.run("publish", tmp_path / "nan", "--repo", "someone/x", "--dry-run", tmp_path / "b")
+    assert status == 2 and "has no image processor" in err
+    (tmp_path / "nan" / "preprocessor_config.json").write_bytes((run / "final/preprocessor_config.json").read_bytes())
+    status, _, err = commands.run("publish", tmp_path / "nan", "--repo", "someone/x", "--dry-run", tmp_path / "b")
+    assert status == 2 and "cjepa.layernorm.bias" in err and "not finite" in err
+    assert not any(path.name.startswith((".a-", ".b-", "a", "b")) for path in tmp_path.iterdir())
+
+
+def push_flags(folder, repo):
+    return ["pretrain", "cjepa_scenes", *FLAGS, "--dataset", "scenes", "--num_eval_images", "12", "--max_steps", "3",
+            "--num_probe_images", "12", "--save_steps", "1", "--push_to_hub", "true", "--hub_always_push", "true",
+            "--hub_model_id", repo, "--output_dir", str(folder), "--disable_tqdm"]  # fmt: skip
+
+
+def test_every_pushed_checkpoint_loads_and_the_end_is_the_published_model(hub, commands, tmp_path):
+    status, out, err = commands.run(*push_flags(tmp_path / "run", "someone/pushed"))
+    assert status == 0, err
+    repository = hub.repositories["someone/pushed"]
+    commits = repository.branches["main"]
+    messages = [message for message, _ in commits]
+    assert messages == ["initial commit", *(f"Training in progress, step {n}" for n in (1, 2, 3)), "End of training"]
+    for number, (_, files) in enumerate(commits[1:4], 1):
+        card = files["README.md"].decode()
+        assert f"{number} steps of 16 images" in card
+        assert ("**Unfinished**: the run was to take 3 steps." in card) == (number < 3)
+        assert not any(name.startswith(("optimizer", "scheduler", "manifest")) for name in files)
+    sha = repository.sha(commits[2][1], 2)
+    found = json.loads(without_package(LOAD, tmp_path, hub, "someone/pushed", sha))
+    model = load_model(tmp_path / "run" / "checkpoint-2")
+    assert found["weights"] == {name: tensor.double().sum().item() for name, tensor in model.state_dict().items()}
+    final = commits[4][1]
+    assert final["model.safetensors"] == (tmp_path / "run/final/model.safetensors").read_bytes()
+    # twelve images are too few for a probe of twelve classes
+    assert "It was not evaluated." in final["README.md"].decode() and "masks.png" in final
+
+
+def test_pushes_that_fail_stop_nothing_and_are_made_up_for(hub, commands, tmp_path):
+    hub.faults = [("POST", "/commit/", 403, "not now", "")] * 3
+    status, out, err = commands.run(*push_flags(tmp_path / "run", "someone/faulty"))
+    hub.faults = []
+    assert status == 0, err
+    assert "The checkpoint of step 1 was not pushed to someone/faulty" in out and "training goes on" in out
+    assert "it is tried once more" in out
+    messages = [message for message, _ in hub.repositories["someone/faulty"].branches["main"]]
+    assert messages == ["initial commit", "Training in progress, step 3", "End of training"]
+
+
+def test_a_hub_that_is_never_there_costs_nothing_but_the_pushes(tmp_path):
+    worker = Commands({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_valid", "HF_HUB_OFFLINE": "0"})
+    status, out, err = worker.run(*push_flags(tmp_path / "run", "someone/never"))
+    assert status == 0, err
+    assert "Training goes on, and the first checkpoint will try again" in out
+    assert f"cjepa publish {tmp_path / 'run' / 'final'} --repo someone/never --update" in out
+    assert (tmp_path / "run/final/model.safetensors").is_file()
+    status, out, err = worker.run(*push_flags(tmp_path / "other", "bad name!"))
+    worker.close()
+    assert status == 2 and "Traceback" not in err and not (tmp_path / "other" / "final").exists()
