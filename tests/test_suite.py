@@ -337,6 +337,10 @@ def test_figures_go_into_the_card(results, tmp_path):
     card = ModelCard.load(path)
     assert card.data.model_name == "named" and len(card.data.eval_results) == len(found) + 1
     assert sorted({result.metric_value for result in card.data.eval_results}) == [12.0, 99.0]
+    kept = json.loads((tmp_path / "suites.json").read_text())
+    assert [row["accuracy"] for row in kept[results["test_dataset"]]["rows"] if row in better]
+    write_eval_results(results | {"test_dataset": "others (test)"}, path, "mine")
+    assert json.loads((tmp_path / "suites.json").read_text()).keys() == {results["test_dataset"], "others (test)"}
 
 
 @pytest.mark.parametrize(

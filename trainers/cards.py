@@ -23,7 +23,7 @@ def write_card(folder: Path, kind: str, facts: dict, repo: str):
         folder (`Path`): The model's.
         kind (`str`): `cjepa`, `sjea` or `classifier`.
         facts (`dict`): What is known: `model` always, and of `recipe`, `command`, `seed`, `settings`, `data`,
-            `training`, `diagnosis`, `machine`, `software`, `evaluation`, `suite` and `license` what there is.
+            `training`, `diagnosis`, `machine`, `software`, `evaluation`, `suites` and `license` what there is.
         repo (`str`): Where the model will be loaded from: a folder, or an id of the Hub.
     """
     pictures, has_code = {path.name for path in folder.glob(_PICTURES)}, any(folder.glob("*.py"))
@@ -52,8 +52,7 @@ def _context(facts: dict, repo: str) -> dict:
         derived["settings_text"] = recipe_text(facts["settings"])
     if "rows" in facts.get("evaluation", {}):
         derived["evaluation_table"] = format_table(facts["evaluation"])
-    if "suite" in facts:
-        derived["suite_table"] = format_suite(facts["suite"])
+    derived["suite_tables"] = [format_suite(suite) for suite in facts.get("suites", {}).values()]
     return facts | derived
 
 
@@ -100,7 +99,7 @@ def found_results(facts: dict) -> list[EvalResult]:
     found = probe_results(evaluation) if "rows" in evaluation else []
     if "accuracy" in evaluation:
         found = accuracy_results(evaluation)
-    return found + (eval_results(facts["suite"]) if "suite" in facts else [])
+    return found + [result for suite in facts.get("suites", {}).values() for result in eval_results(suite)]
 
 
 def limits(facts: dict) -> list[str]:
@@ -109,7 +108,7 @@ def limits(facts: dict) -> list[str]:
     size = "x".join(map(str, size)) if isinstance(size, list) else size
     found = [f"It was trained on images of {size} pixels and of one kind; others were not tried."]
     training, evaluation = facts.get("training", {}), facts.get("evaluation", {})
-    if "rows" not in evaluation and "accuracy" not in evaluation and "suite" not in facts:
+    if "rows" not in evaluation and "accuracy" not in evaluation and "suites" not in facts:
         found.append("It was not evaluated.")
     found += [f"{sentence}." for sentence in _no_better(evaluation.get("rows", []))]
     if training:

@@ -12,7 +12,7 @@ def add_benchmark(commands):
         "quartiles. `cjepa benchmark PART --help` explains each.",
     )
     parts = parser.add_subparsers(title="parts", required=True, metavar="PART")
-    for add in (add_masks, add_levels, add_features, add_training):
+    for add in (add_masks, add_levels, add_features, add_training, add_loading):
         add(parts)
 
 
@@ -102,6 +102,26 @@ def run_training(namespace):
 
     overrides = {} if namespace.dataset is None else {"dataset": namespace.dataset}
     print(format_training_cost(benchmark_training(read_recipe(namespace.recipe, overrides), namespace.rounds)))
+
+
+def add_loading(parts):
+    """`cjepa benchmark loading`."""
+    _add_part(
+        parts,
+        "loading",
+        "the loading of a published encoder",
+        "What `AutoModel.from_pretrained` takes of a published ViT-B, alone and out of a file with all three parts, "
+        "beside transformers' IJepaModel of the same size: seconds, and the growth of the process' peak memory with "
+        "a first image, each in a fresh process without this package.",
+        rounds=9,
+    ).set_defaults(run=run_loading)
+
+
+def run_loading(namespace):
+    """Prints the medians."""
+    from trainers.loading_cost import benchmark_loading, format_loading_cost
+
+    print(format_loading_cost(benchmark_loading(namespace.rounds)))
 
 
 def _add_part(parts, name: str, measured: str, description: str, **defaults) -> argparse.ArgumentParser:

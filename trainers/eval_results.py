@@ -1,5 +1,6 @@
 """What the protocol suite found, in the metadata of a model card (`model-index`), which the Hub shows."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from trainers.errors import InputError, first_line
-from trainers.files import write_text_atomically
+from trainers.files import write_json, write_text_atomically
+
+SUITES = "suites.json"
 
 
 def eval_results(results: dict) -> list[EvalResult]:
@@ -97,6 +100,9 @@ def write_eval_results(results: dict, path: str | Path, model_name: str):
     """
     Writes the figures into the metadata of a model card; its text and the figures of other data sets stay.
 
+    Beside it, in [`SUITES`], all that was found is kept by the name of the test images, for the card that
+    `cjepa publish` writes anew.
+
     Args:
         results (`dict`): What [`~suite.evaluate_suite`] returned.
         path (`str` or `Path`): The card's file.
@@ -110,3 +116,6 @@ def write_eval_results(results: dict, path: str | Path, model_name: str):
     card.data.model_name = card.data.model_name or model_name
     card.data.eval_results = known + found
     write_text_atomically(path, str(card))
+    kept = Path(path).with_name(SUITES)
+    suites = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    write_json(kept, suites | {results["test_dataset"]: results})

@@ -12,6 +12,7 @@ from trainers.cards import kept_license, write_card
 from trainers.checkpoint_push import CheckpointPush
 from trainers.doctor_runs import newest_model, read_json
 from trainers.errors import InputError, first_line
+from trainers.eval_results import SUITES
 from trainers.files import write_json
 from trainers.hub import Destination, upload
 from trainers.loading import load_model
@@ -19,8 +20,6 @@ from trainers.model_facts import classifier_facts, model_facts
 from trainers.public_facts import public_facts
 from trainers.publication_pictures import draw_pictures
 from trainers.publishing import save_model
-
-SUITE = "suite.json"
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,8 @@ def known_facts(place: Path, model: PreTrainedModel) -> dict:
         facts = {"model": classifier_facts(model)}
         if card_kind(model) != "classifier":
             facts = {"model": model_facts(model)} | _unfinished(place)
-    suite = read_json(str(place), SUITE)
-    return facts | ({"suite": suite} if suite else {})
+    suites = read_json(str(place), SUITES)
+    return facts | ({"suites": suites} if suites else {})
 
 
 def _unfinished(place: Path) -> dict:
