@@ -60,6 +60,7 @@ class HubServer(ThreadingHTTPServer):
         faults (`list`): `(method, pattern, status, message, error code)`: what the next such request
             gets instead of an answer, once each; status None breaks the connection off.
         longest_file (`int`): Bytes of the largest file that is within the quota.
+        datasets (`dict`): The metadata of data sets' cards by `user/name`.
     """
 
     daemon_threads = True
@@ -71,6 +72,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.faults: list[tuple] = []
         self.longest_file = 1 << 30
+        self.datasets: dict[str, dict] = {}
 
     @property
     def url(self) -> str:
@@ -228,6 +230,11 @@ class _Handler(BaseHTTPRequestHandler):
             "siblings": [{"rfilename": file} for file in files], "tags": [], "downloads": 0, "likes": 0,
         })  # fmt: skip
 
+    def dataset(self, body, name):
+        if name not in self.server.datasets:
+            raise _Refused(404, "Repository not found", "RepoNotFound")
+        self._send(200, {"id": name, "cardData": self.server.datasets[name], "tags": []})
+
     def tree(self, body, name, revision):
         entries = [
             {"type": "file", "path": file, "size": len(data), "oid": blob_id(data)}
@@ -327,6 +334,7 @@ _ROUTES = [
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
     ("GET", f"/api/models/{_ID}", _Handler.information),
+    ("GET", f"/api/datasets/{_ID}", _Handler.dataset),
     ("GET", f"/api/models/{_ID}/revision/(.+)", _Handler.information),
     ("GET", f"/api/models/{_ID}/tree/([^/]+)(?:/.*)?", _Handler.tree),
     ("GET", f"/api/models/{_ID}/refs", _Handler.refs),

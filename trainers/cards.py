@@ -45,7 +45,13 @@ def card_text(kind: str, facts: dict, repo: str, pictures: Collection[str] = (),
 
 def _context(facts: dict, repo: str) -> dict:
     """The facts with what is derived of them: tables, limits, the settings as a recipe."""
-    derived = {"repo": repo, "title": card_title(facts, repo), "hours": hours, "limits": limits(facts)}
+    derived = {
+        "repo": repo,
+        "title": card_title(facts, repo),
+        "hours": hours,
+        "millions": millions,
+        "limits": limits(facts),
+    }
     parameters = facts["model"].get("parameters", {})
     derived["has_predictor"] = isinstance(parameters, dict) and bool({"predictor", "expanders"} & parameters.keys())
     if "settings" in facts:
@@ -67,6 +73,11 @@ def hours(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
+def millions(number: int) -> str:
+    """A number of parameters, as `85.6 M`."""
+    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e6:.3f} M"
+
+
 def card_metadata(kind: str, facts: dict, repo: str) -> ModelCardData:
     """
     The metadata of a card, with the figures of its evaluations as `model-index`.
@@ -78,7 +89,7 @@ def card_metadata(kind: str, facts: dict, repo: str) -> ModelCardData:
         `ModelCardData`.
     """
     is_classifier = kind == "classifier"
-    data, start = facts.get("data", {}), facts["model"].get("start", "")
+    data, start = facts.get("data", {}), facts.get("start") or facts["model"].get("start", "")
     results = found_results(facts)
     return ModelCardData(
         license=facts.get("license"),
@@ -110,7 +121,7 @@ def limits(facts: dict) -> list[str]:
     training, evaluation = facts.get("training", {}), facts.get("evaluation", {})
     if "rows" not in evaluation and "accuracy" not in evaluation and "suites" not in facts:
         found.append("It was not evaluated.")
-    found += [f"{sentence}." for sentence in _no_better(evaluation.get("rows", []))]
+    found += [f"{sentence}." for sentence in _no_better(facts)]
     if training:
         found.append("It is one run of one seed.")
     diagnosis = facts.get("diagnosis", {})
@@ -120,19 +131,30 @@ def limits(facts: dict) -> list[str]:
     return found
 
 
-def _no_better(rows: list[dict]) -> list[str]:
-    """Probes at which the first encoder is not clearly above a random one or raw pixels."""
+def _no_better(facts: dict) -> list[str]:
+    """Probes at which the features that `AutoModel` gives are not clearly above a random encoder's or raw pixels."""
+    rows = facts.get("evaluation", {}).get("rows")
     if not rows:
         return []
-    sentences = []
-    for baseline in rows[1:]:
-        if not baseline["encoder"].startswith(("random encoder", "raw pixels")):
-            continue
+    where = _default_level(facts["model"])
+    label = rows[0]["encoder"].partition(",")[0]
+    named = {row["encoder"]: row for row in rows}
+    own, sentences = named[f"{label}{where}"], []
+    for baseline in filter(None, (named.get(f"random encoder{where}"), named.get("raw pixels"))):
         for probe, name in (("knn", "neighbours"), ("linear", "a linear probe")):
-            if rows[0][f"{probe}_interval"][0] <= baseline[f"{probe}_interval"][1]:
-                what = f"{rows[0][probe]:.1f} and {baseline[probe]:.1f} %"
-                sentences.append(f"By {name} it is not clearly better than the {baseline['encoder']} ({what})")
+            if own[f"{probe}_interval"][0] <= baseline[f"{probe}_interval"][1]:
+                what = f"{own[probe]:.1f} and {baseline[probe]:.1f} %"
+                compared = baseline["encoder"].replace("random", "a random")
+                sentences.append(f"By {name} it is not clearly better than {compared} ({what})")
     return sentences
+
+
+def _default_level(model: dict) -> str:
+    """How rows of an evaluation name the level whose features are given; nothing where there is one."""
+    num_levels = len(model["levels"]) if "levels" in model else 1 + len(model.get("upper_levels") or [])
+    if num_levels == 1:
+        return ""
+    return f", level {(num_levels - 1 if model.get('level') is None else model['level']) % num_levels}"
 
 
 def kept_license(folder: Path) -> str | None:

@@ -26,4 +26,7 @@ def _public(value):
     flag, equals, text = value.partition("=") if value.startswith("--") else ("", "", value)
     text, split = re.fullmatch(r"(.*?)( \([^()]*\))?", text, re.DOTALL).groups("")  # as in `my/photos (test)`
     is_place = os.path.isabs(text) or text.startswith(("~", "./", "../")) or ("/" in text and os.path.exists(text))
-    return f"{flag}{equals}{Path(text).name}{split}" if is_place else value
+    if not is_place:
+        return value
+    path = Path(text)
+    return f"{flag}{equals}{path.parent.name if path.name == 'final' else path.name}{split}"

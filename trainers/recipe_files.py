@@ -25,4 +25,6 @@ def recipe_text(values: dict) -> str:
     Keys and values as [`read_recipe`] reads them: 0.00001 as `1.0e-05`, which YAML does not take for a word, and lists
     of numbers on one line.
     """
-    return yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, default_flow_style=None, width=110)
+    # a flat mapping would be one line otherwise
+    inline = None if any(isinstance(value, list | dict) for value in values.values()) else False
+    return yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, default_flow_style=inline, width=110)
