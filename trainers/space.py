@@ -1,12 +1,14 @@
 """What a Space shows of a published model: maps of attention, principal components and nearest images, of any level.
 
 Nothing here knows of a page; `space_page.py` lays it out. Shapes: H and W rows and columns of pixels as they are shown,
-at least 448 on the longer side; h and w rows and columns of a level's grid; n images of the gallery, D width.
+640 or more on the shorter side; h and w rows and columns of a level's grid; n images of the gallery, D width.
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from datasets import Dataset
@@ -32,7 +34,8 @@ NUM_EXAMPLES, NUM_NEAREST = 8, 8
 MAX_PICTURES = 16
 """Images whose principal components are drawn together."""
 _NUM_SCENES, _MAX_GALLERY = 256, 2_000
-_SHOWN_SIDE, _GAP = 448, 12
+# a browser that enlarged a picture would misread the places of clicks on it
+_SHOWN_SIDE, _GAP = 640, 16
 
 
 class Explorer:
@@ -54,7 +57,9 @@ class Explorer:
         chosen = load_encoders(model)[0]
         self.chosen_level, self.num_levels = chosen.level, chosen.encoder.config.num_levels
         self.levels = [
-            dataclasses.replace(chosen, level=level, title=f"encoder's level {level}" if self.num_levels > 1 else "encoder")
+            dataclasses.replace(
+                chosen, level=level, title=f"encoder's level {level}" if self.num_levels > 1 else "encoder"
+            )
             for level in range(self.num_levels)
         ]
         source = _gallery_of(gallery, max(chosen.image_size))
@@ -74,7 +79,9 @@ class Explorer:
         what = f"{kind} stack of {self.num_levels} levels" if self.num_levels > 1 else f"{kind} encoder"
         is_here = Path(self.name).exists()
         shown = f"`{self.name}`" if is_here else f"[{self.name}](https://huggingface.co/{self.name})"
-        return f"{shown}: {what}, {encoder.num_parameters() / 1e6:.2f} M parameters, images of {width}x{height} pixels."
+        return (
+            f"{shown}: {what}, {encoder.num_parameters() / 1e6:.2f} M parameters, images of {width}x{height} pixels."
+        )
 
     def seen(self, picture: PILImage.Image) -> np.ndarray:
         """An RGB image as the model sees it, (H, W, 3) uint8."""
@@ -123,7 +130,7 @@ class Explorer:
             level (`int`): Which, from 0.
 
         Returns:
-            Pictures (H, 2 * W + 12, 3) uint8, an image beside its colours each; and the shares of the variance that the
+            Pictures (H, 2 * W + 16, 3) uint8, an image beside its colours each; and the shares of the variance that the
             three components explain.
 
         Raises:
@@ -168,6 +175,13 @@ class Explorer:
         return f"{similarity:.3f} {source.label_names[label] if source.label_names else label}"
 
 
+def page_module() -> ModuleType:
+    """`trainers.space_page`; raises `InputError` where gradio is not installed."""
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError('The page needs gradio, which is not installed; pip install "cjepa[space]".')
+    return importlib.import_module("trainers.space_page")
+
+
 def read_upload(file: str | Path) -> PILImage.Image:
     """A file that somebody gave as an RGB image; raises `InputError` with the file's name if it cannot be read."""
     try:
@@ -177,13 +191,13 @@ def read_upload(file: str | Path) -> PILImage.Image:
 
 
 def enlarged(pixels: np.ndarray) -> np.ndarray:
-    """A picture (h, w, 3) uint8 by whole pixels to at least 448 on the longer side."""
+    """A picture (h, w, 3) uint8 by whole pixels to 640 or more on the shorter side."""
     zoom = _zoom(pixels.shape[:2])
     return pixels.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
 def _zoom(size: tuple[int, int]) -> int:
-    return -(-_SHOWN_SIDE // max(size))
+    return -(-_SHOWN_SIDE // min(size))
 
 
 def _shown_size(image_size: tuple[int, int]) -> tuple[int, int]:

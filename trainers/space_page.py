@@ -15,13 +15,15 @@ from trainers.space import MAX_PICTURES, Explorer, read_upload
 STYLE = """
 .gradio-container {width: 100% !important; max-width: 1080px !important; margin: 0 auto !important}
 .shown .image-frame, .shown button {width: 100%}
-.shown img {width: 100%; height: auto; object-fit: contain}
+.shown .icon-button-wrapper {display: none}
+.shown img {width: auto; max-width: 100%; height: auto}
 .pictures .grid-wrap {min-height: 0 !important; max-height: none !important; overflow: visible; padding: 8px}
 .pictures .grid-container {padding: 0; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr))}
 .pictures .thumbnail-item {aspect-ratio: auto; height: auto; width: 100%; display: block}
 .pictures .thumbnail-item img {aspect-ratio: 1; height: auto; width: 100%}
 .pictures .caption-label {position: static; max-width: none; border: 0; text-align: center; padding: 3px}
-.examples .grid-container {grid-template-columns: repeat(auto-fill, minmax(64px, 1fr))}
+.tab-container button {padding: 0 9px}
+.examples .grid-container {grid-auto-rows: auto; grid-template-columns: repeat(auto-fill, minmax(64px, 1fr))}
 .pairs .grid-container {grid-template-columns: repeat(auto-fill, minmax(240px, 1fr))}
 .pairs .thumbnail-item img {aspect-ratio: auto}
 """
@@ -112,7 +114,10 @@ def _components(explorer: Explorer):
 
     def draw(pictures, level):
         pairs, shares = explorer.components(pictures, level)
-        return pairs, f"They explain {sum(shares):.0%} of the variance ({', '.join(f'{each:.0%}' for each in shares)})."
+        return (
+            pairs,
+            f"They explain {sum(shares):.0%} of the variance ({', '.join(f'{each:.0%}' for each in shares)}).",
+        )
 
     pairs, note = draw(explorer.examples, level)
     gr.Markdown("Patch tokens as colours: their first three principal components as red, green and blue, of all images "
@@ -200,7 +205,9 @@ def _choice(explorer: Explorer) -> tuple[gr.State, list]:
     chosen = gr.State(explorer.examples[0])
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
-            examples = _pictures([explorer.seen(each) for each in explorer.examples], "", "examples", allow_preview=False)
+            examples = _pictures(
+                [explorer.seen(each) for each in explorer.examples], "", "examples", allow_preview=False
+            )
         with gr.Column(scale=1, min_width=200):
             file = _upload()
 
@@ -229,12 +236,14 @@ def _pictures(pictures: list, title: str, *classes: str, **settings) -> gr.Galle
 
 
 def _upload(**settings) -> gr.File:
-    return gr.File(show_label=False, file_types=["image"], height=104, **settings)
+    return gr.File(show_label=False, file_types=["image"], height=122, **settings)
 
 
 def _level_choice(levels: list[int], chosen: int) -> gr.Radio:
     """Which level; there is nothing to see of it where there is one."""
-    return gr.Radio([(f"Level {level}", level) for level in levels], value=chosen, label="Level", visible=len(levels) > 1)
+    return gr.Radio(
+        [(f"Level {level}", level) for level in levels], value=chosen, label="Level", visible=len(levels) > 1
+    )
 
 
 def _told(handler: Callable) -> Callable:

@@ -5,7 +5,7 @@ import os
 import sys
 
 from trainers.errors import InputError, plain_message
-from trainers.space import Explorer
+from trainers.space import Explorer, page_module
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
         help="a folder such as runs/mine/final, or the id of a model on the Hub (default: the variable CJEPA_MODEL)",
     )
     parser.add_argument(
-        "--gallery", metavar="FOLDER", default=os.environ.get("CJEPA_GALLERY"), help="images to look for the nearest "
+        "--gallery", metavar="FOLDER", default=os.environ.get("CJEPA_GALLERY") or None, help="images to look for the nearest "
         "ones among, and to take examples of (default: the variable CJEPA_GALLERY, else rendered scenes)",
     )  # fmt: skip
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
@@ -35,11 +35,8 @@ def main() -> int:
     if not namespace.model:
         parser.error("no model is named; give a folder or the id of one on the Hub, or set CJEPA_MODEL.")
     try:
-        try:
-            from trainers.space_page import build_page, launch_page
-        except ModuleNotFoundError as error:
-            raise InputError(f"The page needs {error.name}, which is not installed; pip install 'cjepa[space]'.") from error
-        launch_page(build_page(Explorer(namespace.model, namespace.gallery)), namespace.port)
+        page = page_module()  # before anything takes long
+        page.launch_page(page.build_page(Explorer(namespace.model, namespace.gallery)), namespace.port)
     except InputError as error:
         print(f"\napp.py: {plain_message(error)}", file=sys.stderr)
         return 2
