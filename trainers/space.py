@@ -1,7 +1,7 @@
 """What a Space shows of a published model: maps of attention, principal components and nearest images, of any level.
 
-Nothing here knows of a page; `space_page.py` lays it out. Shapes: H and W rows and columns of pixels as they are shown,
-640 or more on the shorter side; h and w rows and columns of a level's grid; n images of the gallery, D width.
+Nothing here knows of a page; `space_page.py` lays it out. Shapes: H and W rows and columns of pixels of a picture that
+is shown, 640 or more on the shorter side; h and w rows and columns of a level's grid.
 """
 
 import dataclasses
@@ -130,8 +130,8 @@ class Explorer:
             level (`int`): Which, from 0.
 
         Returns:
-            Pictures (H, 2 * W + 16, 3) uint8, an image beside its colours each; and the shares of the variance that the
-            three components explain.
+            Pictures (H, 2 * W + 16, 3) uint8, each an image beside its colours; and the shares of the variance that
+            the three components explain.
 
         Raises:
             InputError: There are too many images, or the level's features lie on no grid or are too few.

@@ -120,8 +120,8 @@ def _components(explorer: Explorer):
         )
 
     pairs, note = draw(explorer.examples, level)
-    gr.Markdown("Patch tokens as colours: their first three principal components as red, green and blue, of all images "
-                f"together, so that a colour means the same in each. Give up to {MAX_PICTURES} images.")  # fmt: skip
+    gr.Markdown("Patch tokens as colours: their first three principal components as red, green and blue, of all "
+                f"images together, so that a colour means the same in each. Give up to {MAX_PICTURES}.")  # fmt: skip
     chosen = gr.State(explorer.examples)
     levels = _level_choice(drawable, level)
     shown = _pictures(pairs, "", "pairs", elem_id="pca")
@@ -154,8 +154,8 @@ def _nearest(explorer: Explorer):
         return explorer.seen(picture), explorer.nearest(picture)[level]
 
     query, found = find(explorer.examples[0], level)
-    gr.Markdown(f"The images nearest to one, of {len(explorer.gallery):,} of {explorer.gallery.name}: by the cosine of "
-                "their embeddings, which is the number below each.")  # fmt: skip
+    gr.Markdown(f"The images nearest to one, of {len(explorer.gallery):,} of {explorer.gallery.name}: by the cosine "
+                "of their embeddings, which is the number below each.")  # fmt: skip
     chosen, picked = _choice(explorer)
     levels = _level_choice(list(range(explorer.num_levels)), level)
     with gr.Row():
@@ -184,8 +184,8 @@ def _levels(explorer: Explorer):
             shown.append(found)
         return shown
 
-    gr.Markdown("One image by each level, the lowest first: its patch tokens as colours, by components shared with the "
-                "examples, and the images nearest to it.")  # fmt: skip
+    gr.Markdown("One image by each level, the lowest first: its patch tokens as colours, by components shared with "
+                "the examples, and the images nearest to it.")  # fmt: skip
     chosen, picked = _choice(explorer)
     values, shown = iter(draw(explorer.examples[0])), []
     with gr.Row():

@@ -27,9 +27,12 @@ def main() -> int:
         help="a folder such as runs/mine/final, or the id of a model on the Hub (default: the variable CJEPA_MODEL)",
     )
     parser.add_argument(
-        "--gallery", metavar="FOLDER", default=os.environ.get("CJEPA_GALLERY") or None, help="images to look for the nearest "
-        "ones among, and to take examples of (default: the variable CJEPA_GALLERY, else rendered scenes)",
-    )  # fmt: skip
+        "--gallery",
+        metavar="FOLDER",
+        default=os.environ.get("CJEPA_GALLERY") or None,
+        help="images to look for the nearest ones among, and to take examples of (default: the variable CJEPA_GALLERY, "
+        "else rendered scenes)",
+    )
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     namespace = parser.parse_args()
     if not namespace.model:
