@@ -330,6 +330,5 @@ def attention(page, explorer: Explorer, first, fifth, uploaded, mine: Path, brok
     sentence = "broken.png cannot be read (not an image); give an image, such as JPEG or PNG."
     page.get_by_text(sentence).wait_for()
     shows(fifth, 0, 0)
-    panel(page).get_by_label("Remove").or_(panel(page).get_by_label("Clear")).first.click()
     panel(page).locator("input[type=file]").set_input_files(mine)
     shows(uploaded, 0, 0)

@@ -18,7 +18,7 @@ STYLE = """
 .shown .icon-button-wrapper {display: none}
 .shown img {width: auto; max-width: 100%; height: auto}
 .pictures .grid-wrap {min-height: 0 !important; max-height: none !important; overflow: visible; padding: 8px}
-.pictures .grid-container {padding: 0; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr))}
+.pictures .grid-container {padding: 0; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr))}
 .pictures .thumbnail-item {aspect-ratio: auto; height: auto; width: 100%; display: block}
 .pictures .thumbnail-item img {aspect-ratio: 1; height: auto; width: 100%}
 .pictures .caption-label {position: static; max-width: none; border: 0; text-align: center; padding: 3px}
@@ -126,12 +126,9 @@ def _components(explorer: Explorer):
     levels = _level_choice(drawable, level)
     shown = _pictures(pairs, "", "pairs", elem_id="pca")
     said = gr.Markdown(note)
-    files = _upload(file_count="multiple")
+    given = _upload(lambda paths: [read_upload(path) for path in paths], chosen, file_count="multiple")
     again = gr.Button("The examples", size="sm")
-    for event in (
-        files.upload(_told(lambda paths: [read_upload(path) for path in paths]), files, chosen, **_ONE),
-        again.click(lambda: explorer.examples, None, chosen, **_ONE),
-    ):
+    for event in (given, again.click(lambda: explorer.examples, None, chosen, **_ONE)):
         event.success(_told(draw), [chosen, levels], [shown, said], **_ONE)
     levels.input(_told(draw), [chosen, levels], [shown, said], **_ONE)
 
@@ -209,15 +206,12 @@ def _choice(explorer: Explorer) -> tuple[gr.State, list]:
                 [explorer.seen(each) for each in explorer.examples], "", "examples", allow_preview=False
             )
         with gr.Column(scale=1, min_width=200):
-            file = _upload()
+            given = _upload(read_upload, chosen)
 
     def pick(event: gr.SelectData):
         return explorer.examples[event.index]
 
-    return chosen, [
-        examples.select(pick, None, chosen, **_ONE),
-        file.upload(_told(read_upload), file, chosen, **_ONE),
-    ]
+    return chosen, [examples.select(pick, None, chosen, **_ONE), given]
 
 
 def _picture(pixels, title: str, **settings) -> gr.Image:
@@ -235,8 +229,14 @@ def _pictures(pictures: list, title: str, *classes: str, **settings) -> gr.Galle
     return gr.Gallery(pictures, label=title, elem_classes=classes, height="auto", **_STILL, **settings)
 
 
-def _upload(**settings) -> gr.File:
-    return gr.File(show_label=False, file_types=["image"], height=122, **settings)
+def _upload(read: Callable, chosen: gr.State, **settings):
+    """A place for files, which is empty again when they were read; the event that chose what they hold."""
+    file = gr.File(show_label=False, file_types=["image"], height=122, **settings)
+    given = file.upload(_told(read), file, chosen, **_ONE)
+    # after an error gradio 6.31 does not call what comes by `then`
+    given.failure(lambda: None, None, file, **_ONE)
+    given.success(lambda: None, None, file, **_ONE)
+    return given
 
 
 def _level_choice(levels: list[int], chosen: int) -> gr.Radio:

@@ -30,8 +30,8 @@ def main() -> int:
         "--gallery",
         metavar="FOLDER",
         default=os.environ.get("CJEPA_GALLERY") or None,
-        help="images to look for the nearest ones among, and to take examples of (default: the variable CJEPA_GALLERY, "
-        "else rendered scenes)",
+        help="images to look for the nearest ones among, and to take examples of (default: the variable "
+        "CJEPA_GALLERY, else rendered scenes)",
     )
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     namespace = parser.parse_args()
