@@ -68,7 +68,7 @@ class Explorer:
         examples = source.take(np.flatnonzero(is_example))
         self.examples = [examples.image(index) for index in range(len(examples))]
         self.gallery = source.take(np.flatnonzero(~is_example))
-        embeddings = embed_levels(chosen, self.gallery, "embedding the gallery")
+        embeddings = embed_levels(chosen, self.gallery, "embedding the gallery", batch_size=16)
         self._rows = [Dataset.from_dict({"embedding": each.numpy()}) for each in embeddings]
 
     @property

@@ -18,7 +18,7 @@ STYLE = """
 .shown .icon-button-wrapper {display: none}
 .shown img {width: auto; max-width: 100%; height: auto}
 .pictures .grid-wrap {min-height: 0 !important; max-height: none !important; overflow: visible; padding: 8px}
-.pictures .grid-container {padding: 0; grid-template-columns: repeat(auto-fill, minmax(96px, 1fr))}
+.pictures .grid-container {padding: 0; grid-template-columns: repeat(auto-fill, minmax(max(96px, 20%), 1fr))}
 .pictures .thumbnail-item {aspect-ratio: auto; height: auto; width: 100%; display: block}
 .pictures .thumbnail-item img {aspect-ratio: 1; height: auto; width: 100%}
 .pictures .caption-label {position: static; max-width: none; border: 0; text-align: center; padding: 3px}
