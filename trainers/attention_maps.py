@@ -23,7 +23,7 @@ from trainers.panels import Outline, Panel, view_of, write_picture
 from trainers.pooling import OneLevel, level_grid
 
 _COLORS, _OPACITY = "inferno", 0.6
-_QUERY_COLOR = "#2ee6d6"
+QUERY_COLOR = "#2ee6d6"
 
 
 class AttentionMap(OneLevel):
@@ -85,15 +85,13 @@ def visualize_attention(
     """
     pictures = [read_image(file) for file in images]
     encoders = load_encoders(model, beside, level)
-    modules = [_attention_of(encoder, layer, query) for encoder in encoders]
+    modules = [attention_of(encoder, layer, query) for encoder in encoders]
     rows, found = [], [[] for _ in encoders]
     for picture in pictures:
         rows.append([Panel(view_of(picture, encoders[0].image_size))])
         for encoder, module, maps in zip(encoders, modules, found, strict=True):
             view = view_of(picture, encoder.image_size)
-            received = encoder.run(module, view)[0]
-            check_finite(received, encoder.title)
-            maps.append(received.cpu().numpy())
+            maps.append(attention_map(encoder, module, view))
             rows[-1].append(Panel(overlay(view, maps[-1]), outlines=_asking(maps[-1], view, query)))
     for panel, title in zip(rows[0], ["image", *(encoder.title for encoder in encoders)], strict=True):
         panel.title = title
@@ -112,6 +110,47 @@ def visualize_attention(
     }  # fmt: skip
     write_picture(Path(output_dir), "attention", rows, results)
     return results
+
+
+def attention_of(encoder: DrawnEncoder, layer: int = -1, query: tuple[int, int] | None = None) -> AttentionMap:
+    """
+    What gives the maps of one layer of an encoder.
+
+    Args:
+        encoder ([`DrawnEncoder`]): Whose level is looked at.
+        layer, query: As in [`visualize_attention`].
+
+    Returns:
+        [`AttentionMap`].
+
+    Raises:
+        InputError: The encoder has no attention, or there is no such layer or patch.
+    """
+    model = encoder.encoder
+    if not isinstance(model, CJepaModel):
+        raise InputError(
+            f"The {encoder.title} is a {type(model).__name__}, which gives no attention maps; give a C-JEPA model, or "
+            "draw `cjepa visualize pca`."
+        )
+    config = model.config.level_config(encoder.level)
+    number = config.num_hidden_layers
+    if not -number <= layer < number:
+        raise InputError(f"layer={layer} is not in the {encoder.title}, which has {number} layers; choose 0 to "
+                         f"{number - 1}, or -1 for the last one.")  # fmt: skip
+    if query is not None and not all(0 <= place < side for place, side in zip(query, config.grid_size, strict=True)):
+        rows, columns = config.grid_size
+        raise InputError(f"query={query[0]},{query[1]} is not on the {rows}x{columns} grid of the {encoder.title}; "
+                         f"choose 0,0 to {rows - 1},{columns - 1}.")  # fmt: skip
+    # only this implementation returns its weights
+    model.set_attn_implementation("eager")
+    return AttentionMap(model, encoder.level, layer, query)
+
+
+def attention_map(encoder: DrawnEncoder, module: AttentionMap, view: np.ndarray) -> np.ndarray:
+    """The map (h, w) float32 of an image (H, W, 3) as the encoder sees it; raises `InputError` if not finite."""
+    received = encoder.run(module, view)[0]
+    check_finite(received, encoder.title)
+    return received.cpu().numpy()
 
 
 def recipe(query: tuple[int, int] | None) -> str:
@@ -142,30 +181,9 @@ def overlay(view: np.ndarray, received: np.ndarray) -> np.ndarray:
     return np.round((1 - _OPACITY) * view + _OPACITY * colors).astype(np.uint8)
 
 
-def _attention_of(encoder: DrawnEncoder, layer: int, query: tuple[int, int] | None) -> AttentionMap:
-    model = encoder.encoder
-    if not isinstance(model, CJepaModel):
-        raise InputError(
-            f"The {encoder.title} is a {type(model).__name__}, which gives no attention maps; give a C-JEPA model, or "
-            "draw `cjepa visualize pca`."
-        )
-    config = model.config.level_config(encoder.level)
-    number = config.num_hidden_layers
-    if not -number <= layer < number:
-        raise InputError(f"layer={layer} is not in the {encoder.title}, which has {number} layers; choose 0 to "
-                         f"{number - 1}, or -1 for the last one.")  # fmt: skip
-    if query is not None and not all(0 <= place < side for place, side in zip(query, config.grid_size, strict=True)):
-        rows, columns = config.grid_size
-        raise InputError(f"query={query[0]},{query[1]} is not on the {rows}x{columns} grid of the {encoder.title}; "
-                         f"choose 0,0 to {rows - 1},{columns - 1}.")  # fmt: skip
-    # only this implementation returns its weights
-    model.set_attn_implementation("eager")
-    return AttentionMap(model, encoder.level, layer, query)
-
-
 def _asking(received: np.ndarray, view: np.ndarray, query: tuple[int, int] | None) -> list[Outline]:
     """The outline of the patch that asks, if it is one."""
     if query is None:
         return []
     height, width = (side // number for side, number in zip(view.shape, received.shape, strict=False))
-    return [Outline(query[0] * height, query[1] * width, height, width, _QUERY_COLOR)]
+    return [Outline(query[0] * height, query[1] * width, height, width, QUERY_COLOR)]

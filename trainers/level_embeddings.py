@@ -91,7 +91,7 @@ def load_runs(name: str, models: Sequence[str | Path | PreTrainedModel], image_m
 
 
 def embed_levels(
-    model: LoadedModel, source: ImageSource, description: str, progress: bool = True
+    model: LoadedModel, source: ImageSource, description: str, progress: bool = True, batch_size: int = 256
 ) -> list[torch.Tensor]:
     """
     The embeddings of all images at all levels, whichever level the model's configuration chooses.
@@ -101,6 +101,7 @@ def embed_levels(
         source ([`ImageSource`]): The images.
         description (`str`): What the bar says.
         progress (`bool`): Whether to show a bar.
+        batch_size (`int`): Images at once.
 
     Returns:
         `list` of `torch.Tensor` of shape `(n, D_k)`, float32, on the CPU: One a level, from the image up.
@@ -109,6 +110,6 @@ def embed_levels(
     levels = EveryLevel(model.encoder).train(model.encoder.training)
     images = ImageDataset(source, eval_transform(model.image_size))
     embeddings, _ = extract_embeddings(
-        levels, images, model.image_mean, model.image_std, progress=progress, description=description
+        levels, images, model.image_mean, model.image_std, batch_size, progress=progress, description=description
     )
     return levels.split(embeddings)

@@ -100,7 +100,7 @@ def visualize_neighbours(
             for file, neighbours in zip(images, found, strict=True)
         ],
     }
-    shown = list(zip(images, [_thumbnail(query) for query in queries], found, strict=True))
+    shown = list(zip(images, [thumbnail(query) for query in queries], found, strict=True))
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with full_disk_named(folder):
@@ -155,7 +155,7 @@ def _thumbnails(rows: Dataset, positions: np.ndarray, manifest: dict, split: str
         if table:
             _check_unchanged(rows, items, table, manifest["splits"][split]["num_images"])
     try:
-        return {position: _thumbnail(decode_image(item)) for position, item in items.items()}
+        return {position: thumbnail(decode_image(item)) for position, item in items.items()}
     except UnreadableImage as error:
         raise InputError(
             f"An image of the features cannot be read any more ({error}); restore {manifest['settings']['dataset']}, "
@@ -175,7 +175,7 @@ def _check_unchanged(rows: Dataset, items: dict[int, dict | None], table: ImageT
                              f"is {item['path']}; write features anew.")  # fmt: skip
 
 
-def _thumbnail(image: PILImage.Image) -> PILImage.Image:
+def thumbnail(image: PILImage.Image) -> PILImage.Image:
     """At most 128 pixels a side; a small image is enlarged by whole pixels."""
     image = image.copy()
     if max(image.size) > _THUMBNAIL_SIDE:
