@@ -10,8 +10,9 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 import modeling_cjepa
-from modeling_cjepa import CJepaForPreTraining, SJeaForPreTraining
 from trainers.errors import InputError
 
 AUTO_MAPS = {
@@ -66,13 +67,13 @@ def _allow_as_usual(folder: Path):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def save_model(model: CJepaForPreTraining | SJeaForPreTraining, processor, folder: Path):
+def save_model(model: PreTrainedModel, processor, folder: Path):
     """
     Writes weights, configuration, code and image processor into an existing folder.
 
     Args:
-        model ([`CJepaForPreTraining`] or [`SJeaForPreTraining`]): All parts are saved; `AutoModel` loads the target
-            encoder, or the stack, of them.
+        model (`PreTrainedModel`): Any of this package. All parts are saved; `AutoModel` loads the target encoder, or
+            the stack, of a model of pre-training.
         processor: The image processor of evaluation.
         folder (`Path`): Where to.
     """
