@@ -6,6 +6,7 @@ import sys
 from transformers.utils import logging
 
 from trainers.cli_benchmark import add_benchmark
+from trainers.cli_convert import add_convert
 from trainers.cli_doctor import add_doctor
 from trainers.cli_features import add_features
 from trainers.cli_finetune import add_finetune
@@ -67,7 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(after_interruption="repeat the call to start again")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
-        add_pretrain, add_doctor, add_evaluate, add_probe, add_finetune, add_features, add_visualize, add_publish,
+        add_pretrain, add_doctor, add_evaluate, add_probe, add_finetune, add_features, add_visualize, add_convert,
+        add_publish,
         add_benchmark,
     ):  # fmt: skip
         add(commands)

@@ -1,0 +1,99 @@
+"""What every way in gives and every way in or out is checked by: numbers of the original beside ours."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from trainers.errors import InputError
+
+# of features whose largest is 1 or less, and in proportion of larger ones
+FEATURE_LIMIT = 1e-5
+
+
+@dataclass(frozen=True)
+class Check:
+    """
+    A comparison of features by two ways.
+
+    Args:
+        what (`str`): What was compared, as in "transformers' IJepaModel on 2 random images".
+        difference (`float`): The largest absolute difference of features.
+        limit (`float`): The largest that is allowed.
+    """
+
+    what: str
+    difference: float
+    limit: float
+
+    def sentence(self) -> str:
+        """What was found, for the screen and for a model card."""
+        return (
+            f"checked against {self.what}: largest difference of features {self.difference:.1e} "
+            f"(allowed {self.limit:.1e})"
+        )
+
+    def raise_if_too_large(self):
+        """
+        Refuses what differs.
+
+        Raises:
+            InputError: The difference is above the limit, or no finite number.
+        """
+        if not (math.isfinite(self.difference) and self.difference <= self.limit):
+            raise InputError(
+                f"The conversion does not hold: {self.sentence()}; nothing was written, as it would be another model."
+            )
+
+
+@dataclass(frozen=True)
+class Converted:
+    """
+    A model that came in.
+
+    Args:
+        model (`PreTrainedModel`): Ours: of pre-training where the source has all of its parts, else the encoder.
+        notes (`list[str]`): What did not map or starts anew, a sentence each.
+        check ([`Check`], *optional*): The comparison with the original; none of a model that is ours already.
+        processor (*optional*): The image processor that the source has or tells of.
+    """
+
+    model: PreTrainedModel
+    notes: list[str]
+    check: Check | None = None
+    processor: object | None = None
+
+
+def compare(what: str, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> Check:
+    """
+    Compares outputs by two ways.
+
+    Args:
+        what (`str`): As in [`Check`].
+        ours, theirs (`list` of `torch.Tensor`): Outputs, pair by pair of one shape.
+
+    Returns:
+        [`Check`]: The limit is in proportion to the largest feature.
+
+    Raises:
+        InputError: The shapes differ, or the difference is too large or not finite.
+    """
+    for our, their in zip(ours, theirs, strict=True):
+        if our.shape != their.shape:
+            raise InputError(
+                f"The conversion does not hold: against {what} features have shape {tuple(our.shape)}, not "
+                f"{tuple(their.shape)}; nothing was written."
+            )
+    differences = torch.stack([(our - their).abs().max() for our, their in zip(ours, theirs, strict=True)])
+    scale = max(1.0, max(their.abs().max().item() for their in theirs))
+    check = Check(what, differences.max().item(), FEATURE_LIMIT * scale)  # the maximum of tensors keeps a NaN
+    check.raise_if_too_large()
+    return check
+
+
+def random_images(config, count: int = 2) -> torch.Tensor:
+    """Normalised images `(count, C, H, W)` of a configuration's size, the same at every call."""
+    height, width = size if isinstance(size := config.image_size, list | tuple) else (size, size)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, config.num_channels, height, width, generator=generator)

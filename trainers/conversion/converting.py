@@ -1,0 +1,144 @@
+"""A model of one format to another, through ours; what is written is whole and was checked, or is not there."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from modeling_cjepa import CJepaForPreTraining
+from modeling_cjepa.configuration_cjepa import pair
+from trainers.conversion.checks import Check, Converted
+from trainers.conversion.formats import Format, ReadOptions, format_named, function, open_source
+from trainers.conversion.ours import encoder_of, plain_encoder_only
+from trainers.errors import InputError
+from trainers.files import full_disk_named, whole_file
+from trainers.publishing import whole_folder
+from trainers.resources import render_template
+from trainers.transforms import image_processor
+
+_ENCODERS = ("target", "context")
+_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """
+    What was done.
+
+    Args:
+        source_format, target_format ([`Format`]): From what to what.
+        checks (`list` of [`Check`]): Of what was read and of what was written.
+        notes (`list[str]`): What did not map, starts anew or was left out.
+    """
+
+    source_format: Format
+    target_format: Format
+    checks: list[Check]
+    notes: list[str]
+
+
+def load_start(source: str, options: ReadOptions | None = None) -> Converted:
+    """
+    A model of any format that comes in, to start a training from.
+
+    Args:
+        source (`str`): A file, a folder, an id on the Hub, or `timm:` and a name of timm's.
+        options ([`ReadOptions`], *optional*): What the source does not say.
+
+    Returns:
+        [`Converted`]: [`CJepaForPreTraining`] or [`SJeaForPreTraining`] where the source has all parts of one, else
+        [`CJepaModel`] or [`SJeaModel`].
+
+    Raises:
+        InputError: It cannot be read, or does not compute as the original does.
+    """
+    return _read(source, options or ReadOptions())[1]
+
+
+def convert(
+    source: str, output: Path, to: str = "cjepa", encoder: str | None = None, options: ReadOptions | None = None
+) -> Conversion:
+    """
+    Writes a model in another format.
+
+    Args:
+        source (`str`): As in [`load_start`].
+        output (`Path`): The folder or file to write.
+        to (`str`, defaults to `"cjepa"`): The name of a format of [`FORMATS`] with a way out.
+        encoder (`"target"` or `"context"`, *optional*): The encoder to write of a model of pre-training; when not
+            given, all parts where the format has place for them, else the target encoder.
+        options ([`ReadOptions`], *optional*): What the source does not say; its `encoder` is the one above.
+
+    Returns:
+        [`Conversion`].
+
+    Raises:
+        InputError: `output` exists, something does not fit, or what was written differs; nothing is written then.
+    """
+    if encoder not in (None, *_ENCODERS):
+        raise InputError(f"--encoder {encoder} is not known; choose {' or '.join(_ENCODERS)}.")
+    target_format = format_named(to)
+    if output.exists() or output.is_symlink():
+        raise InputError(f"{output} exists already; choose another OUTPUT or remove it.")
+    options = dataclasses.replace(options or ReadOptions(), encoder=encoder or "target")
+    source_format, converted = _read(source, options)
+    model, notes = _part_to_write(converted.model, target_format, encoder)
+    notes = [*converted.notes, *notes]
+    if target_format.notes:
+        notes += function(target_format.notes)(model)
+    processor = converted.processor
+    if processor is None:
+        processor = _default_processor(model.config)
+        if not target_format.suffix:
+            notes.append("The source has no image processor; ImageNet's mean and standard deviation are assumed.")
+    checks = [converted.check] if converted.check else []
+    with full_disk_named(output.parent):
+        _write(target_format, model, processor, output, source, source_format, checks, notes)
+    return Conversion(source_format, target_format, checks, notes)
+
+
+def _read(source: str, options: ReadOptions) -> tuple[Format, Converted]:
+    source_format, opened = open_source(source)
+    return source_format, function(source_format.reader)(opened, options)
+
+
+def _part_to_write(model: PreTrainedModel, target: Format, encoder: str | None) -> tuple[PreTrainedModel, list[str]]:
+    """The model, or the encoder of it, that goes into a format, and what stays behind."""
+    if not target.writes_any:
+        plain_encoder_only(model, target.what)
+    if target.writes_all and encoder != "context":
+        return model, []
+    part = encoder_of(model, encoder)
+    if not isinstance(model, CJepaForPreTraining):
+        return part, []
+    other = "target" if encoder == "context" else "context"
+    return part, [f"Only the {encoder or 'target'} encoder is written; {other} encoder and predictor are left out."]
+
+
+def _write(target: Format, model, processor, output: Path, source: str, source_format: Format, checks, notes):
+    writer = function(target.writer)
+    if target.suffix:
+        if not output.name.endswith(target.suffix):
+            raise InputError(f"{output} is to be a file of {target.what}; give a name that ends in {target.suffix}.")
+        with whole_file(output) as unfinished:
+            checks.append(writer(model, processor, unfinished))
+        return
+    with whole_folder(output) as unfinished:
+        checks.append(writer(model, processor, unfinished))
+        if target.name == "cjepa":
+            facts = {
+                "source": source,
+                "source_what": source_format.what,
+                "folder": output,
+                "notes": notes,
+                "checks": [check.sentence() for check in checks],
+                "auto_class": "AutoModelForPreTraining" if hasattr(model, "predictor") else "AutoModel",
+            }
+            (unfinished / "README.md").write_text(render_template("converted.md.j2", facts), encoding="utf-8")
+
+
+def _default_processor(config):
+    colours = config.num_channels == 3
+    mean, std = (_IMAGENET[name] if colours else [0.5] * config.num_channels for name in ("mean", "std"))
+    return image_processor(pair(config.image_size), mean, std)

@@ -1,0 +1,168 @@
+"""The formats a model can come in and go out by, and which of them a source is in."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from trainers.errors import InputError, first_line
+
+
+@dataclass(frozen=True)
+class Format:
+    """
+    A format, by names of functions in this package, `module.function`, that are imported when they are needed.
+
+    Args:
+        name (`str`): What `--to` calls it.
+        what (`str`): What it is, for `--help` and sentences.
+        reader (`str`): Of `(Source, ReadOptions)` to [`Converted`]; empty where there is no way in.
+        writer (`str`): Of `(model, processor, path)` to [`Check`]; writes into an existing folder, or the file of that
+            path. Empty where there is no way out.
+        notes (`str`): Of the model that is written to a list of sentences on what the format has no place for.
+        holds (`str`): Of a file's tensors to whether they are in this format.
+        model_types (`tuple` of `str`): `model_type` of the `config.json` of such a folder.
+        suffix (`str`): What the name of the file ends in that the writer writes; empty where it writes a folder.
+        writes_all (`bool`): Whether a model of pre-training goes out whole; else one of its encoders does.
+        writes_any (`bool`): Whether every model of this package can go out, stacks and S-JEA, too.
+    """
+
+    name: str
+    what: str
+    reader: str = ""
+    writer: str = ""
+    notes: str = ""
+    holds: str = ""
+    model_types: tuple[str, ...] = ()
+    suffix: str = ""
+    writes_all: bool = False
+    writes_any: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    What is read.
+
+    Args:
+        name (`str`): As the user names it: a file, a folder, an id on the Hub, or `timm:` and a name of timm's.
+        tensors (`dict`, *optional*): Those of a file.
+        config (`dict`, *optional*): The `config.json` of a folder or an id.
+    """
+
+    name: str
+    tensors: dict | None = None
+    config: dict | None = None
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """
+    What a source does not say of itself.
+
+    Args:
+        encoder (`"target"` or `"context"`, defaults to `"target"`): The encoder to take of a file without predictor.
+        image_size, num_attention_heads (`int`, *optional*): Where the format has no place for them.
+    """
+
+    encoder: str = "target"
+    image_size: int | None = None
+    num_attention_heads: int | None = None
+
+
+_START = "other_vits.read_start"
+
+# fmt: off
+FORMATS = (
+    Format("cjepa", "a model of this package", "ours.read_ours", "ours.write_ours",
+           model_types=("cjepa", "sjea"), writes_all=True, writes_any=True),
+    Format("authors", "a checkpoint of the authors' I-JEPA code", "ijepa_authors.read_authors",
+           "ijepa_authors.write_authors", notes="ijepa_authors.notes_of_authors", holds="ijepa_authors.holds_authors",
+           suffix=".pth.tar", writes_all=True),
+    Format("ijepa", "transformers' IJepaModel", "ijepa_transformers.read_ijepa",
+           "ijepa_transformers.write_ijepa_model", model_types=("ijepa",)),
+    Format("timm", "a vision transformer of timm without class token", "timm_ijepa.read_timm",
+           "timm_ijepa.write_timm"),
+    Format("dinov2", "transformers' DINOv2, as a start", _START, model_types=("dinov2", "dinov2_with_registers")),
+    Format("vit_mae", "transformers' ViT-MAE, as a start", _START, model_types=("vit_mae",)),
+    Format("vit", "transformers' ViT, DeiT or ViT-MSN, as a start", _START, model_types=("vit", "deit", "vit_msn")),
+)
+# fmt: on
+
+
+def function(name: str) -> Callable:
+    """A function of this package by `module.function`."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(import_module(f"trainers.conversion.{module}"), attribute)
+
+
+def format_named(name: str) -> Format:
+    """
+    A format to write.
+
+    Raises:
+        InputError: There is no way out to a format of that name.
+    """
+    writable = {each.name: each for each in FORMATS if each.writer}
+    if name not in writable:
+        raise InputError(f"--to {name} is not known; choose one of {', '.join(writable)}.")
+    return writable[name]
+
+
+def open_source(name: str) -> tuple[Format, Source]:
+    """
+    Finds out which format a source is in; nothing of it is run.
+
+    Args:
+        name (`str`): A file, a folder, an id on the Hub, or `timm:` and a name of timm's.
+
+    Returns:
+        `(Format, Source)`.
+
+    Raises:
+        InputError: There is no such source, it is in no format that is known, or it needs code of its own.
+    """
+    by_name = {each.name: each for each in FORMATS}
+    if name.startswith("timm:"):
+        return by_name["timm"], Source(name)
+    if Path(name).is_file():
+        from trainers.conversion.weight_files import read_weight_file
+
+        tensors = read_weight_file(name)
+        for each in FORMATS:
+            if each.holds and function(each.holds)(tensors):
+                return each, Source(name, tensors=tensors)
+        known = "; ".join(each.what for each in FORMATS if each.holds)
+        raise InputError(
+            f"{name} is in no layout that is known (first: {', '.join(list(tensors)[:3])}); give {known}."
+        )
+    config = _read_config(name)
+    model_type = config.get("model_type")
+    if "architecture" in config and model_type is None:
+        return by_name["timm"], Source(name, config=config)
+    found = next((each for each in FORMATS if model_type in each.model_types), None)
+    if config.get("auto_map") and not (found and found.name == "cjepa"):
+        raise InputError(
+            f"{name} needs code of its own (auto_map in its config.json), which is not run; give a model of a type "
+            "that transformers has, or its weights in another format."
+        )
+    if found is None:
+        known = ", ".join(each for formats in FORMATS for each in formats.model_types)
+        raise InputError(f"{name} is a model of type {model_type!r}; known are {known}, and models of timm.")
+    return found, Source(name, config=config)
+
+
+def _read_config(name: str) -> dict:
+    from transformers.utils import cached_file
+
+    try:
+        config = json.loads(Path(cached_file(name, "config.json")).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{name} is no file, no folder with a config.json and no id of a model on the Hub ({first_line(error)}); "
+            "name one of these."
+        ) from error
+    if not isinstance(config, dict):
+        raise InputError(f"config.json of {name} holds no mapping; it is no model.")
+    return config

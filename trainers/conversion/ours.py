@@ -1,0 +1,117 @@
+"""Models of this package as a format: what comes in as it is, and the folder that others are converted to."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoImageProcessor, PreTrainedModel
+from transformers.utils import has_file
+
+from modeling_cjepa import CJepaForPreTraining, SJeaForPreTraining, SJeaModel
+from trainers.conversion.checks import Check, Converted, compare, random_images
+from trainers.conversion.formats import ReadOptions, Source
+from trainers.conversion.weight_files import check_tensors
+from trainers.errors import InputError, first_line
+from trainers.loading import load_model
+from trainers.publishing import save_model
+
+
+def read_ours(source: Source, options: ReadOptions) -> Converted:
+    """
+    Loads a model of this package.
+
+    Args:
+        source ([`Source`]): Its folder or id.
+        options ([`ReadOptions`]): Not needed.
+
+    Returns:
+        [`Converted`] without a check: there is nothing to compare with.
+
+    Raises:
+        InputError: It cannot be loaded whole, or has weights that are not finite.
+    """
+    model = load_model(source.name).eval()
+    check_tensors(model.state_dict(), source.name)
+    return Converted(model, [], processor=load_processor(source.name))
+
+
+def write_ours(model: PreTrainedModel, processor, folder: Path) -> Check:
+    """
+    Writes weights, configuration, code and image processor into an existing folder.
+
+    Args:
+        model: Any of this package.
+        processor: Its image processor.
+        folder (`Path`): Where to.
+
+    Returns:
+        [`Check`]: Of the folder, loaded again, which must give the same features.
+    """
+    save_model(model, processor, folder)
+    return check_written(model, load_model(folder).eval(), "the folder loaded again")
+
+
+@torch.no_grad()
+def check_written(model: PreTrainedModel, again: PreTrainedModel, what: str) -> Check:
+    """Compares the embeddings of each encoder of two models of this package."""
+    images = random_images(model.config)
+    ours, theirs = (
+        [
+            embedding
+            for encoder in _encoders(each.eval())
+            for embedding in encoder(images).level_embeddings
+        ]
+        for each in (model, again)
+    )  # fmt: skip
+    return compare(f"{what} on 2 random images", ours, theirs)
+
+
+def _encoders(model: PreTrainedModel) -> list[PreTrainedModel]:
+    if isinstance(model, CJepaForPreTraining):
+        return [model.cjepa, model.context_encoder]
+    return [model.sjea] if isinstance(model, SJeaForPreTraining) else [model]
+
+
+def encoder_of(model: PreTrainedModel, encoder: str | None) -> PreTrainedModel:
+    """
+    One encoder of a model.
+
+    Args:
+        model: Of this package.
+        encoder (`"target"` or `"context"`, *optional*): Of a model of pre-training; the target encoder when not given.
+
+    Returns:
+        [`CJepaModel`] or [`SJeaModel`].
+
+    Raises:
+        InputError: The model has no context encoder.
+    """
+    if isinstance(model, CJepaForPreTraining):
+        return model.context_encoder if encoder == "context" else model.cjepa
+    if encoder == "context":
+        raise InputError("--encoder context: the source has one encoder and no context encoder; leave it out.")
+    return model.sjea if isinstance(model, SJeaForPreTraining) else model
+
+
+def plain_encoder_only(model: PreTrainedModel, what: str):
+    """
+    Refuses what other layouts have no place for.
+
+    Raises:
+        InputError: The model is of S-JEA or a stack.
+    """
+    if isinstance(model, SJeaModel | SJeaForPreTraining):
+        raise InputError(f"An S-JEA model does not fit {what}; it goes out as `--to cjepa` alone.")
+    if model.config.num_levels > 1:
+        raise InputError(
+            f"A stack of {model.config.num_levels} levels does not fit {what}, which has one; use `--to cjepa`."
+        )
+
+
+def load_processor(name: str):
+    """The image processor beside a model, without running code of its own; `None` where there is none."""
+    if not has_file(name, "preprocessor_config.json"):
+        return None
+    try:
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The image processor of {name} cannot be loaded ({first_line(error)}).") from error
