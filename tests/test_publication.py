@@ -13,6 +13,7 @@ from hub_server import running_hub
 from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import FLAGS
+from transformers import AutoImageProcessor
 
 from trainers.cli import main
 from trainers.loading import load_model
@@ -100,6 +101,11 @@ def without_package(code, tmp_path, hub, *arguments, expect=0) -> str:
     return done.stdout
 
 
+def snippet_of(files) -> str:
+    """The first piece of code of a repository's card."""
+    return re.search(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL).group(1)
+
+
 def files_of(folder) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -147,12 +153,30 @@ def test_it_loads_from_folder_and_hub_where_the_package_is_not(hub, commands, ru
 def test_the_snippet_of_the_card_runs(hub, commands, run, tmp_path):
     status, _, err = commands.run("publish", run, "--repo", "someone/snippet")
     assert status == 0, err
-    card = hub.repositories["someone/snippet"].files()["README.md"].decode()
-    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    snippet = snippet_of(hub.repositories["someone/snippet"].files())
     assert len([line for line in snippet.splitlines() if line]) <= 6
     Image.new("RGB", (50, 40), (10, 200, 90)).save(tmp_path / "photo.jpg")
     shape = without_package(snippet + "\nprint(tuple(embedding.shape))\n", tmp_path, hub)
     assert shape.strip() == "(1, 32)"
+
+
+def test_a_native_encoder_needs_no_code_of_ours(hub, commands, run, tmp_path):
+    status, out, err = commands.run("publish", run, "--repo", "someone/native", "--native")
+    assert status == 0, err
+    assert "checked against transformers' IJepaModel" in out
+    files = hub.repositories["someone/native"].files()
+    assert not any(name.endswith(".py") for name in files) and b"auto_map" not in files["config.json"]
+    snippet = snippet_of(files)
+    assert "trust_remote_code" not in files["README.md"].decode()
+    Image.effect_noise((50, 40), 60).convert("RGB").save(tmp_path / "photo.png")
+    code = snippet.replace("photo.jpg", "photo.png") + "\nprint(type(encoder).__name__, embedding.tolist())\n"
+    name, _, numbers = without_package(code, tmp_path, hub).partition(" ")
+    processor = AutoImageProcessor.from_pretrained(run / "final")
+    pixel_values = processor(Image.open(tmp_path / "photo.png"), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        expected = load_model(run / "final").eval().cjepa(pixel_values).pooler_output
+    torch.testing.assert_close(torch.tensor(json.loads(numbers)), expected, rtol=1e-5, atol=1e-5)
+    assert name == "IJepaModel"
 
 
 def test_the_card_tells_what_was_recorded_and_nothing_else(hub, commands, run, tmp_path):
@@ -258,7 +282,7 @@ def test_what_cannot_be_published_is_refused(commands, run, tmp_path):
         broken.cjepa.layernorm.bias[3] = torch.nan
     broken.save_pretrained(tmp_path / "nan")
     status, _, err = commands.run("publish", tmp_path / "nan", "--repo", "someone/x", "--dry-run", tmp_path / "b")
-    assert status == 2 and "has no image processor" in err
+    assert status == 2 and "has no preprocessor_config.json" in err
     (tmp_path / "nan" / "preprocessor_config.json").write_bytes((run / "final/preprocessor_config.json").read_bytes())
     status, _, err = commands.run("publish", tmp_path / "nan", "--repo", "someone/x", "--dry-run", tmp_path / "b")
     assert status == 2 and "cjepa.layernorm.bias" in err and "not finite" in err

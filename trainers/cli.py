@@ -69,8 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
         add_pretrain, add_doctor, add_evaluate, add_probe, add_finetune, add_features, add_visualize, add_convert,
-        add_publish,
-        add_benchmark,
+        add_publish, add_benchmark,
     ):  # fmt: skip
         add(commands)
     return parser

@@ -107,6 +107,7 @@ def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float = 0.0)
         }
     return {
         "recipe": recipe.name,
+        **({"start": recipe.run.start_from} if recipe.run.start_from else {}),
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "command": shlex.join(["cjepa", *recipe.command]),
         "seed": args.seed,

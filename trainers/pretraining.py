@@ -39,6 +39,7 @@ from trainers.stream_sources import load_stream
 from trainers.streams import Shards
 from trainers.trainer import JepaTrainer
 from trainers.training_args import JepaTrainingArguments
+from trainers.warm_start import load_start_weights, read_start
 
 
 def pretrain(recipe: Recipe) -> Path | None:
@@ -192,11 +193,18 @@ def build_model(recipe: Recipe, args: JepaTrainingArguments) -> PreTrainedModel:
     attention = recipe.run.attention(args.device, args.bf16)
     if attention == "flex_attention" and args.device.type == "cpu":
         raise InputError("attn_implementation='flex_attention' trains on a GPU only; choose sdpa or eager.")
+    start = None if recipe.run.start_from is None else read_start(recipe)
     set_seed(args.seed)
     try:
-        return recipe.objective.build_model(recipe.model, attention)
+        model = recipe.objective.build_model(recipe.model, attention)
     except (ValueError, ImportError) as error:
         raise InputError(" ".join(str(error).split())) from error
+    if start is not None:
+        sentences = load_start_weights(model, start)
+        if args.process_index == 0:
+            told = "".join(f"\n- {sentence}" for sentence in sentences)
+            print(f"starting from {recipe.run.start_from}{told}", flush=True)
+    return model
 
 
 def build_trainer(recipe: Recipe, model, args, train_source: ImageSource | Shards) -> JepaTrainer:

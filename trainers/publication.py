@@ -5,13 +5,15 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from modeling_cjepa import CJepaForImageClassification, SJeaForImageClassification
 from trainers.cards import kept_license, write_card
 from trainers.checkpoint_push import CheckpointPush
+from trainers.conversion.ijepa_transformers import write_ijepa_model
+from trainers.conversion.ours import encoder_of, load_processor, plain_encoder_only
 from trainers.doctor_runs import newest_model, read_json
-from trainers.errors import InputError, first_line
+from trainers.errors import InputError
 from trainers.eval_results import SUITES
 from trainers.files import write_json
 from trainers.hub import Destination, upload
@@ -56,7 +58,9 @@ class Publication:
         """
         say = print if progress else (lambda *_: None)
         place = Path(newest_model(self.run))
-        model, processor = load_model(place, with_classifier=True).eval(), load_processor(place)
+        model, processor = load_model(place, with_classifier=True).eval(), load_processor(str(place))
+        if processor is None:
+            raise InputError(f"{place} has no preprocessor_config.json; save its image processor beside the model.")
         check_finite(model, place)
         facts = public_facts(known_facts(place, model))
         say(f"writing weights and code of {place}")
@@ -73,6 +77,11 @@ class Publication:
         write_card(folder, card_kind(model), facts | ({"license": license} if license else {}), self.repo)
 
     def _write_model(self, model: PreTrainedModel, processor, folder: Path):
+        if self.native:
+            encoder = encoder_of(model, "target")
+            plain_encoder_only(encoder, "transformers' IJepaModel")
+            print(write_ijepa_model(encoder, processor, folder).sentence())
+            return
         published = model.base_model if self.encoder_only else model
         save_model(published, processor, folder, shard_size=self.shard_size)
 
@@ -87,16 +96,6 @@ def check_finite(model: PreTrainedModel, place: Path):
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise InputError(f"The weight {name} of {place} is not finite; publish another checkpoint.")
-
-
-def load_processor(place: Path):
-    """The image processor of a model's folder; raises `InputError` if it has none."""
-    try:
-        return AutoImageProcessor.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{place} has no image processor ({first_line(error)}); save one beside the model."
-        ) from error
 
 
 def card_kind(model: PreTrainedModel) -> str:

@@ -41,6 +41,14 @@ class RunArguments:
             "computes in bf16 (sdpa's backward pass is slower there)"
         },
     )
+    start_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "start from the weights of a model: a run, an id on the Hub, or whatever `cjepa convert` "
+            "reads (I-JEPA's checkpoints, transformers' and timm's vision transformers, a ResNet's file); what they "
+            "lack, such as a predictor, starts anew; their sizes replace those of the recipe"
+        },
+    )
 
     def attention(self, device: torch.device, bf16: bool) -> str:
         """The implementation for a device and a precision, `auto` decided."""
@@ -59,6 +67,7 @@ class Recipe:
         values (`dict`): Every key that was set, by file or flag.
         model (`dict`): Those of them that are fields of the model's configuration.
         training (`dict`): Those that are fields of the training's arguments.
+        given (`set[str]`): The keys that were given as flags.
         command (`list[str]`): The command line it came from, for the record.
         data ([`DataArguments`]), evaluation ([`EvaluationArguments`]), run ([`RunArguments`]): The others.
     """
@@ -70,6 +79,7 @@ class Recipe:
     data: DataArguments
     evaluation: EvaluationArguments
     run: RunArguments
+    given: set[str] = field(default_factory=set)
     command: list[str] = field(default_factory=list)
 
     @property
@@ -155,6 +165,7 @@ def read_recipe(path_or_name: str, overrides: dict | None = None) -> Recipe:
         data=objective.data_class(**chosen["data"]),
         evaluation=EvaluationArguments(**chosen["evaluation"]),
         run=RunArguments(**chosen["run"]),
+        given=set(overrides or {}),
     )
 
 

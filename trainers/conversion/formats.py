@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from trainers.doctor_runs import newest_model
 from trainers.errors import InputError, first_line
 
 
@@ -137,6 +138,8 @@ def open_source(name: str) -> tuple[Format, Source]:
         raise InputError(
             f"{name} is in no layout that is known (first: {', '.join(list(tensors)[:3])}); give {known}."
         )
+    if Path(name).is_dir():
+        name = newest_model(name)
     config = _read_config(name)
     model_type = config.get("model_type")
     if "architecture" in config and model_type is None:
