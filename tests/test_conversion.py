@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from test_golden import GOLDEN, parts
 
-from trainers.conversion import from_ijepa_checkpoint
+from trainers.conversion.ijepa_authors import from_ijepa_checkpoint
 from trainers.errors import InputError
 
 

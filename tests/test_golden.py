@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from modeling_cjepa.losses_cjepa import prediction_loss, vicreg_terms
-from trainers.conversion import _rename, from_ijepa_checkpoint
+from trainers.conversion.ijepa_authors import _rename, from_ijepa_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 

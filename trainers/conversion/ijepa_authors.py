@@ -7,7 +7,7 @@ import torch
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining
 from modeling_cjepa.encoders_cjepa import sincos_positions
 
-from .errors import InputError
+from trainers.errors import InputError
 
 # width of the authors' vision transformers -> attention heads (tiny, small, base, large, huge, giant)
 PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
