@@ -1,24 +1,26 @@
-"""What a conversion hands back, and the number that says how far its model is from the one it came from."""
+"""What every way in gives and every way in or out is checked by: numbers of the original beside ours."""
 
-import importlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from trainers.errors import InputError
 
+# of features whose largest is 1 or less, and in proportion of larger ones
+FEATURE_LIMIT = 1e-5
+
 
 @dataclass(frozen=True)
 class Check:
     """
-    How far two models' outputs on the same images are from each other.
+    A comparison of features by two ways.
 
     Args:
-        what (`str`): What was compared on which images, such as `"ONNX Runtime on 6 batches of 3 sizes"`.
-        difference (`float`): The largest absolute difference of their outputs.
-        limit (`float`): The largest one that rounding explains.
+        what (`str`): What was compared, as in "transformers' IJepaModel on 2 random images".
+        difference (`float`): The largest absolute difference of features.
+        limit (`float`): The largest that is allowed.
     """
 
     what: str
@@ -26,95 +28,72 @@ class Check:
     limit: float
 
     def sentence(self) -> str:
-        """What is printed, such as `"...: largest difference 1.2e-06, limit 3.1e-04"`."""
-        return f"{self.what}: largest difference {self.difference:.1e}, limit {self.limit:.1e}"
+        """What was found, for the screen and for a model card."""
+        return (
+            f"checked against {self.what}: largest difference of features {self.difference:.1e} "
+            f"(allowed {self.limit:.1e})"
+        )
 
     def raise_if_too_large(self):
-        """Refuses, by an [`InputError`], a difference that is not finite or exceeds the limit."""
+        """
+        Refuses what differs.
+
+        Raises:
+            InputError: The difference is above the limit, or no finite number.
+        """
         if not (math.isfinite(self.difference) and self.difference <= self.limit):
-            raise InputError(f"The converted model differs from its source ({self.sentence()}), so it is not kept.")
+            raise InputError(
+                f"The conversion does not hold: {self.sentence()}; nothing was written, as it would be another model."
+            )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Converted:
     """
-    A model read from another layout.
+    A model that came in.
 
     Args:
-        model (`PreTrainedModel`): In evaluation mode.
-        notes (`list[str]`): Sentences that say what starts anew or has no counterpart.
-        check ([`Check`]): Against the other layout's own class.
+        model (`PreTrainedModel`): Ours: of pre-training where the source has all of its parts, else the encoder.
+        notes (`list[str]`): What did not map or starts anew, a sentence each.
+        check ([`Check`], *optional*): The comparison with the original; none of a model that is ours already.
+        processor (*optional*): The image processor that the source has or tells of.
     """
 
     model: PreTrainedModel
     notes: list[str]
-    check: Check
+    check: Check | None = None
+    processor: object | None = None
 
 
-@dataclass
-class Written:
+def compare(what: str, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> Check:
     """
-    A folder written in another format.
-
-    Args:
-        notes (`list[str]`): Sentences that say what the files hold and how they are to be read.
-        check ([`Check`]): What the files give, read again, against the model.
-    """
-
-    check: Check
-    notes: list[str] = field(default_factory=list)
-
-
-def compare(what: str, pairs: list[tuple[torch.Tensor, torch.Tensor]], tolerance: float = 1e-4) -> Check:
-    """
-    A check of outputs by their largest difference.
+    Compares outputs by two ways.
 
     Args:
         what (`str`): As in [`Check`].
-        pairs (`list` of two `torch.Tensor` of one shape): What the converted model gives, and its source.
-        tolerance (`float`, defaults to 1e-4): The limit as a share of the source's largest output.
+        ours, theirs (`list` of `torch.Tensor`): Outputs, pair by pair of one shape.
 
     Returns:
-        [`Check`].
+        [`Check`]: The limit is in proportion to the largest feature.
 
     Raises:
-        InputError: The outputs have other shapes.
+        InputError: The shapes differ, or the difference is too large or not finite.
     """
-    for ours, theirs in pairs:
-        if ours.shape != theirs.shape:
+    for our, their in zip(ours, theirs, strict=True):
+        if our.shape != their.shape:
             raise InputError(
-                f"The converted model gives {tuple(ours.shape)} and its source {tuple(theirs.shape)} ({what}), so it "
-                "is not kept."
+                f"The conversion does not hold: against {what} features have shape {tuple(our.shape)}, not "
+                f"{tuple(their.shape)}; nothing was written."
             )
-    differences = torch.stack([(ours - theirs).abs().max() for ours, theirs in pairs])
-    largest = torch.stack([theirs.abs().max() for _, theirs in pairs]).max()
-    return Check(what, differences.max().item(), tolerance * largest.item())
+    differences = torch.stack([(our - their).abs().max() for our, their in zip(ours, theirs, strict=True)])
+    scale = max(1.0, max(their.abs().max().item() for their in theirs))
+    check = Check(what, differences.max().item(), FEATURE_LIMIT * scale)  # the maximum of tensors keeps a NaN
+    check.raise_if_too_large()
+    return check
 
 
-def random_images(channels: int, sizes: list[tuple[int, int, int]]) -> list[torch.Tensor]:
-    """Batches of normal noise (B, C, H, W) of the given `(B, H, W)`, the same at every call."""
+def random_images(config, count: int = 2) -> torch.Tensor:
+    """Normalised images `(count, C, H, W)` of a configuration's size, the same at every call."""
+    height, width = (size if isinstance(size := config.image_size, list | tuple) else (size, size))
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, channels, height, width, generator=generator) for batch, height, width in sizes]
-
-
-def require(extra: str, *modules: str):
-    """
-    Imports what an extra of the package installs.
-
-    Args:
-        extra (`str`): Its name in setup.cfg.
-        modules (`str`): Modules it brings.
-
-    Returns:
-        `list` of the modules.
-
-    Raises:
-        InputError: One is not installed; the message says how to install it.
-    """
-    imported = []
-    for module in modules:
-        try:
-            imported.append(importlib.import_module(module))
-        except ModuleNotFoundError as error:
-            raise InputError(f'This needs {module}, which is not installed: pip install "cjepa[{extra}]".') from error
-    return imported
+    return torch.randn(count, config.num_channels, height, width, generator=generator)
