@@ -118,6 +118,11 @@ class _Encoder:
     def output_width(self) -> int:
         return self.width if self.kind == "nothing" else list(self.head.children())[-1].out_features
 
+    @property
+    def bias(self) -> torch.Tensor:
+        """Of the last layer of `fc`; 0 where there is none."""
+        return torch.zeros(1) if self.kind == "nothing" else list(self.head.children())[-1].bias
+
     def expander_sizes(self, is_read: bool) -> list[int]:
         """Widths of the equal expander; `is_read` says whether the level above reads its output."""
         if self.kind != "expander":
@@ -202,15 +207,20 @@ def _projection(encoders: list[_Encoder]) -> str:
 
 
 def _check(model: SJeaForPreTraining, encoders: list[_Encoder]) -> Check:
-    """Our levels beside the authors' forward pass: embeddings, and the expanded one that is read."""
-    images = random_images(model.config)
+    """Our levels' embeddings and what their expanders make of them, beside the authors' forward pass."""
+    read = random_images(model.config)
+    ours, theirs = [], []
     with torch.no_grad():
-        outputs = model.sjea.encode(images)
-        head, pooled = encoders[0](images)
-        ours, theirs = [outputs[0].embedding], [pooled]
-        if outputs[0].expanded is not None:
-            ours, theirs = [*ours, outputs[0].expanded], [*theirs, head]
-        if len(encoders) > 1:
-            _, pooled = encoders[1](head.reshape(len(images), 1, _ROWS, -1))
-            ours, theirs = [*ours, outputs[1].embedding], [*theirs, pooled]
+        outputs = model.sjea.encode(read)
+        for number, (output, encoder) in enumerate(zip(outputs, encoders, strict=True)):
+            if number:
+                read = expanded.reshape(len(read), 1, _ROWS, -1)
+            expanded, pooled = encoder(read)
+            if output.expanded is None:
+                # our last layer has no bias
+                ours_expanded = model.expanders[str(number)](output.embedding) + encoder.bias
+            else:
+                ours_expanded = output.expanded
+            ours += [output.embedding, ours_expanded]
+            theirs += [pooled, expanded]
     return compare("the authors' forward pass with torchvision's ResNets on 2 random images", ours, theirs)
