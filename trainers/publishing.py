@@ -73,12 +73,13 @@ def save_model(model: CJepaForPreTraining | SJeaForPreTraining, processor, folde
     Args:
         model ([`CJepaForPreTraining`] or [`SJeaForPreTraining`]): All parts are saved; `AutoModel` loads the target
             encoder, or the stack, of them.
-        processor: The image processor of evaluation.
+        processor: The image processor of evaluation; None writes none.
         folder (`Path`): Where to.
     """
     model.config.auto_map = dict(AUTO_MAPS[model.config.model_type])
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
     for source in Path(modeling_cjepa.__file__).parent.glob("*_*.py"):
         if not source.name.startswith("__"):
             shutil.copyfile(source, folder / source.name)

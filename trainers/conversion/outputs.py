@@ -3,6 +3,9 @@
 import importlib
 from dataclasses import dataclass
 
+from transformers import PreTrainedModel
+
+from modeling_cjepa import CJepaForImageClassification, SJeaForImageClassification
 from trainers.errors import InputError
 
 from .checks import Check
@@ -43,3 +46,9 @@ def require(extra: str, *modules: str) -> list:
         except ModuleNotFoundError as error:
             raise InputError(f'This needs {module}, which is not installed: pip install "cjepa[{extra}]".') from error
     return imported
+
+
+def output_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """What a classifier, or an encoder, is converted for; what is of an image as a whole comes last."""
+    is_classifier = isinstance(model, CJepaForImageClassification | SJeaForImageClassification)
+    return ("logits",) if is_classifier else ("last_hidden_state", "pooler_output")
