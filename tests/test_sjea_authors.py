@@ -135,7 +135,7 @@ def without(*names):
             lambda tensors: tensors.update({"encoder_online.fc.fc3.weight": torch.zeros(256, 23)}),
             r"fc3.weight has shape \(256, 23\), not \(256, 24\)",
         ),
-        (lambda tensors: tensors["encoder_stacked.layer1.0.conv1.weight"][0].fill_(torch.nan), "layer1.0.conv1.*finite"),
+        (lambda tensors: tensors["encoder_stacked.layer1.0.bn1.weight"][0].fill_(torch.nan), "layer1.0.bn1.*finite"),
         (
             lambda tensors: tensors.update({"encoder_stacked.stem.conv0.weight": torch.zeros(64, 3, 3, 3)}),
             "reads 3 channels and the first gives 256",

@@ -94,6 +94,6 @@ def compare(what: str, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> 
 
 def random_images(config, count: int = 2) -> torch.Tensor:
     """Normalised images `(count, C, H, W)` of a configuration's size, the same at every call."""
-    height, width = (size if isinstance(size := config.image_size, list | tuple) else (size, size))
+    height, width = size if isinstance(size := config.image_size, list | tuple) else (size, size)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(count, config.num_channels, height, width, generator=generator)

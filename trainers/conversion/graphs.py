@@ -151,7 +151,9 @@ class _Graph(nn.Module):
         height, width = pair(self.config.image_size)
         if self.step is not None:
             # a graph made with a grid of one row would be one of a single row; a rest that fills no patch is cropped
-            height, width = (max(2, side // step) * step for side, step in zip((height, width), self.step, strict=True))
+            height, width = (
+                max(2, side // step) * step for side, step in zip((height, width), self.step, strict=True)
+            )
         self.size = (height, width)
         self.dynamic, self.free_names = {0: Dim("batch")}, {}
         if self.step == (1, 1):
@@ -171,7 +173,7 @@ class _Graph(nn.Module):
 
     def program(self) -> torch.export.ExportedProgram:
         images = self._images(2, self.size)
-        # a ResNet's last map may have one row at the configured size and more at others, which torch shall not tell apart
+        # a ResNet's last map may have one row at the configured size, more at others: torch shall not tell them apart
         alike = self.step == (1, 1)
         with torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=alike):
             return torch.export.export(self, (images,), dynamic_shapes=(self.dynamic,))

@@ -6,7 +6,6 @@ import torch
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining
 from modeling_cjepa.encoders_cjepa import sincos_positions
-
 from trainers.errors import InputError
 
 # width of the authors' vision transformers -> attention heads (tiny, small, base, large, huge, giant)

@@ -1,7 +1,7 @@
 """Encoders and classifiers with 8-bit weights, by torchao, as a folder that `from_pretrained` loads.
 
-Quantised are the linear layers of transformer blocks (queries, keys, values, outputs and MLPs), a scale for each row of
-a weight; their biases are not, nor are patch projections, positions, norms, convolutions, expanders, and a
+Quantised are the linear layers of transformer blocks (queries, keys, values, outputs and MLPs), with a scale for each
+row of a weight; their biases are not, nor are patch projections, positions, norms, convolutions, expanders, and a
 classifier's pooling and last layer. A ResNet has no such layers.
 """
 
@@ -33,7 +33,7 @@ def export_int8(
     activations: bool = False,
 ) -> Written:
     """
-    Writes a model with 8-bit weights: safetensors, a `config.json` that says so, and the code, as any published folder.
+    Writes a model with 8-bit weights: safetensors, a `config.json` that says so, and the code, as a published folder.
 
     `AutoModel.from_pretrained(folder, trust_remote_code=True)` loads it where torchao is installed.
 
@@ -49,8 +49,8 @@ def export_int8(
         the notes tell the cosine similarity and the sizes.
 
     Raises:
-        InputError: torchao is not installed, the folder exists, there is no layer to quantise, or the outputs differ by
-            more than the limits.
+        InputError: torchao is not installed, the folder exists, there is no layer to quantise, or the outputs differ
+            by more than the limits.
     """
     torchao = require("int8", "torchao.quantization")[0]
     scheme = torchao.Int8DynamicActivationInt8WeightConfig if activations else torchao.Int8WeightOnlyConfig
@@ -95,5 +95,7 @@ def _compare(original: PreTrainedModel, loaded: PreTrainedModel) -> tuple[Check,
     check = Check(f"float32 on {len(images)} random images, as a share of the largest", difference, DIFFERENCE_LIMIT)
     check.raise_if_too_large()
     cosine = cosine_similarity(ours[names[-1]], theirs[names[-1]]).mean().item()
-    Check(f"float32 by 1 - cosine similarity on {len(images)} random images", 1 - cosine, COSINE_LIMIT).raise_if_too_large()
+    Check(
+        f"float32 by 1 - cosine similarity on {len(images)} random images", 1 - cosine, COSINE_LIMIT
+    ).raise_if_too_large()
     return check, [f"The mean cosine similarity to float32 is {cosine:.5f} (allowed {1 - COSINE_LIMIT})."]

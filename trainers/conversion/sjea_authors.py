@@ -165,7 +165,9 @@ def _build_head(kind: str, tensors: dict[str, torch.Tensor], width: int, where: 
         tensors = {f"fc.{name}": tensor for name, tensor in tensors.items()}
     else:
         if not any(name.startswith("bn1.") for name in tensors):
-            raise InputError(f"{where} has no batch norms (their setting use_bn), and our expanders do; it cannot map.")
+            raise InputError(
+                f"{where} has no batch norms (their setting use_bn), and our expanders do; it cannot map."
+            )
         hidden, narrow, last = (_num_outputs(tensors, f"fc{number}.weight", where) for number in (1, 2, 3))
         layers = {
             "fc1": nn.Linear(width, hidden),
@@ -193,8 +195,8 @@ def _projection(encoders: list[_Encoder]) -> str:
     kinds = (lowest.kind, second and second.kind)
     if kinds not in _PROJECTIONS:
         raise InputError(
-            f"The encoders end in {kinds[0]} and {kinds[1]}, which no projection of S-JEA's is (simple, both, stacked, "
-            "none); the checkpoint is not whole, or of an early version."
+            f"The encoders end in {kinds[0]} and {kinds[1]}, which no projection of S-JEA's is (simple, both, "
+            "stacked, none); the checkpoint is not whole, or of an early version."
         )
     if second is not None:
         folded = _ROWS * (32 if lowest.kind == "nothing" else 16)
@@ -208,13 +210,13 @@ def _projection(encoders: list[_Encoder]) -> str:
 
 def _check(model: SJeaForPreTraining, encoders: list[_Encoder]) -> Check:
     """Our levels' embeddings and what their expanders make of them, beside the authors' forward pass."""
-    read = random_images(model.config)
-    ours, theirs = [], []
+    images = random_images(model.config)
+    read, ours, theirs = images, [], []
     with torch.no_grad():
-        outputs = model.sjea.encode(read)
+        outputs = model.sjea.encode(images)
         for number, (output, encoder) in enumerate(zip(outputs, encoders, strict=True)):
             if number:
-                read = expanded.reshape(len(read), 1, _ROWS, -1)
+                read = theirs[-1].reshape(len(images), 1, _ROWS, -1)
             expanded, pooled = encoder(read)
             if output.expanded is None:
                 # our last layer has no bias

@@ -97,7 +97,9 @@ def resnet_fields(tensors: dict[str, torch.Tensor]) -> tuple[dict, str]:
     """
     embedding_size, _, *kernel = _shape(tensors, "conv1.weight")
     if kernel not in ([7, 7], [3, 3]):
-        raise InputError(f"conv1.weight has a kernel of {kernel}, a ResNet's is 7x7 or 3x3; give one of torchvision's.")
+        raise InputError(
+            f"conv1.weight has a kernel of {kernel}, a ResNet's is 7x7 or 3x3; give one of torchvision's."
+        )
     is_bottleneck = "layer1.0.conv3.weight" in tensors
     last = "conv3" if is_bottleneck else "conv2"
     stages = range(1, _NUM_STAGES + 1)
