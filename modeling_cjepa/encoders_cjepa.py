@@ -37,7 +37,8 @@ def sincos_positions(grid_size: tuple[int, int], width: int) -> torch.Tensor:
 
 def positions_for(grid_size: tuple[int, int], stored_grid_size: tuple[int, int], table: torch.Tensor) -> torch.Tensor:
     """Positions (1, N, D) of a grid: the stored table of its own grid, a computed one of any other."""
-    if grid_size == stored_grid_size:
+    # `torch.export` would bind a graph of any image size to the branch that its example took
+    if not torch.compiler.is_exporting() and grid_size == stored_grid_size:
         return table
     return sincos_positions(grid_size, table.shape[-1]).unsqueeze(0).to(table)
 

@@ -1,12 +1,20 @@
-"""Backbones of S-JEA that start from published weights: a recipe names them where it could describe one."""
+"""Backbones of S-JEA that start from published weights: a recipe names them where it could describe one.
+
+A name is that of a model of transformers, on the Hub or in a folder, or of a file of a ResNet by torchvision's names,
+such as VICReg's `resnet50.pth`.
+"""
 
 import inspect
 
 from transformers import AutoConfig, AutoModel
 
 from modeling_cjepa import SJeaForPreTraining
+from trainers.conversion.vicreg_resnet import RESNET, resnet_fields, torchvision_resnet, without_classifier
+from trainers.conversion.weight_files import read_weight_file
 from trainers.errors import InputError, first_line
 
+# files, where others are models of transformers
+_FILE_ENDINGS = (".pth", ".pt")
 # set by what the level reads
 _SET_BY_INPUT = ("num_channels", "image_size")
 
@@ -16,7 +24,8 @@ def describe_backbones(levels: list) -> tuple[list, dict[int, str]]:
     Levels whose named backbones are described by their configurations.
 
     Args:
-        levels (`list[dict]`): As in [`SJeaConfig`], but a `backbone` may be the id of a model on the Hub, or a folder.
+        levels (`list[dict]`): As in [`SJeaConfig`], but a `backbone` may be the id of a model on the Hub, a folder, or
+            a `.pth` file of a ResNet by torchvision's names.
 
     Returns:
         `(levels, names)`: The levels with a configuration each, and the names by the levels' numbers.
@@ -36,6 +45,8 @@ def describe_backbones(levels: list) -> tuple[list, dict[int, str]]:
 
 def _fields(name: str, number: int) -> dict:
     """The fields of a named model's configuration that make its architecture."""
+    if name.endswith(_FILE_ENDINGS):
+        return resnet_fields(_read_resnet(name))[0]
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -46,6 +57,22 @@ def _fields(name: str, number: int) -> dict:
     own = [field for field in inspect.get_annotations(type(config)) if field not in _SET_BY_INPUT]
     saved = config.to_dict()
     return {"model_type": config.model_type, **{field: saved[field] for field in own if field in saved}}
+
+
+def _read_resnet(path: str) -> dict:
+    """The tensors of a ResNet's file by torchvision's names."""
+    tensors, _ = without_classifier(read_weight_file(path))
+    return tensors
+
+
+def _read_weights(name: str) -> dict:
+    """The tensors of a named model by transformers' names."""
+    if name.endswith(_FILE_ENDINGS):
+        return RESNET.to_ours(torchvision_resnet(_read_resnet(name)).state_dict())
+    try:
+        return AutoModel.from_pretrained(name).state_dict()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"The weights of {name} cannot be loaded ({first_line(error)}).") from error
 
 
 def load_backbones(model: SJeaForPreTraining, names: dict[int, str]) -> list[str]:
@@ -65,10 +92,7 @@ def load_backbones(model: SJeaForPreTraining, names: dict[int, str]) -> list[str
     sentences = []
     for number, name in names.items():
         backbone = model.sjea.levels[number].backbone
-        try:
-            tensors = AutoModel.from_pretrained(name).state_dict()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"The weights of {name} cannot be loaded ({first_line(error)}).") from error
+        tensors = _read_weights(name)
         ours = backbone.state_dict()
         fitting = {key: tensor for key, tensor in tensors.items() if key in ours and ours[key].shape == tensor.shape}
         backbone.load_state_dict(fitting, strict=False)
