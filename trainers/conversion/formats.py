@@ -157,7 +157,10 @@ def _read_config(name: str) -> dict:
     from transformers.utils import cached_file
 
     try:
-        config = json.loads(Path(cached_file(name, "config.json")).read_text(encoding="utf-8"))
+        path = cached_file(name, "config.json")
+        if path is None:
+            raise FileNotFoundError("there is no config.json")
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{name} is no file, no folder with a config.json and no id of a model on the Hub ({first_line(error)}); "

@@ -33,7 +33,7 @@ def read_ijepa(source: Source, options: ReadOptions) -> Converted:
     """
     original, unused, _ = load_transformers(IJepaModel, source.name)
     config = encoder_config(original.config, source.name)
-    if not has_fixed_positions(config, original.embeddings.position_embeddings):
+    if not has_fixed_positions(config.grid_size, original.embeddings.position_embeddings):
         raise InputError(
             f"{source.name} has learned positions, not the fixed 2-D sin-cos table of I-JEPA; they do not map to ours."
         )

@@ -59,11 +59,12 @@ def check_tensors(tensors: dict, where: str):
         where (`str`): Where they are from, for the sentence.
 
     Raises:
-        InputError: One is not dense, is larger than what is stored of it, or has numbers that are not finite.
+        InputError: One is of complex numbers or of 8 bits, is larger than what is stored of it, or has numbers that
+            are not finite.
     """
     for name, tensor in flat(tensors):
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise InputError(f"{where}: {name} is a {tensor.layout} tensor; only plain ones are read.")
+        if tensor.is_complex() or tensor.is_floating_point() and tensor.element_size() == 1:
+            raise InputError(f"{where}: {name} is of {tensor.dtype}; save it in float32, float16 or bfloat16.")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(
                 f"{where}: {name} claims {tensor.numel():,} numbers and stores fewer; the file is not to be trusted."
@@ -99,9 +100,8 @@ def _load(path: Path, **options):
             ) from error
         raise InputError(f"{path} is no file of weights that torch reads without running code; {_ADVICE}.") from error
     except Exception as error:  # whatever torch's reader comes upon in bytes that are not its own
-        if "TorchScript" in str(error) or "legacy .tar" in str(error):
-            kind = "a TorchScript program" if "TorchScript" in str(error) else "in torch's old tar format"
-            raise InputError(f"{path} is {kind}, which is not read without running code; {_ADVICE}.") from error
+        if "legacy .tar" in str(error):
+            raise InputError(f"{path} is in torch's old tar format, which needs pickled code; {_ADVICE}.") from error
         raise InputError(f"{path} is no torch file, or a damaged one ({first_line(error)}); copy it again.") from error
 
 
@@ -112,6 +112,8 @@ def _check_archive(path: Path):
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise InputError(f"{path} is cut off or damaged ({first_line(error)}); copy it again.") from error
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise InputError(f"{path} is a TorchScript program, which is not run; {_ADVICE}.")
     for member in members:
         name = member.orig_filename.replace("\\", "/")
         if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in name.split("/"):
