@@ -439,6 +439,8 @@ def test_a_difference_too_large_or_not_finite_is_an_error(value):
         Check("the truth", value, 0.5).raise_if_too_large()
     with pytest.raises(InputError, match="does not hold"):
         compare("the truth", [torch.tensor([0.0, value])], [torch.zeros(2)])
+    with pytest.raises(InputError, match="does not hold"):
+        compare("the truth", [torch.tensor([0.0, 3.0])], [torch.tensor([0.0, value])])
     with pytest.raises(InputError, match="shape"):
         compare("the truth", [torch.zeros(2)], [torch.zeros(2, 1)])
 

@@ -45,9 +45,9 @@ def read_ijepa(source: Source, options: ReadOptions) -> Converted:
             "The weights on the Hub are those of the context encoder; the authors' checkpoint has the target encoder."
         )
     processor = load_processor(source.name)
-    if processor is not None and list(processor.image_mean) != _IMAGENET_MEAN:
+    if processor is not None and list(processor.image_mean or []) != _IMAGENET_MEAN:
         notes.append(
-            f"Its image processor is taken over with mean {list(processor.image_mean)}; the authors' code has "
+            f"Its image processor is taken over with mean {processor.image_mean}; the authors' code has "
             f"{_IMAGENET_MEAN}."
         )
     return Converted(model, notes, _check(model, original), processor)

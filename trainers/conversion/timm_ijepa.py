@@ -188,9 +188,10 @@ def _timm_arguments(config: CJepaConfig) -> dict:
 def _data_config(model: CJepaModel, processor) -> dict:
     """timm's words for an image processor."""
     height, width = pair(model.config.image_size)
-    if len(processor.image_mean) != model.config.num_channels:
+    num_means = len(processor.image_mean or [])
+    if num_means != model.config.num_channels:
         raise InputError(
-            f"The image processor has {len(processor.image_mean)} means, the model {model.config.num_channels} "
+            f"The image processor has {num_means} means, the model {model.config.num_channels} "
             "channels; mend preprocessor_config.json."
         )
     edge = processor.size.get("shortest_edge")
