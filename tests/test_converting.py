@@ -9,6 +9,7 @@ import torch
 from formats import MEAN, STD, same_weights, save_native, save_ours, shaken
 from safetensors.torch import load_file, save_file
 from test_golden import GOLDEN, parts
+from test_weight_files import Shell
 from tiny import images, sjea_level, tiny_model, tiny_sjea
 from transformers import (
     AutoImageProcessor,
@@ -396,6 +397,30 @@ def test_broken_weights_are_refused(fault, folder, tmp_path):
         if fault == "cut off":
             file.write_bytes(file.read_bytes()[:-100])
         refused(message, str(source), output=tmp_path / "out")
+
+
+def test_files_of_torch_in_a_folder_are_read_as_carefully(tmp_path):
+    trace = tmp_path / "trace"
+    model = save_native(IJepaModel, IJepaConfig, tmp_path / "ijepa", fixed_positions=True)
+    ours = tiny_model()
+    save_ours(ours, tmp_path / "ours")
+    for source, tensors in ((tmp_path / "ijepa", model.state_dict()), (tmp_path / "ours", ours.state_dict())):
+        (source / "model.safetensors").unlink()
+        for added, message in (
+            ({"more": Shell(f"touch {trace}")}, "needs pickled code"),
+            ({"more": torch.ones(1).expand(10**12)}, "more claims 1,000,000,000,000 numbers"),
+        ):
+            torch.save(tensors | added, source / "pytorch_model.bin")
+            refused(message, str(source), output=tmp_path / "out")
+        torch.save(tensors, source / "pytorch_model.bin")
+        same = load_start(str(source)).model
+        assert all(torch.equal(same.state_dict()[name], tensor) for name, tensor in tensors.items())
+        (source / "pytorch_model.bin").rename(tmp_path / f"{source.name}.bin")
+        for file, message in ((f"../{source.name}.bin", "outside of it"), (5, "cannot be read")):
+            index = {"weight_map": dict.fromkeys(tensors, file)}
+            (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+            refused(message, str(source), output=tmp_path / "out")
+    assert not trace.exists()
 
 
 def test_hostile_sizes_in_a_checkpoint_are_refused_before_a_model_is_made(folder, tmp_path):

@@ -1,5 +1,6 @@
 """Files of weights, read as numbers alone: no code of theirs is run, and none is larger than it looks."""
 
+import json
 import pickle
 import re
 import zipfile
@@ -9,6 +10,7 @@ import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers.utils import cached_file, has_file
 
 from trainers.errors import InputError, first_line
 
@@ -48,6 +50,40 @@ def read_weight_file(path: str | Path) -> dict:
         raise InputError(f"{path} holds no named tensors; give a file of weights.")
     check_tensors(tensors, str(path))
     return tensors
+
+
+def check_folder(name: str):
+    """
+    Refuses a model's folder whose weights transformers is not to read.
+
+    Args:
+        name (`str`): The folder, or an id on the Hub.
+
+    Raises:
+        InputError: A file of weights is elsewhere, or one that torch wrote is refused by [`read_weight_file`].
+    """
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if has_file(name, whole):
+            files = [whole]
+        elif has_file(name, f"{whole}.index.json"):
+            files = _files_of_index(name, f"{whole}.index.json")
+        else:
+            continue
+        for file in files:
+            if not file.endswith(".safetensors"):  # which has no code, and a header that is checked
+                read_weight_file(cached_file(name, file))
+        return
+
+
+def _files_of_index(name: str, index: str) -> list[str]:
+    try:
+        files = sorted(set(json.loads(Path(cached_file(name, index)).read_text())["weight_map"].values()))
+        outside = [file for file in files if Path(file).name != file]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} of {name} cannot be read ({first_line(error)}); copy the model again.") from error
+    if outside:
+        raise InputError(f"{index} of {name} names a file outside of it ({outside[0]}); do not trust it.")
+    return files
 
 
 def check_tensors(tensors: dict, where: str):
