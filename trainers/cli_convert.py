@@ -13,11 +13,14 @@ def add_convert(commands):
         "convert",
         usage="cjepa convert SOURCE OUTPUT [--to FORMAT] [--encoder target|context]",
         help="other packages' vision transformers to ours, ours to theirs, each checked by numbers",
-        description="Convert a model to another format. What comes in and what is written are run beside the original "
-        "on random images, and the largest difference is printed; if it is too large, nothing is written. No code of "
-        "a source is run, and files that need some are refused.\n\nSOURCE may be:\n" + ways_in + "\n"
-        "It is a file of weights, a folder, an id of the Hub, or `timm:` and a name of timm's; its content says which "
-        "format it is in. What is only a start has learned positions or a class token, which ours has not.",
+        description="Convert a model to another format. What comes in and what is written are run beside the\n"
+        "original on random images, and the largest difference is printed; if it is too large, nothing is\n"
+        "written. No code of a source is run, and files that need some are refused.\n\nSOURCE may be:\n"
+        + ways_in
+        + "\n"
+        "It is a file of weights, a folder, an id of the Hub, or `timm:` and a name of timm's; its content\n"
+        "says which format it is in. What is a start has learned positions or a class token, which ours has\n"
+        "not. Without --encoder the authors' files and ours keep context encoder, target encoder and predictor.",
         epilog="examples:  cjepa convert IN1K-vit.h.14-300e.pth.tar converted/vith14\n"
         "           cjepa convert facebook/ijepa_vith14_1k converted/vith14\n"
         "           cjepa convert timm:vit_huge_patch14_gap_224.in1k_ijepa converted/vith14\n"

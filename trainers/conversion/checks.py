@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from trainers.errors import InputError
 
-# of features whose largest is 1 or less, and in proportion of larger ones
-FEATURE_LIMIT = 1e-5
+# of features whose largest is 1 or less, and in proportion of larger ones: float32 differs by 2e-6 over the 32 layers
+# of a ViT-H with random weights, by more with outliers; an activation in another approximation by 1e-4 over 2 layers
+FEATURE_LIMIT = 2e-5
 
 
 @dataclass(frozen=True)

@@ -128,39 +128,47 @@ def open_source(name: str) -> tuple[Format, Source]:
     if name.startswith("timm:"):
         return by_name["timm"], Source(name)
     if Path(name).is_file():
-        from trainers.conversion.weight_files import read_weight_file
-
-        tensors = read_weight_file(name)
-        for each in FORMATS:
-            if each.holds and function(each.holds)(tensors):
-                return each, Source(name, tensors=tensors)
-        known = "; ".join(each.what for each in FORMATS if each.holds)
-        raise InputError(
-            f"{name} is in no layout that is known (first: {', '.join(list(tensors)[:3])}); give {known}."
-        )
+        return _open_file(name)
     if Path(name).is_dir():
         name = newest_model(name)
     config = _read_config(name)
     model_type = config.get("model_type")
-    if "architecture" in config and model_type is None:
-        return by_name["timm"], Source(name, config=config)
     found = next((each for each in FORMATS if model_type in each.model_types), None)
     if config.get("auto_map") and not (found and found.name == "cjepa"):
         raise InputError(
             f"{name} needs code of its own (auto_map in its config.json), which is not run; give a model of a type "
             "that transformers has, or its weights in another format."
         )
+    if "architecture" in config and model_type is None:
+        return by_name["timm"], Source(name, config=config)
     if found is None:
         known = ", ".join(each for formats in FORMATS for each in formats.model_types)
         raise InputError(f"{name} is a model of type {model_type!r}; known are {known}, and models of timm.")
+    from trainers.conversion.weight_files import check_folder
+
+    check_folder(name)
     return found, Source(name, config=config)
+
+
+def _open_file(name: str) -> tuple[Format, Source]:
+    from trainers.conversion.weight_files import read_weight_file
+
+    tensors = read_weight_file(name)
+    for each in FORMATS:
+        if each.holds and function(each.holds)(tensors):
+            return each, Source(name, tensors=tensors)
+    known = "; ".join(each.what for each in FORMATS if each.holds)
+    raise InputError(f"{name} is in no layout that is known (first: {', '.join(list(tensors)[:3])}); give {known}.")
 
 
 def _read_config(name: str) -> dict:
     from transformers.utils import cached_file
 
     try:
-        config = json.loads(Path(cached_file(name, "config.json")).read_text(encoding="utf-8"))
+        path = cached_file(name, "config.json")
+        if path is None:
+            raise FileNotFoundError("there is no config.json")
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{name} is no file, no folder with a config.json and no id of a model on the Hub ({first_line(error)}); "

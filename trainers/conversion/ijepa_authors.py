@@ -12,11 +12,10 @@ import torch
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining, CJepaModel
 from modeling_cjepa.configuration_cjepa import pair
-from modeling_cjepa.encoders_cjepa import sincos_positions
 from trainers.conversion.checks import Check, Converted, compare, random_images
 from trainers.conversion.formats import ReadOptions, Source
 from trainers.conversion.ijepa_forward import LAYER_NORM_EPS, encode, predict
-from trainers.conversion.names import FUSED_ENCODER, FUSED_PREDICTOR, build, count_layers
+from trainers.conversion.names import FUSED_ENCODER, FUSED_PREDICTOR, build, count_layers, has_fixed_positions
 from trainers.conversion.weight_files import read_weight_file
 from trainers.errors import InputError, first_line
 
@@ -220,7 +219,7 @@ def _check_positions(table: torch.Tensor | None, grid_size: tuple[int, int], nam
             f"{name} has shape {tuple(table.shape)}, not {num_patches} positions, those of the {grid_size[0]}x"
             f"{grid_size[1]} grid of image_size; give the image_size the checkpoint was trained with."
         )
-    if not torch.allclose(table[0].float(), sincos_positions(grid_size, table.shape[-1]), atol=1e-4):
+    if not has_fixed_positions(grid_size, table):
         raise InputError(f"{name} is not the fixed 2-D sin-cos table of I-JEPA; learned positions are not supported.")
 
 

@@ -33,7 +33,7 @@ def read_ijepa(source: Source, options: ReadOptions) -> Converted:
     """
     original, unused, _ = load_transformers(IJepaModel, source.name)
     config = encoder_config(original.config, source.name)
-    if not has_fixed_positions(config, original.embeddings.position_embeddings):
+    if not has_fixed_positions(config.grid_size, original.embeddings.position_embeddings):
         raise InputError(
             f"{source.name} has learned positions, not the fixed 2-D sin-cos table of I-JEPA; they do not map to ours."
         )
@@ -45,9 +45,9 @@ def read_ijepa(source: Source, options: ReadOptions) -> Converted:
             "The weights on the Hub are those of the context encoder; the authors' checkpoint has the target encoder."
         )
     processor = load_processor(source.name)
-    if processor is not None and list(processor.image_mean) != _IMAGENET_MEAN:
+    if processor is not None and list(processor.image_mean or []) != _IMAGENET_MEAN:
         notes.append(
-            f"Its image processor is taken over with mean {list(processor.image_mean)}; the authors' code has "
+            f"Its image processor is taken over with mean {processor.image_mean}; the authors' code has "
             f"{_IMAGENET_MEAN}."
         )
     return Converted(model, notes, _check(model, original), processor)

@@ -151,16 +151,19 @@ def build(model_class, config, tensors: dict[str, torch.Tensor], where: str) -> 
     return model.eval()
 
 
-def has_fixed_positions(config, table: torch.Tensor) -> bool:
+def has_fixed_positions(grid_size: tuple[int, int], table: torch.Tensor) -> bool:
     """
-    Whether positions are the fixed 2-D sin-cos table, which ours computes for any grid.
+    Whether positions are the fixed 2-D sin-cos table, which ours computes for any grid; they may have been rounded.
 
     Args:
-        config ([`CJepaConfig`]): Of our encoder.
-        table (`torch.Tensor` of shape `(1, N, D)`): The positions of its grid.
+        grid_size (`(rows, columns)`): Patches of an image.
+        table (`torch.Tensor` of shape `(1, N, D)`): Their positions.
     """
-    fixed = sincos_positions(config.grid_size, config.hidden_size).unsqueeze(0)
-    return table.shape == fixed.shape and torch.allclose(table.float(), fixed, atol=1e-4)
+    if table.ndim != 3 or table.shape[:2] != (1, grid_size[0] * grid_size[1]) or table.shape[2] % 4:
+        return False
+    fixed = sincos_positions(grid_size, table.shape[2]).unsqueeze(0)
+    stored = (fixed.to(dtype).float() for dtype in (torch.float32, torch.float16, torch.bfloat16))
+    return any(torch.allclose(table.float(), each, atol=1e-4) for each in stored)
 
 
 def _some(names: list[str]) -> str:

@@ -67,7 +67,7 @@ def read_start(source: Source, options: ReadOptions) -> Converted:
 def _positions_note(config, tensors: dict[str, torch.Tensor]) -> str:
     table = tensors["embeddings.position_embeddings"]
     rows, columns = config.grid_size
-    if has_fixed_positions(config, table[:, table.shape[1] - rows * columns :]):
+    if has_fixed_positions(config.grid_size, table[:, table.shape[1] - rows * columns :]):
         return "Its positions are the fixed 2-D sin-cos table that ours has, too."
     return "Learned positions do not map: the fixed 2-D sin-cos table takes their place."
 

@@ -1,6 +1,7 @@
 """timm's vision transformers without class token, whose patch tokens are averaged, in and out.
 
-They need timm (`pip install "cjepa[timm]"`). `vit_*_gap_*` are of this kind, those of I-JEPA among them; the names of their tensors are the authors'.
+They need timm (`pip install "cjepa[timm]"`). `vit_*_gap_*` are of this kind, those of I-JEPA among them; the names of
+their tensors are the authors'.
 """
 
 import math
@@ -48,7 +49,7 @@ def read_timm(source: Source, options: ReadOptions) -> Converted:
         raise InputError(f"{name} is a {type(original).__name__} with other tokens than patches; ours has none.")
     config = _our_config(original, name)
     tensors = FUSED_ENCODER.to_ours(original.state_dict())
-    if not has_fixed_positions(config, tensors.get("embeddings.position_embeddings", torch.empty(0))):
+    if not has_fixed_positions(config.grid_size, tensors.get("embeddings.position_embeddings", torch.empty(0))):
         raise InputError(
             f"{name} has learned positions, not the fixed 2-D sin-cos table of I-JEPA; they do not map to ours."
         )
@@ -187,6 +188,12 @@ def _timm_arguments(config: CJepaConfig) -> dict:
 def _data_config(model: CJepaModel, processor) -> dict:
     """timm's words for an image processor."""
     height, width = pair(model.config.image_size)
+    num_means = len(processor.image_mean or [])
+    if num_means != model.config.num_channels:
+        raise InputError(
+            f"The image processor has {num_means} means, the model {model.config.num_channels} "
+            "channels; mend preprocessor_config.json."
+        )
     edge = processor.size.get("shortest_edge")
     names = {number: name for name, number in _RESAMPLE.items()}
     return {

@@ -1,5 +1,6 @@
 """Files of weights, read as numbers alone: no code of theirs is run, and none is larger than it looks."""
 
+import json
 import pickle
 import re
 import zipfile
@@ -9,6 +10,7 @@ import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers.utils import cached_file, has_file
 
 from trainers.errors import InputError, first_line
 
@@ -50,6 +52,40 @@ def read_weight_file(path: str | Path) -> dict:
     return tensors
 
 
+def check_folder(name: str):
+    """
+    Refuses a model's folder whose weights transformers is not to read.
+
+    Args:
+        name (`str`): The folder, or an id on the Hub.
+
+    Raises:
+        InputError: A file of weights is elsewhere, or one that torch wrote is refused by [`read_weight_file`].
+    """
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        if has_file(name, whole):
+            files = [whole]
+        elif has_file(name, f"{whole}.index.json"):
+            files = _files_of_index(name, f"{whole}.index.json")
+        else:
+            continue
+        for file in files:
+            if not file.endswith(".safetensors"):  # which has no code, and a header that is checked
+                read_weight_file(cached_file(name, file))
+        return
+
+
+def _files_of_index(name: str, index: str) -> list[str]:
+    try:
+        files = sorted(set(json.loads(Path(cached_file(name, index)).read_text())["weight_map"].values()))
+        outside = [file for file in files if Path(file).name != file]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} of {name} cannot be read ({first_line(error)}); copy the model again.") from error
+    if outside:
+        raise InputError(f"{index} of {name} names a file outside of it ({outside[0]}); do not trust it.")
+    return files
+
+
 def check_tensors(tensors: dict, where: str):
     """
     Refuses tensors that are no weights.
@@ -59,11 +95,12 @@ def check_tensors(tensors: dict, where: str):
         where (`str`): Where they are from, for the sentence.
 
     Raises:
-        InputError: One is not dense, is larger than what is stored of it, or has numbers that are not finite.
+        InputError: One is of complex numbers or of 8 bits, is larger than what is stored of it, or has numbers that
+            are not finite.
     """
     for name, tensor in flat(tensors):
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            raise InputError(f"{where}: {name} is a {tensor.layout} tensor; only plain ones are read.")
+        if tensor.is_complex() or tensor.is_floating_point() and tensor.element_size() == 1:
+            raise InputError(f"{where}: {name} is of {tensor.dtype}; save it in float32, float16 or bfloat16.")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(
                 f"{where}: {name} claims {tensor.numel():,} numbers and stores fewer; the file is not to be trusted."
@@ -99,9 +136,8 @@ def _load(path: Path, **options):
             ) from error
         raise InputError(f"{path} is no file of weights that torch reads without running code; {_ADVICE}.") from error
     except Exception as error:  # whatever torch's reader comes upon in bytes that are not its own
-        if "TorchScript" in str(error) or "legacy .tar" in str(error):
-            kind = "a TorchScript program" if "TorchScript" in str(error) else "in torch's old tar format"
-            raise InputError(f"{path} is {kind}, which is not read without running code; {_ADVICE}.") from error
+        if "legacy .tar" in str(error):
+            raise InputError(f"{path} is in torch's old tar format, which needs pickled code; {_ADVICE}.") from error
         raise InputError(f"{path} is no torch file, or a damaged one ({first_line(error)}); copy it again.") from error
 
 
@@ -112,6 +148,8 @@ def _check_archive(path: Path):
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise InputError(f"{path} is cut off or damaged ({first_line(error)}); copy it again.") from error
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise InputError(f"{path} is a TorchScript program, which is not run; {_ADVICE}.")
     for member in members:
         name = member.orig_filename.replace("\\", "/")
         if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in name.split("/"):

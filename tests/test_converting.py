@@ -1,0 +1,498 @@
+"""Models of other packages in, ours out: against the real classes, there and back, and what is refused."""
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+from formats import MEAN, STD, same_weights, save_native, save_ours, shaken
+from safetensors.torch import load_file, save_file
+from test_golden import GOLDEN, parts
+from test_weight_files import Shell
+from tiny import images, sjea_level, tiny_model, tiny_sjea
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    DeiTConfig,
+    DeiTModel,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    IJepaConfig,
+    IJepaForImageClassification,
+    IJepaModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTModel,
+    ViTMSNConfig,
+    ViTMSNModel,
+)
+
+from modeling_cjepa import CJepaForPreTraining, CJepaModel, SJeaForPreTraining
+from modeling_cjepa.encoders_cjepa import sincos_positions
+from trainers.cli import main
+from trainers.conversion.checks import Check, compare
+from trainers.conversion.converting import convert, load_start
+from trainers.conversion.formats import ReadOptions
+from trainers.errors import InputError
+from trainers.loading import load_model
+from trainers.transforms import image_processor
+
+HEADS = ReadOptions(num_attention_heads=2)
+UPPER = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+TIMM = {
+    "img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "num_classes": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return tiny_model().eval()
+
+
+@pytest.fixture
+def folder(ours, tmp_path):
+    return save_ours(ours, tmp_path / "ours")
+
+
+def refused(message, *arguments, output, **options):
+    with pytest.raises(InputError, match=message) as caught:
+        convert(*arguments, output, **options)
+    assert "\n" not in str(caught.value)
+    assert not output.exists()
+    assert not [path for path in output.parent.iterdir() if "unfinished" in path.name or path.name.endswith(".tmp")]
+
+
+@torch.no_grad()
+def features(encoder, height=32, width=32):
+    return encoder.eval()(images(3, height, width)).last_hidden_state
+
+
+# out, and back again
+
+
+def test_an_ijepa_model_is_written_that_transformers_loads_alone(ours, folder, tmp_path):
+    done = convert(str(folder), tmp_path / "out", to="ijepa")
+    written = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=False).eval()
+    assert type(written) is IJepaModel and written.config.layer_norm_eps == 1e-6
+    assert not list((tmp_path / "out").glob("*.py")) and not hasattr(written.config, "auto_map")
+    torch.testing.assert_close(features(written), features(ours.cjepa), atol=1e-5, rtol=0)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert (list(processor.image_mean), list(processor.image_std)) == (MEAN, STD)
+    assert len(done.checks) == 1 and done.checks[0].difference <= 1e-5
+    back = load_start(str(tmp_path / "out"))
+    assert type(back.model) is CJepaModel and same_weights(back.model, ours.cjepa)
+
+
+def test_timm_is_written_that_timm_loads(ours, folder, tmp_path):
+    convert(str(folder), tmp_path / "out", to="timm")
+    written = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    with torch.no_grad():
+        tokens, pooled = written.forward_features(images(3)), written(images(3))
+        expected = ours.cjepa(images(3))
+    torch.testing.assert_close(tokens, expected.last_hidden_state, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pooled, expected.pooler_output, atol=1e-5, rtol=0)
+    data = timm.data.resolve_model_data_config(written)
+    assert (list(data["mean"]), list(data["std"]), data["input_size"]) == (MEAN, STD, (3, 32, 32))
+    back = load_start(str(tmp_path / "out"))
+    assert same_weights(back.model, ours.cjepa)
+    assert list(back.processor.image_mean) == MEAN and dict(back.processor.size) == {"height": 32, "width": 32}
+
+
+def test_the_authors_layout_keeps_all_three_parts(ours, folder, tmp_path):
+    path = tmp_path / "out.pth.tar"
+    done = convert(str(folder), path, to="authors")
+    assert any("--num_attention_heads 2" in note for note in done.notes)
+    state = torch.load(path, weights_only=True)
+    assert state["epoch"] == 0 and all(name.startswith("module.") for name in state["encoder"])
+    assert state["predictor"].keys() >= {"module.predictor_pos_embed", "module.mask_token"}
+    back = load_start(str(path), HEADS)
+    assert type(back.model) is CJepaForPreTraining and same_weights(back.model, ours)
+    assert back.model.config.image_size == 32
+    assert back.check.difference <= back.check.limit
+
+
+def test_timm_reads_the_context_encoder_of_what_is_written_for_the_authors(ours, folder, tmp_path):
+    """timm's own reader of I-JEPA's checkpoints."""
+    convert(str(folder), tmp_path / "out.pth.tar", to="authors")
+    overlay = {"file": str(tmp_path / "out.pth.tar"), "custom_load": False}
+    read = timm.create_model(
+        "vit_huge_patch14_gap_224", pretrained=True, pretrained_cfg_overlay=overlay, **TIMM
+    ).eval()
+    with torch.no_grad():
+        tokens = read.forward_features(images(3))
+    torch.testing.assert_close(tokens, features(ours.context_encoder), atol=1e-5, rtol=0)
+
+
+def test_an_encoder_alone_goes_to_the_authors_and_back(ours, tmp_path):
+    source = save_ours(ours.cjepa, tmp_path / "encoder")
+    convert(str(source), tmp_path / "out.pth.tar", to="authors")
+    for encoder in ("target", "context"):
+        back = load_start(str(tmp_path / "out.pth.tar"), ReadOptions(encoder, num_attention_heads=2))
+        assert type(back.model) is CJepaModel and same_weights(back.model, ours.cjepa)
+        assert "no predictor" in back.notes[0]
+
+
+def test_foreign_goes_to_foreign_and_no_bit_is_lost_on_the_way(ours, folder, tmp_path):
+    convert(str(folder), tmp_path / "1", to="timm")
+    convert(str(tmp_path / "1"), tmp_path / "2", to="ijepa")
+    convert(str(tmp_path / "2"), tmp_path / "3.pth.tar", to="authors")
+    convert(str(tmp_path / "3.pth.tar"), tmp_path / "4", options=HEADS)
+    assert same_weights(load_model(tmp_path / "4"), ours.cjepa)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qkv_bias": False},
+        {"image_size": [24, 40], "patch_size": [4, 8]},
+        {"num_channels": 1, "intermediate_size": 57},
+        {"hidden_act": "gelu_pytorch_tanh"},
+        {"hidden_act": "quick_gelu"},
+    ],
+)
+@pytest.mark.parametrize("to", ["ijepa", "timm"])
+def test_what_changes_the_arithmetic_goes_along(changes, to, tmp_path):
+    model = tiny_model(**changes).eval()
+    source = save_ours(model, tmp_path / "ours")
+    if model.config.num_channels == 1:
+        image_processor((32, 32), [0.5], [0.2]).save_pretrained(source)
+    convert(str(source), tmp_path / "out", to=to)
+    back = load_start(str(tmp_path / "out"))
+    assert same_weights(back.model, model.cjepa)
+    for name in ("hidden_act", "qkv_bias", "image_size", "patch_size", "num_channels", "intermediate_size"):
+        assert getattr(back.model.config, name) == getattr(model.config, name), name
+
+
+def test_the_encoder_is_chosen(ours, folder, tmp_path):
+    for to, encoder, expected in (
+        ("ijepa", None, ours.cjepa), ("ijepa", "target", ours.cjepa), ("ijepa", "context", ours.context_encoder),
+        ("timm", "context", ours.context_encoder), ("cjepa", "context", ours.context_encoder), ("cjepa", None, ours),
+    ):  # fmt: skip
+        output = tmp_path / f"{to}-{encoder}"
+        convert(str(folder), output, to=to, encoder=encoder)
+        assert same_weights(load_start(str(output)).model, expected)
+    convert(str(folder), tmp_path / "out.pth.tar", to="authors")
+    convert(str(tmp_path / "out.pth.tar"), tmp_path / "context", encoder="context", options=HEADS)
+    assert same_weights(load_model(tmp_path / "context"), ours.context_encoder)
+
+
+def test_every_model_of_ours_is_taken_as_it_is(tmp_path):
+    for name, model in (("stack", tiny_model(upper_levels=[UPPER])), ("sjea", tiny_sjea(sjea_level(), sjea_level()))):
+        source = save_ours(model, tmp_path / name)
+        assert same_weights(load_start(str(source)).model, model)
+        convert(str(source), tmp_path / f"{name}-copy")
+        assert same_weights(load_model(tmp_path / f"{name}-copy"), model)
+    assert type(load_start(str(source)).model) is SJeaForPreTraining
+
+
+# in
+
+
+def test_the_authors_checkpoint_comes_in_as_they_computed(tmp_path):
+    golden = load_file(GOLDEN / "ijepa_step.safetensors")
+    torch.save(parts(golden) | {"opt": {"state": {}}, "scaler": None, "epoch": 300}, tmp_path / "authors.pth.tar")
+    done = convert(str(tmp_path / "authors.pth.tar"), tmp_path / "out", options=ReadOptions(num_attention_heads=3))
+    assert "authors' forward pass" in done.checks[0].what
+    model = AutoModel.from_pretrained(tmp_path / "out").eval()
+    tokens = model(golden["pixel_values"]).last_hidden_state
+    torch.testing.assert_close(tokens, golden["target_encoder_output"], atol=1e-5, rtol=0)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "authors.pth.tar" in card and done.checks[0].sentence() in card and "ImageNet's mean" in card
+
+
+def test_the_tensors_of_an_encoder_alone_come_in(ours, folder, tmp_path):
+    convert(str(folder), tmp_path / "timm", to="timm")
+    back = load_start(str(tmp_path / "timm/model.safetensors"), HEADS)
+    assert same_weights(back.model, ours.cjepa)
+
+
+@pytest.mark.parametrize("model_class", [IJepaModel, IJepaForImageClassification])
+def test_an_ijepa_model_comes_in(model_class, tmp_path):
+    original = save_native(model_class, IJepaConfig, tmp_path / "source", fixed_positions=True)
+    convert(str(tmp_path / "source"), tmp_path / "out")
+    model = load_model(tmp_path / "out")
+    torch.testing.assert_close(features(model), features(getattr(original, "ijepa", original)), atol=1e-5, rtol=0)
+    assert model.config.layer_norm_eps == 1e-12
+    # of another size ours computes the fixed positions, theirs stretches its table
+    assert features(model, 48, 32).shape == (3, 96, 32)
+
+
+def test_timms_registry_comes_in(tmp_path, monkeypatch):
+    built = shaken(timm.create_model("vit_base_patch16_gap_224", **TIMM))
+    built.pos_embed.data[0] = sincos_positions((8, 8), 32)
+    asked = []
+    create = timm.create_model
+    # the registry's weights are on the network; its class is the real one
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: asked.append((name, options)) or built)
+    back = load_start("timm:vit_tiny_ijepa")
+    monkeypatch.setattr(timm, "create_model", create)
+    assert asked == [("vit_tiny_ijepa", {"pretrained": True, "num_classes": 0})]
+    with torch.no_grad():
+        torch.testing.assert_close(features(back.model), built.forward_features(images(3)), atol=1e-5, rtol=0)
+    assert any("context encoder" in note for note in back.notes)
+
+
+DINO = {"mlp_ratio": 2, "layerscale_value": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "changes", "said"),
+    [
+        (Dinov2Model, Dinov2Config, DINO, ["class token", "mask token", "Layer scale", "Learned positions"]),
+        (Dinov2Model, Dinov2Config, DINO | {"qkv_bias": False, "hidden_act": "relu"}, ["Layer scale"]),
+        (Dinov2WithRegistersModel, Dinov2WithRegistersConfig, DINO, ["register tokens", "Layer scale"]),
+        (ViTModel, ViTConfig, {}, ["class token", "pooler", "Learned positions"]),
+        (ViTForImageClassification, ViTConfig, {"hidden_act": "gelu_new"}, ["class token", "classifier"]),
+        (ViTMAEForPreTraining, ViTMAEConfig, {"fixed_positions": True}, ["decoder", "are the fixed 2-D sin-cos"]),
+        (DeiTModel, DeiTConfig, {}, ["distillation token", "pooler"]),
+        (ViTMSNModel, ViTMSNConfig, {}, ["class token"]),
+    ],
+)
+def test_other_encoders_are_a_start(model_class, config_class, changes, said, tmp_path):
+    original = save_native(model_class, config_class, tmp_path / "source", **changes)
+    done = convert(str(tmp_path / "source"), tmp_path / "out")
+    for words in said:
+        assert any(words in note for note in done.notes), words
+    assert ("pooler" in " ".join(done.notes)) == ("pooler" in said)
+    model = load_model(tmp_path / "out")
+    base = getattr(original, original.base_model_prefix, original)
+    with torch.no_grad():  # the embedded patches of ours through their layers
+        tokens = model.embeddings(images(2))
+        for layer in base.encoder.layer if hasattr(base, "encoder") else base.layers:
+            tokens = layer(tokens)
+        expected = base.layernorm(tokens)
+        torch.testing.assert_close(model(images(2)).last_hidden_state, expected, atol=1e-5, rtol=0)
+        patches = base.embeddings.patch_embeddings
+        own = model.embeddings.patch_embeddings(images(2))
+        torch.testing.assert_close(own, patches.projection(images(2)).flatten(2).transpose(1, 2))
+
+
+def test_half_precision_comes_in_as_float32(tmp_path):
+    original = save_native(IJepaModel, IJepaConfig, tmp_path / "float", fixed_positions=True)
+    original.to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    model = load_start(str(tmp_path / "source")).model
+    assert model.dtype == torch.float32
+    torch.testing.assert_close(features(model), features(original.float()), atol=1e-5, rtol=0)
+
+
+# refused
+
+
+def test_learned_positions_are_refused_where_they_must_hold(tmp_path):
+    save_native(IJepaModel, IJepaConfig, tmp_path / "ijepa")
+    refused("learned positions", str(tmp_path / "ijepa"), output=tmp_path / "out")
+    timm.models.save_for_hf(
+        shaken(timm.create_model("vit_base_patch16_gap_224", **TIMM)), tmp_path / "timm", safe_serialization=True
+    )
+    refused("learned positions", str(tmp_path / "timm"), output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_token": True}, "other tokens than patches"),
+        ({"reg_tokens": 2}, "other tokens than patches"),
+        ({"fc_norm": True}, "fc_norm"),
+        ({"global_pool": "max"}, "pooling"),
+        ({"qk_norm": True}, "not known.*q_norm"),
+        ({"init_values": 0.1}, "not known.*ls1.gamma"),
+        ({"pre_norm": True}, "not known.*norm_pre"),
+        ({"pos_embed": "none"}, "learned positions"),
+        ({"depth": 3}, "no whole model of timm"),
+    ],
+)
+def test_other_kinds_of_timm_are_refused(changes, message, ours, folder, tmp_path):
+    convert(str(folder), tmp_path / "good", to="timm")
+    written = tmp_path / "timm"
+    arguments = json.loads((tmp_path / "good/config.json").read_text())["model_args"]
+    model = timm.create_model("vit_base_patch16_gap_224", **arguments | changes)
+    if model.pos_embed is not None:
+        model.pos_embed.data[:, -64:] = ours.cjepa.embeddings.position_embeddings
+    timm.models.save_for_hf(model, written, safe_serialization=True, model_args=arguments | changes)
+    if "depth" in changes:
+        save_file(load_file(tmp_path / "good/model.safetensors"), written / "model.safetensors")
+    refused(message, str(written), output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "to", "message"),
+    [
+        ({"layer_norm_eps": 1e-5}, "timm", "layer_norm_eps=1e-05: timm's"),
+        ({"hidden_act": "gelu_new"}, "timm", "hidden_act='gelu_new' is not known to timm"),
+        ({"layer_norm_eps": 1e-5}, "authors", "layer_norm_eps=1e-05"),
+        ({"hidden_act": "relu"}, "authors", "hidden_act='relu'"),
+        ({"predictor_num_attention_heads": 4}, "authors", "predictor_num_attention_heads=4"),
+        ({"image_size": [32, 16]}, "authors", "image_size is 32x16"),
+        ({"upper_levels": [UPPER]}, "ijepa", "A stack of 2 levels"),
+        ({"upper_levels": [UPPER]}, "timm", "A stack of 2 levels"),
+        ({"upper_levels": [UPPER]}, "authors", "A stack of 2 levels"),
+    ],
+)
+def test_what_a_format_cannot_say_is_refused(changes, to, message, tmp_path):
+    source = save_ours(tiny_model(**changes), tmp_path / "ours")
+    refused(message, str(source), output=tmp_path / "out.pth.tar", to=to)
+
+
+def test_an_sjea_model_goes_nowhere_else(tmp_path):
+    source = save_ours(tiny_sjea(), tmp_path / "ours")
+    for to in ("ijepa", "timm", "authors"):
+        refused("An S-JEA model does not fit", str(source), output=tmp_path / "out.pth.tar", to=to)
+    refused("no context encoder", str(source), output=tmp_path / "out", encoder="context")
+
+
+def test_code_of_a_source_is_never_run(folder, tmp_path):
+    trace = tmp_path / "trace"
+    (folder / "modeling_evil.py").write_text(f"open({str(trace)!r}, 'w')")
+    config = json.loads((folder / "config.json").read_text())
+    for model_type in ("evil", "ijepa", "vit"):
+        auto_map = {"AutoConfig": "modeling_evil.Config", "AutoModel": "modeling_evil.Model"}
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type, "auto_map": auto_map}))
+        refused("needs code of its own", str(folder), output=tmp_path / "out")
+    # a processor that wants to
+    (folder / "config.json").write_text(json.dumps(config))
+    wanted = {"image_processor_type": "Evil", "auto_map": {"AutoImageProcessor": "modeling_evil.Processor"}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(wanted))
+    refused("image processor.*cannot be loaded", str(folder), output=tmp_path / "out")
+    assert not trace.exists()
+
+
+def test_folders_that_are_no_models_are_refused(tmp_path):
+    source = tmp_path / "source"
+    refused("is no file, no folder", str(source), output=tmp_path / "out")
+    source.mkdir()
+    refused("is no file, no folder", str(source), output=tmp_path / "out")
+    for config, message in (
+        ("{", "is no file, no folder"),
+        ("[]", "holds no mapping"),
+        ('{"model_type": "bert"}', "type 'bert'; known are"),
+        ('{"architecture": "resnet18"}', "no folder of timm"),
+        ('{"model_type": "ijepa", "hidden_size": 32}', "cannot be loaded as a IJepaModel"),
+        ('{"model_type": "dinov2", "use_swiglu_ffn": true}', "use_swiglu_ffn"),
+    ):
+        (source / "config.json").write_text(config)
+        refused(message, str(source), output=tmp_path / "out")
+    refused("cannot be loaded", "timm:no_such_model", output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("fault", ["nan", "missing", "shape", "cut off"])
+def test_broken_weights_are_refused(fault, folder, tmp_path):
+    for to, message in (("ijepa", "norm|lacks|cannot be loaded"), ("timm", "norm|no whole|shape")):
+        source = tmp_path / to
+        convert(str(folder), source, to=to)
+        file = source / "model.safetensors"
+        tensors = load_file(file)
+        name = next(name for name in tensors if re.search(r"(layernorm_after|norm2)\.weight", name))
+        if fault == "nan":
+            tensors[name][0] = float("nan")
+        elif fault == "missing":
+            del tensors[name]
+        elif fault == "shape":
+            tensors[name] = torch.ones(31)
+        save_file(tensors, file, {"format": "pt"})
+        if fault == "cut off":
+            file.write_bytes(file.read_bytes()[:-100])
+        refused(message, str(source), output=tmp_path / "out")
+
+
+def test_files_of_torch_in_a_folder_are_read_as_carefully(tmp_path):
+    trace = tmp_path / "trace"
+    model = save_native(IJepaModel, IJepaConfig, tmp_path / "ijepa", fixed_positions=True)
+    ours = tiny_model()
+    save_ours(ours, tmp_path / "ours")
+    for source, tensors in ((tmp_path / "ijepa", model.state_dict()), (tmp_path / "ours", ours.state_dict())):
+        (source / "model.safetensors").unlink()
+        for added, message in (
+            ({"more": Shell(f"touch {trace}")}, "needs pickled code"),
+            ({"more": torch.ones(1).expand(10**12)}, "more claims 1,000,000,000,000 numbers"),
+        ):
+            torch.save(tensors | added, source / "pytorch_model.bin")
+            refused(message, str(source), output=tmp_path / "out")
+        torch.save(tensors, source / "pytorch_model.bin")
+        same = load_start(str(source)).model
+        assert all(torch.equal(same.state_dict()[name], tensor) for name, tensor in tensors.items())
+        (source / "pytorch_model.bin").rename(tmp_path / f"{source.name}.bin")
+        for file, message in ((f"../{source.name}.bin", "outside of it"), (5, "cannot be read")):
+            index = {"weight_map": dict.fromkeys(tensors, file)}
+            (source / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+            refused(message, str(source), output=tmp_path / "out")
+    assert not trace.exists()
+
+
+def test_hostile_sizes_in_a_checkpoint_are_refused_before_a_model_is_made(folder, tmp_path):
+    path = tmp_path / "file.pth.tar"
+    convert(str(folder), path, to="authors")
+    whole = torch.load(path, weights_only=True)
+
+    far, first = "module.blocks.99999999999.norm1.weight", "module.blocks.0.attn.qkv.weight"
+    for part, name, tensor, message in (
+        ("encoder", far, torch.ones(32), "does not fit"),
+        ("target_encoder", far, torch.ones(32), "lacks layers"),
+        ("target_encoder", first, torch.ones(95, 32), "no fused query"),
+        ("target_encoder", first, torch.ones(3, 1), "has shape"),
+        ("target_encoder", "module.patch_embed.proj.weight", torch.ones(10**6, 1, 1, 1), "does not fit|has shape"),
+        ("target_encoder", "module.patch_embed.proj.weight", torch.ones(32), "other shapes"),
+        ("target_encoder", "module.pos_embed", torch.ones(1, 63, 32), "no table of a square grid"),
+        ("predictor", "module.predictor_pos_embed", torch.ones(64), "predictor_pos_embed has shape"),
+    ):
+        torch.save(whole | {part: whole[part] | {name: tensor}}, path)
+        refused(message, str(path), output=tmp_path / "out", options=HEADS)
+    torch.save({"weight": torch.ones(2)}, path)
+    refused("in no layout that is known", str(path), output=tmp_path / "out")
+
+
+def test_a_check_that_fails_writes_nothing(folder, tmp_path, monkeypatch):
+    """A mistake in the table of names that loads without complaint: two norms changed places."""
+    from trainers.conversion import names
+
+    swap = str.maketrans("12", "21")
+    rows = tuple((our, their.translate(swap) if "norm" in their else their) for our, their in names.FUSED_ENCODER.rows)
+    table = names.NameTable(rows)
+    monkeypatch.setattr("trainers.conversion.ijepa_authors.FUSED_ENCODER", table)
+    monkeypatch.setattr("trainers.conversion.timm_ijepa.FUSED_ENCODER", table)
+    for to in ("authors", "timm"):
+        refused("conversion does not hold", str(folder), output=tmp_path / "out.pth.tar", to=to)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.0])
+def test_a_difference_too_large_or_not_finite_is_an_error(value):
+    with pytest.raises(InputError, match=r"does not hold.*\(allowed"):
+        Check("the truth", value, 0.5).raise_if_too_large()
+    with pytest.raises(InputError, match="does not hold"):
+        compare("the truth", [torch.tensor([0.0, value])], [torch.zeros(2)])
+    with pytest.raises(InputError, match="does not hold"):
+        compare("the truth", [torch.tensor([0.0, 3.0])], [torch.tensor([0.0, value])])
+    with pytest.raises(InputError, match="shape"):
+        compare("the truth", [torch.zeros(2)], [torch.zeros(2, 1)])
+
+
+# the command
+
+
+def test_the_command_says_what_it_checked(folder, tmp_path, capsys):
+    assert main(["convert", str(folder), str(tmp_path / "out"), "--to", "ijepa"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"checked against transformers' IJepaModel on 2 random images: largest difference of features "
+                     r"\d\.\de-\d\d \(allowed \d\.\de-05\)", said)  # fmt: skip
+    assert "Only the target encoder is written" in said and f"Written to {tmp_path / 'out'}" in said
+    for arguments, message in (
+        ([str(folder), str(tmp_path / "out")], "exists already"),
+        ([str(folder), str(tmp_path / "new"), "--to", "onyx"], "--to onyx is not known; choose one of cjepa, authors"),
+        ([str(folder), str(tmp_path / "new"), "--encoder", "both"], "--encoder both is not known"),
+        ([str(folder), str(tmp_path / "new"), "--to", "authors"], "ends in .pth.tar"),
+    ):
+        assert main(["convert", *arguments]) == 2
+        (sentence,) = capsys.readouterr().err.strip().splitlines()
+        assert message in sentence
+        assert not (tmp_path / "new").exists()
+
+
+def test_help_says_which_encoder_and_why(capsys):
+    with pytest.raises(SystemExit):
+        main(["convert", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "average over the steps" in said and "transformers' DINOv2, as a start" in said
