@@ -22,6 +22,11 @@ torch.save(model(torch.randn(2, 3, 32, 32)).pooler_output.detach(), {file!r})
 """
 
 
+def made(folder):
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def encoder():
     return tiny_model(hidden_size=64, intermediate_size=128).cjepa.eval()
 
@@ -30,7 +35,7 @@ def encoder():
 def test_a_process_without_this_package_loads_it(activations, tmp_path):
     pytest.importorskip("torchao")
     model, folder, file = encoder(), tmp_path / "int8", tmp_path / "features.pt"
-    written = export_int8(model, folder, activations=activations)
+    written = export_int8(model, None, made(folder), activations=activations)
     assert 0 < written.check.difference <= written.check.limit
     program = LOAD.format(folder=str(folder), file=str(file))
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path, check=True, capture_output=True)
@@ -45,7 +50,7 @@ def test_a_process_without_this_package_loads_it(activations, tmp_path):
 def test_weights_are_whole_numbers_in_safetensors(tmp_path):
     pytest.importorskip("torchao")
     model = encoder()
-    export_int8(model, tmp_path / "int8")
+    export_int8(model, None, made(tmp_path / "int8"))
     model.save_pretrained(tmp_path / "float32")
     before, after = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("float32", "int8"))
     assert after < 0.5 * before
@@ -62,7 +67,7 @@ def test_weights_are_whole_numbers_in_safetensors(tmp_path):
 def test_heads_stay_in_full(tmp_path):
     pytest.importorskip("torchao")
     config = tiny_config(hidden_size=64, num_labels=3, classifier_pooling="attentive")
-    export_int8(CJepaForImageClassification(config), tmp_path / "int8")
+    export_int8(CJepaForImageClassification(config), None, made(tmp_path / "int8"))
     loaded = CJepaForImageClassification.from_pretrained(tmp_path / "int8")
     assert loaded.classifier.weight.dtype == loaded.pooling.fc1.weight.dtype == torch.float32
     assert hasattr(loaded.cjepa.layers[1].attention.q_proj.weight, "qdata")
@@ -72,7 +77,7 @@ def test_a_stack_of_s_jea(tmp_path):
     pytest.importorskip("torchao")
     transformer = sjea_level(backbone=TRANSFORMER | {"patch_size": 4}, stem="standard")
     model = tiny_sjea(transformer, sjea_level(reads="expanded")).eval()
-    written = export_int8(model, tmp_path / "int8")
+    written = export_int8(model, None, made(tmp_path / "int8"))
     loaded = AutoModel.from_pretrained(tmp_path / "int8").eval()
     assert "6 linear layers" in written.notes[0]
     with torch.no_grad():
@@ -83,13 +88,11 @@ def test_a_stack_of_s_jea(tmp_path):
 def test_what_has_nothing_to_quantise_is_refused(tmp_path):
     pytest.importorskip("torchao")
     with pytest.raises(InputError, match="no linear layers in transformer blocks"):
-        export_int8(tiny_sjea(), tmp_path / "int8")
-    assert not (tmp_path / "int8").exists()
+        export_int8(tiny_sjea(), None, made(tmp_path / "int8"))
 
 
 def test_another_model_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("torchao")
     monkeypatch.setattr("trainers.conversion.int8.DIFFERENCE_LIMIT", 1e-4)
     with pytest.raises(InputError, match="float32 on 8 random images"):
-        export_int8(encoder(), tmp_path / "int8")
-    assert not (tmp_path / "int8").exists()
+        export_int8(encoder(), None, made(tmp_path / "int8"))

@@ -5,7 +5,13 @@ import inspect
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling_cjepa import CJepaForPreTraining, SJeaForPreTraining, SJeaModel
+from modeling_cjepa import (
+    CJepaForImageClassification,
+    CJepaForPreTraining,
+    SJeaForImageClassification,
+    SJeaForPreTraining,
+    SJeaModel,
+)
 from modeling_cjepa.configuration_cjepa import pair
 
 
@@ -28,6 +34,11 @@ def classifier_facts(model: PreTrainedModel) -> dict:
     config = model.config
     size = list(pair(config.image_size))
     return {"parameters": model.num_parameters(), "image_size": size, "classes": list(config.id2label.values())}
+
+
+def is_classifier(model: PreTrainedModel) -> bool:
+    """Whether a model of this package is an image classifier."""
+    return isinstance(model, CJepaForImageClassification | SJeaForImageClassification)
 
 
 def parameters_by_part(model: PreTrainedModel) -> dict[str, int]:

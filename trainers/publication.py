@@ -7,7 +7,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from modeling_cjepa import CJepaForImageClassification, SJeaForImageClassification
 from trainers.cards import kept_license, write_card
 from trainers.checkpoint_push import CheckpointPush
 from trainers.conversion.ijepa_transformers import write_ijepa_model
@@ -18,7 +17,7 @@ from trainers.eval_results import SUITES
 from trainers.files import write_json
 from trainers.hub import Destination, upload
 from trainers.loading import load_model
-from trainers.model_facts import classifier_facts, model_facts
+from trainers.model_facts import classifier_facts, is_classifier, model_facts
 from trainers.public_facts import public_facts
 from trainers.publication_pictures import draw_pictures
 from trainers.publishing import save_model
@@ -80,7 +79,7 @@ class Publication:
         if self.native:
             encoder = encoder_of(model, "target")
             plain_encoder_only(encoder, "transformers' IJepaModel")
-            print(write_ijepa_model(encoder, processor, folder).sentence())
+            print(write_ijepa_model(encoder, processor, folder).check.sentence())
             return
         published = model.base_model if self.encoder_only else model
         save_model(published, processor, folder, shard_size=self.shard_size)
@@ -100,8 +99,7 @@ def check_finite(model: PreTrainedModel, place: Path):
 
 def card_kind(model: PreTrainedModel) -> str:
     """The kind of a model's card."""
-    is_classifier = isinstance(model, CJepaForImageClassification | SJeaForImageClassification)
-    return "classifier" if is_classifier else model.config.model_type
+    return "classifier" if is_classifier(model) else model.config.model_type
 
 
 def known_facts(place: Path, model: PreTrainedModel) -> dict:

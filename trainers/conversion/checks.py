@@ -1,7 +1,7 @@
 """What every way in gives and every way in or out is checked by: numbers of the original beside ours."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -64,6 +64,20 @@ class Converted:
     notes: list[str]
     check: Check | None = None
     processor: object | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """
+    A model that went out.
+
+    Args:
+        check ([`Check`]): What was written, read again, beside the model.
+        notes (`list[str]`): Sentences on what it holds and how it is to be read.
+    """
+
+    check: Check
+    notes: list[str] = field(default_factory=list)
 
 
 def compare(what: str, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> Check:

@@ -8,11 +8,12 @@ from transformers import PreTrainedModel
 
 from modeling_cjepa import CJepaForPreTraining
 from modeling_cjepa.configuration_cjepa import pair
-from trainers.conversion.checks import Check, Converted
+from trainers.conversion.checks import Check, Converted, Written
 from trainers.conversion.formats import Format, ReadOptions, format_named, function, open_source
 from trainers.conversion.ours import encoder_of, plain_encoder_only
 from trainers.errors import InputError
 from trainers.files import full_disk_named, whole_file
+from trainers.model_facts import is_classifier
 from trainers.publishing import whole_folder
 from trainers.resources import render_template
 from trainers.transforms import image_processor
@@ -53,7 +54,8 @@ def load_start(source: str, options: ReadOptions | None = None) -> Converted:
     Raises:
         InputError: It cannot be read, or does not compute as the original does.
     """
-    return _read(source, options or ReadOptions())[1]
+    start = _read(source, options or ReadOptions())[1]
+    return dataclasses.replace(start, model=start.model.base_model) if is_classifier(start.model) else start
 
 
 def convert(
@@ -105,15 +107,20 @@ def _read(source: str, options: ReadOptions) -> tuple[Format, Converted]:
 
 def _part_to_write(model: PreTrainedModel, target: Format, encoder: str | None) -> tuple[PreTrainedModel, list[str]]:
     """The model, or the encoder of it, that goes into a format, and what stays behind."""
+    if is_classifier(model):
+        part = model if target.writes_any and encoder is None else encoder_of(model, encoder)
+        notes = [] if part is model else ["Only the encoder is written; the classifier is left out."]
+    elif target.writes_all and encoder != "context":
+        part, notes = model, []
+    else:
+        part, notes = encoder_of(model, encoder), []
+        if isinstance(model, CJepaForPreTraining):
+            other = "target" if encoder == "context" else "context"
+            written = f"Only the {encoder or 'target'} encoder is written"
+            notes = [f"{written}; {other} encoder and predictor are left out."]
     if not target.writes_any:
-        plain_encoder_only(model, target.what)
-    if target.writes_all and encoder != "context":
-        return model, []
-    part = encoder_of(model, encoder)
-    if not isinstance(model, CJepaForPreTraining):
-        return part, []
-    other = "target" if encoder == "context" else "context"
-    return part, [f"Only the {encoder or 'target'} encoder is written; {other} encoder and predictor are left out."]
+        plain_encoder_only(part, target.what)
+    return part, notes
 
 
 def _write(target: Format, model, processor, output: Path, source: str, source_format: Format, checks, notes):
@@ -122,10 +129,10 @@ def _write(target: Format, model, processor, output: Path, source: str, source_f
         if not output.name.endswith(target.suffix):
             raise InputError(f"{output} is to be a file of {target.what}; give a name that ends in {target.suffix}.")
         with whole_file(output) as unfinished:
-            checks.append(writer(model, processor, unfinished))
+            _tell(writer(model, processor, unfinished), checks, notes)
         return
     with whole_folder(output) as unfinished:
-        checks.append(writer(model, processor, unfinished))
+        _tell(writer(model, processor, unfinished), checks, notes)
         if target.name == "cjepa":
             facts = {
                 "source": source,
@@ -136,6 +143,11 @@ def _write(target: Format, model, processor, output: Path, source: str, source_f
                 "auto_class": "AutoModelForPreTraining" if hasattr(model, "predictor") else "AutoModel",
             }
             (unfinished / "README.md").write_text(render_template("converted.md.j2", facts), encoding="utf-8")
+
+
+def _tell(written: Written, checks: list[Check], notes: list[str]):
+    checks.append(written.check)
+    notes += written.notes
 
 
 def _default_processor(config):

@@ -19,8 +19,8 @@ class Format:
         name (`str`): What `--to` calls it.
         what (`str`): What it is, for `--help` and sentences.
         reader (`str`): Of `(Source, ReadOptions)` to [`Converted`]; empty where there is no way in.
-        writer (`str`): Of `(model, processor, path)` to [`Check`]; writes into an existing folder, or the file of that
-            path. Empty where there is no way out.
+        writer (`str`): Of `(model, processor, path)` to [`Written`]; writes into an existing folder, or the file of
+            that path. Empty where there is no way out.
         notes (`str`): Of the model that is written to a list of sentences on what the format has no place for.
         holds (`str`): Of a file's tensors to whether they are in this format.
         model_types (`tuple` of `str`): `model_type` of the `config.json` of such a folder.
@@ -85,9 +85,19 @@ FORMATS = (
            "ijepa_transformers.write_ijepa_model", model_types=("ijepa",)),
     Format("timm", "a vision transformer of timm without class token", "timm_ijepa.read_timm",
            "timm_ijepa.write_timm"),
+    Format("sjea-authors", "a checkpoint of the authors' S-JEA code", "sjea_authors.read_sjea",
+           holds="sjea_authors.holds_sjea"),
+    Format("resnet", "a ResNet by torchvision's names, such as VICReg's resnet50.pth", "vicreg_resnet.read_resnet",
+           holds="vicreg_resnet.holds_resnet"),
     Format("dinov2", "transformers' DINOv2, as a start", _START, model_types=("dinov2", "dinov2_with_registers")),
     Format("vit_mae", "transformers' ViT-MAE, as a start", _START, model_types=("vit_mae",)),
     Format("vit", "transformers' ViT, DeiT or ViT-MSN, as a start", _START, model_types=("vit", "deit", "vit_msn")),
+    Format("onnx", "an ONNX graph, for batches and images of any size", writer="graphs.export_onnx", writes_any=True),
+    Format("program", "a program of torch.export, for batches and images of any size", writer="graphs.export_program",
+           writes_any=True),
+    Format("int8", "8-bit weights by torchao, as a folder of ours", writer="int8.export_int8", writes_any=True),
+    Format("int8-activations", "8-bit weights and activations by torchao", writer="int8.export_int8_activations",
+           writes_any=True),
 )
 # fmt: on
 

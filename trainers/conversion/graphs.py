@@ -17,25 +17,22 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from modeling_cjepa import (
-    CJepaForImageClassification,
     CJepaForPreTraining,
     CJepaModel,
-    SJeaForImageClassification,
     SJeaForPreTraining,
 )
 from modeling_cjepa.configuration_cjepa import choose_level, pair
+from trainers.conversion.checks import Check, Written, compare
+from trainers.conversion.outputs import output_names, require
 from trainers.errors import InputError
-from trainers.publishing import whole_folder
-
-from .checks import Check, compare
-from .outputs import Written, output_names, require
+from trainers.model_facts import is_classifier
 
 OPSET = 20
 # backbones that pool whatever map they make of an image
 _CONVOLUTIONAL = ("resnet", "regnet")
 
 
-def export_onnx(model: PreTrainedModel, folder: str | Path, processor=None) -> Written:
+def export_onnx(model: PreTrainedModel, processor, folder: Path) -> Written:
     """
     Writes a model as an ONNX graph of opset 20: `model.onnx`, `config.json` and, with a processor,
     `preprocessor_config.json`; weights of 2 GB or more lie beside the graph in `model.onnx.data`.
@@ -45,19 +42,19 @@ def export_onnx(model: PreTrainedModel, folder: str | Path, processor=None) -> W
 
     Args:
         model (`PreTrainedModel`): An encoder or a classifier; of a pre-training model the encoder is taken.
-        folder (`str` or `Path`): The folder to make.
-        processor (*optional*): The image processor whose settings are written.
+        processor: The image processor whose settings are written; None leaves them out.
+        folder (`Path`): An existing folder.
 
     Returns:
         [`Written`]: The check is by ONNX Runtime, of the file that was written.
 
     Raises:
-        InputError: ONNX's packages are not installed, the folder exists, the model is quantised, or the graph gives
+        InputError: ONNX's packages are not installed, the model is quantised, or the graph gives
             other numbers than the model.
     """
     _, _, runtime = require("onnx", "onnx", "onnxscript", "onnxruntime")
     graph = _Graph(model)
-    with whole_folder(Path(folder)) as unfinished, _quiet():
+    with _quiet():
         program = torch.onnx.export(
             graph.program(),
             dynamo=True,
@@ -69,17 +66,17 @@ def export_onnx(model: PreTrainedModel, folder: str | Path, processor=None) -> W
         )
         facts = {"opset": OPSET, "model_type": graph.config.model_type, "image_size": graph.size_sentence()}
         program.model.metadata_props.update({name: str(fact) for name, fact in facts.items()})
-        path = unfinished / "model.onnx"
+        path = folder / "model.onnx"
         program.save(path)
         session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
         check = graph.check(
             "ONNX Runtime", lambda images: map(torch.from_numpy, session.run(None, {"pixel_values": images.numpy()}))
         )
-        _write_settings(graph, processor, unfinished)
+        _write_settings(graph, processor, folder)
     return Written(check, [f"The graph is of ONNX opset {OPSET}.", graph.size_sentence()])
 
 
-def export_program(model: PreTrainedModel, folder: str | Path, processor=None) -> Written:
+def export_program(model: PreTrainedModel, processor, folder: Path) -> Written:
     """
     Writes a model as a program of `torch.export`: `model.pt2`, and the same files beside it as [`export_onnx`].
 
@@ -87,20 +84,20 @@ def export_program(model: PreTrainedModel, folder: str | Path, processor=None) -
     order.
 
     Args:
-        model, folder, processor: As of [`export_onnx`].
+        model, processor, folder: As of [`export_onnx`].
 
     Returns:
         [`Written`]: The check is of the file, loaded again.
 
     Raises:
-        InputError: The folder exists, the model is quantised, or the program gives other numbers than the model.
+        InputError: The model is quantised, or the program gives other numbers than the model.
     """
     graph = _Graph(model)
-    with whole_folder(Path(folder)) as unfinished, _quiet():
-        path = unfinished / "model.pt2"
+    with _quiet():
+        path = folder / "model.pt2"
         torch.export.save(graph.program(), path)
         check = graph.check("torch.export", torch.export.load(path).module())
-        _write_settings(graph, processor, unfinished)
+        _write_settings(graph, processor, folder)
     return Written(check, [f"The program was made by torch {torch.__version__}.", graph.size_sentence()])
 
 
@@ -114,7 +111,7 @@ def image_step(model: PreTrainedModel) -> tuple[int, int] | None:
     Returns:
         `(int, int)`: `(1, 1)` for images of any size; None where the configured size is the only one.
     """
-    if isinstance(model, CJepaForImageClassification | SJeaForImageClassification):
+    if is_classifier(model):
         model = model.base_model
     if isinstance(model, CJepaModel):
         level = choose_level(model.config.level, model.config.num_levels)

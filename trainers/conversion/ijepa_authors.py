@@ -12,7 +12,7 @@ import torch
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining, CJepaModel
 from modeling_cjepa.configuration_cjepa import pair
-from trainers.conversion.checks import Check, Converted, compare, random_images
+from trainers.conversion.checks import Check, Converted, Written, compare, random_images
 from trainers.conversion.formats import ReadOptions, Source
 from trainers.conversion.ijepa_forward import LAYER_NORM_EPS, encode, predict
 from trainers.conversion.names import FUSED_ENCODER, FUSED_PREDICTOR, build, count_layers, has_fixed_positions
@@ -63,7 +63,7 @@ def read_authors(source: Source, options: ReadOptions) -> Converted:
     return Converted(model, notes, check)
 
 
-def write_authors(model: CJepaForPreTraining | CJepaModel, processor, path: Path) -> Check:
+def write_authors(model: CJepaForPreTraining | CJepaModel, processor, path: Path) -> Written:
     """
     Writes a checkpoint that the authors' code, timm and transformers' script of conversion read.
 
@@ -73,7 +73,7 @@ def write_authors(model: CJepaForPreTraining | CJepaModel, processor, path: Path
         path (`Path`): The file to write.
 
     Returns:
-        [`Check`]: Of the file, read again, by a forward pass written out from its tensors.
+        [`Written`]: The check is of the file, read again, by a forward pass written out from its tensors.
 
     Raises:
         InputError: The model has what the authors' code has not.
@@ -91,7 +91,7 @@ def write_authors(model: CJepaForPreTraining | CJepaModel, processor, path: Path
         if module is not None
     }
     torch.save(state | {"epoch": 0}, path)
-    return _check(model, read_weight_file(path))
+    return Written(_check(model, read_weight_file(path)))
 
 
 def notes_of_authors(model: CJepaForPreTraining | CJepaModel) -> list[str]:

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModel, IJepaConfig, IJepaModel
 
 from modeling_cjepa import CJepaModel
-from trainers.conversion.checks import Check, Converted, compare, random_images
+from trainers.conversion.checks import Check, Converted, Written, compare, random_images
 from trainers.conversion.formats import ReadOptions, Source
 from trainers.conversion.names import build, has_fixed_positions
 from trainers.conversion.ours import load_processor, plain_encoder_only
@@ -53,7 +53,7 @@ def read_ijepa(source: Source, options: ReadOptions) -> Converted:
     return Converted(model, notes, _check(model, original), processor)
 
 
-def write_ijepa_model(model: CJepaModel, processor, folder: Path) -> Check:
+def write_ijepa_model(model: CJepaModel, processor, folder: Path) -> Written:
     """
     Writes an encoder as an IJepaModel, which `AutoModel` loads without code from elsewhere.
 
@@ -63,7 +63,7 @@ def write_ijepa_model(model: CJepaModel, processor, folder: Path) -> Check:
         folder (`Path`): An existing folder.
 
     Returns:
-        [`Check`]: Of the folder, loaded again by `AutoModel`.
+        [`Written`]: The check is of the folder, loaded again by `AutoModel`.
 
     Raises:
         InputError: It is a stack, or what was written differs.
@@ -76,7 +76,7 @@ def write_ijepa_model(model: CJepaModel, processor, folder: Path) -> Check:
     again = AutoModel.from_pretrained(folder, trust_remote_code=False)
     if type(again) is not IJepaModel:
         raise InputError(f"{folder} loads as a {type(again).__name__}, not as an IJepaModel; upgrade transformers.")
-    return _check(model, again.eval())
+    return Written(_check(model, again.eval()))
 
 
 @torch.no_grad()

@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.functional import cosine_similarity
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from modeling_cjepa import CJepaForPreTraining, SJeaForPreTraining
+from trainers.conversion.checks import Check, Written, random_images
+from trainers.conversion.outputs import output_names, require
 from trainers.errors import InputError
-from trainers.publishing import save_model, whole_folder
-
-from .checks import Check, random_images
-from .outputs import Written, output_names, require
+from trainers.publishing import save_model
 
 # of the largest output, and of 1 - the mean cosine similarity of images' embeddings or logits
 DIFFERENCE_LIMIT = 0.1
@@ -26,12 +25,7 @@ COSINE_LIMIT = 0.01
 _IN_FULL = ("expander", "expanders", "pooling", "classifier")
 
 
-def export_int8(
-    model: PreTrainedModel,
-    folder: str | Path,
-    processor: AutoImageProcessor | None = None,
-    activations: bool = False,
-) -> Written:
+def export_int8(model: PreTrainedModel, processor, folder: Path, activations: bool = False) -> Written:
     """
     Writes a model with 8-bit weights: safetensors, a `config.json` that says so, and the code, as a published folder.
 
@@ -39,8 +33,8 @@ def export_int8(
 
     Args:
         model (`PreTrainedModel`): An encoder or a classifier; of a pre-training model the encoder is taken.
-        folder (`str` or `Path`): The folder to make.
-        processor (*optional*): The image processor whose settings are written.
+        processor: The image processor whose settings are written; None leaves them out.
+        folder (`Path`): An existing folder.
         activations (`bool`, defaults to `False`): Whether what the layers read is quantised, too, image by image, so
             that they multiply whole numbers; otherwise they multiply in the precision of what they read.
 
@@ -49,7 +43,7 @@ def export_int8(
         the notes tell the cosine similarity and the sizes.
 
     Raises:
-        InputError: torchao is not installed, the folder exists, there is no layer to quantise, or the outputs differ
+        InputError: torchao is not installed, there is no layer to quantise, or the outputs differ
             by more than the limits.
     """
     torchao = require("int8", "torchao.quantization")[0]
@@ -64,10 +58,9 @@ def export_int8(
         raise InputError("The model has no linear layers in transformer blocks, so that 8 bits save nothing.")
     torchao.quantize_(quantised, scheme(), filter_fn=_is_quantised)
     _mark(quantised, scheme())
-    with whole_folder(Path(folder)) as unfinished:
-        save_model(quantised, processor, unfinished)
-        check, notes = _compare(original, type(model).from_pretrained(unfinished).eval())
-        after = sum(file.stat().st_size for file in unfinished.glob("*.safetensors"))
+    save_model(quantised, processor, folder)
+    check, notes = _compare(original, type(model).from_pretrained(folder).eval())
+    after = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     before = sum(tensor.numel() * tensor.element_size() for tensor in original.state_dict().values())
     notes.append(f"The weights take {after / 2**20:.1f} MiB, in float32 {before / 2**20:.1f} MiB.")
     return Written(check, [f"{len(names)} linear layers have 8-bit weights.", *notes])
@@ -99,3 +92,8 @@ def _compare(original: PreTrainedModel, loaded: PreTrainedModel) -> tuple[Check,
         f"float32 by 1 - cosine similarity on {len(images)} random images", 1 - cosine, COSINE_LIMIT
     ).raise_if_too_large()
     return check, [f"The mean cosine similarity to float32 is {cosine:.5f} (allowed {1 - COSINE_LIMIT})."]
+
+
+def export_int8_activations(model: PreTrainedModel, processor, folder: Path) -> Written:
+    """As [`export_int8`], with activations."""
+    return export_int8(model, processor, folder, activations=True)

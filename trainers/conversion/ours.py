@@ -7,11 +7,12 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.utils import has_file
 
 from modeling_cjepa import CJepaForPreTraining, SJeaForPreTraining, SJeaModel
-from trainers.conversion.checks import Check, Converted, compare, random_images
+from trainers.conversion.checks import Check, Converted, Written, compare, random_images
 from trainers.conversion.formats import ReadOptions, Source
 from trainers.conversion.weight_files import check_tensors
 from trainers.errors import InputError, first_line
 from trainers.loading import load_model
+from trainers.model_facts import is_classifier
 from trainers.publishing import save_model
 
 
@@ -29,12 +30,12 @@ def read_ours(source: Source, options: ReadOptions) -> Converted:
     Raises:
         InputError: It cannot be loaded whole, or has weights that are not finite.
     """
-    model = load_model(source.name).eval()
+    model = load_model(source.name, with_classifier=True).eval()
     check_tensors(model.state_dict(), source.name)
     return Converted(model, [], processor=load_processor(source.name))
 
 
-def write_ours(model: PreTrainedModel, processor, folder: Path) -> Check:
+def write_ours(model: PreTrainedModel, processor, folder: Path) -> Written:
     """
     Writes weights, configuration, code and image processor into an existing folder.
 
@@ -44,28 +45,28 @@ def write_ours(model: PreTrainedModel, processor, folder: Path) -> Check:
         folder (`Path`): Where to.
 
     Returns:
-        [`Check`]: Of the folder, loaded again, which must give the same features.
+        [`Written`]: The check is of the folder, loaded again, which must give the same features.
     """
     save_model(model, processor, folder)
-    return check_written(model, load_model(folder).eval(), "the folder loaded again")
+    return Written(check_written(model, load_model(folder, with_classifier=True).eval(), "the folder loaded again"))
 
 
 @torch.no_grad()
 def check_written(model: PreTrainedModel, again: PreTrainedModel, what: str) -> Check:
-    """Compares the embeddings of each encoder of two models of this package."""
+    """Compares two models of this package: the embeddings of each encoder, or a classifier's logits."""
     images = random_images(model.config)
     ours, theirs = (
         [
-            embedding
-            for encoder in _encoders(each.eval())
-            for embedding in encoder(images).level_embeddings
+            output
+            for module in _parts(each.eval())
+            for output in ([module(images).logits] if is_classifier(module) else module(images).level_embeddings)
         ]
         for each in (model, again)
     )  # fmt: skip
     return compare(f"{what} on 2 random images", ours, theirs)
 
 
-def _encoders(model: PreTrainedModel) -> list[PreTrainedModel]:
+def _parts(model: PreTrainedModel) -> list[PreTrainedModel]:
     if isinstance(model, CJepaForPreTraining):
         return [model.cjepa, model.context_encoder]
     return [model.sjea] if isinstance(model, SJeaForPreTraining) else [model]
@@ -87,6 +88,8 @@ def encoder_of(model: PreTrainedModel, encoder: str | None) -> PreTrainedModel:
     """
     if isinstance(model, CJepaForPreTraining):
         return model.context_encoder if encoder == "context" else model.cjepa
+    if is_classifier(model):
+        model = model.base_model
     if encoder == "context":
         raise InputError("--encoder context: the source has one encoder and no context encoder; leave it out.")
     return model.sjea if isinstance(model, SJeaForPreTraining) else model

@@ -1,28 +1,11 @@
-"""What the ways out share: what they hand back, and the packages they need."""
+"""What the ways out share: the packages they need, and what a model is converted for."""
 
 import importlib
-from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from modeling_cjepa import CJepaForImageClassification, SJeaForImageClassification
 from trainers.errors import InputError
-
-from .checks import Check
-
-
-@dataclass(frozen=True)
-class Written:
-    """
-    A folder written in another format.
-
-    Args:
-        check ([`Check`]): What the files give, read again, beside the model.
-        notes (`list[str]`): Sentences that say what the files hold and how they are to be read.
-    """
-
-    check: Check
-    notes: list[str]
+from trainers.model_facts import is_classifier
 
 
 def require(extra: str, *modules: str) -> list:
@@ -50,5 +33,4 @@ def require(extra: str, *modules: str) -> list:
 
 def output_names(model: PreTrainedModel) -> tuple[str, ...]:
     """What a classifier, or an encoder, is converted for; what is of an image as a whole comes last."""
-    is_classifier = isinstance(model, CJepaForImageClassification | SJeaForImageClassification)
-    return ("logits",) if is_classifier else ("last_hidden_state", "pooler_output")
+    return ("logits",) if is_classifier(model) else ("last_hidden_state", "pooler_output")

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from modeling_cjepa import SJeaConfig, SJeaForPreTraining
+from trainers.conversion.checks import Check, Converted, compare, random_images
+from trainers.conversion.formats import ReadOptions, Source
+from trainers.conversion.vicreg_resnet import load_backbone, load_exactly, resnet_fields, torchvision_resnet
 from trainers.errors import InputError
-
-from .checks import Check, Converted, compare, random_images
-from .vicreg_resnet import load_backbone, load_exactly, resnet_fields, torchvision_resnet
 
 _ROWS = 16
 _STEM = {"stem.conv0.": "conv1.", "stem.BN1.": "bn1."}
@@ -73,6 +73,16 @@ def from_sjea_checkpoint(state: dict, image_size: int | None = None) -> Converte
         is_read = number + 1 < len(encoders)
         expander.load_state_dict(encoder.expander_tensors(is_read))
     return Converted(model, notes, _check(model, encoders))
+
+
+def holds_sjea(tensors: dict) -> bool:
+    """Whether a file's tensors are a checkpoint of the authors' S-JEA code."""
+    return any(name.startswith("encoder_online.") for name in tensors.get("state_dict", tensors))
+
+
+def read_sjea(source: Source, options: ReadOptions) -> Converted:
+    """Reads a file by [`from_sjea_checkpoint`]."""
+    return from_sjea_checkpoint(source.tensors, options.image_size)
 
 
 def _split(tensors: dict) -> dict[str, dict[str, torch.Tensor]]:

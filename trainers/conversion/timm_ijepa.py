@@ -13,7 +13,7 @@ from transformers.utils import cached_file, has_file
 
 from modeling_cjepa import CJepaConfig, CJepaModel
 from modeling_cjepa.configuration_cjepa import pair
-from trainers.conversion.checks import Check, Converted, compare, random_images
+from trainers.conversion.checks import Check, Converted, Written, compare, random_images
 from trainers.conversion.formats import ReadOptions, Source
 from trainers.conversion.names import FUSED_ENCODER, build, has_fixed_positions
 from trainers.conversion.weight_files import check_tensors, read_weight_file
@@ -60,7 +60,7 @@ def read_timm(source: Source, options: ReadOptions) -> Converted:
     return Converted(model, notes, _check(model, original), _processor(original, config))
 
 
-def write_timm(model: CJepaModel, processor, folder: Path) -> Check:
+def write_timm(model: CJepaModel, processor, folder: Path) -> Written:
     """
     Writes an encoder as a folder that `timm.create_model("local-dir:FOLDER")` loads.
 
@@ -70,7 +70,7 @@ def write_timm(model: CJepaModel, processor, folder: Path) -> Check:
         folder (`Path`): An existing folder.
 
     Returns:
-        [`Check`]: Of the folder, loaded again by timm.
+        [`Written`]: The check is of the folder, loaded again by timm.
 
     Raises:
         InputError: timm is not installed, or its class cannot compute what the model does.
@@ -82,7 +82,7 @@ def write_timm(model: CJepaModel, processor, folder: Path) -> Check:
     timm.models.save_for_hf(
         written, folder, safe_serialization=True, model_args=arguments, data_config=_data_config(model, processor)
     )
-    return _check(model, timm.create_model(f"local-dir:{folder}", pretrained=True).eval())
+    return Written(_check(model, timm.create_model(f"local-dir:{folder}", pretrained=True).eval()))
 
 
 def _timm():

@@ -8,11 +8,11 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from modeling_cjepa import SJeaConfig, SJeaForPreTraining
+from trainers.conversion.checks import Converted, compare, random_images
+from trainers.conversion.formats import ReadOptions, Source
+from trainers.conversion.names import NameTable
+from trainers.conversion.weight_files import check_tensors
 from trainers.errors import InputError
-
-from .checks import Converted, compare, random_images
-from .names import NameTable
-from .weight_files import check_tensors
 
 _NUM_STAGES = 4
 _COUNTER = "num_batches_tracked"
@@ -74,6 +74,16 @@ def from_vicreg_checkpoint(
             "torchvision's ResNet on 2 random images", [model.sjea(images).pooler_output], [reference(images)]
         )
     return Converted(model, notes, check)
+
+
+def holds_resnet(tensors: dict) -> bool:
+    """Whether a file's tensors are a ResNet's by torchvision's names."""
+    return {"conv1.weight", "layer1.0.conv1.weight"} <= tensors.keys()
+
+
+def read_resnet(source: Source, options: ReadOptions) -> Converted:
+    """Reads a file by [`from_vicreg_checkpoint`]."""
+    return from_vicreg_checkpoint(source.tensors, options.image_size)
 
 
 def without_classifier(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
