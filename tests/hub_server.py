@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -60,6 +61,7 @@ class HubServer(ThreadingHTTPServer):
         faults (`list`): `(method, pattern, status, message, error code)`: what the next such request
             gets instead of an answer, once each; status None breaks the connection off.
         longest_file (`int`): Bytes of the largest file that is within the quota.
+        slow (`tuple`): `(method, pattern, seconds)`: what such requests wait for.
         datasets (`dict`): The metadata of data sets' cards by `user/name`.
     """
 
@@ -73,6 +75,7 @@ class HubServer(ThreadingHTTPServer):
         self.faults: list[tuple] = []
         self.longest_file = 1 << 30
         self.datasets: dict[str, dict] = {}
+        self.slow: tuple[str, str, float] | None = None
 
     @property
     def url(self) -> str:
@@ -123,15 +126,15 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing is printed."""
 
     def _answer(self):
-        path = unquote(urlsplit(self.path).path)
-        self.server.requests.append((self.command, path))
+        path = urlsplit(self.path).path
+        self.server.requests.append((self.command, unquote(path)))
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
             self._fail_as_asked(path)
             for method, pattern, answer in _ROUTES:
                 match = re.fullmatch(pattern, path)
                 if match and self.command in method:
-                    answer(self, body, *match.groups())
+                    answer(self, body, *map(unquote, match.groups()))
                     return
             raise _Refused(404, f"no such endpoint: {self.command} {path}")
         except _Refused as refusal:
@@ -140,9 +143,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
 
-    do_GET = do_HEAD = do_POST = do_PUT = _answer
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _answer
 
     def _fail_as_asked(self, path: str):
+        if self.server.slow is not None:
+            method, pattern, seconds = self.server.slow
+            if method == self.command and re.search(pattern, path):
+                time.sleep(seconds)
         for fault in list(self.server.faults):
             method, pattern, status, message, code = fault
             if method == self.command and re.search(pattern, path):
@@ -250,6 +257,11 @@ class _Handler(BaseHTTPRequestHandler):
         repository.branches[branch] = list(repository.branches["main"])
         self._send(200, {})
 
+    def delete_branch(self, body, name, branch):
+        self._writer()
+        del self._repository(name).branches[branch]
+        self._send(200, {})
+
     def refs(self, body, name):
         repository = self._repository(name)
         branches = [
@@ -339,6 +351,7 @@ _ROUTES = [
     ("GET", f"/api/models/{_ID}/tree/([^/]+)(?:/.*)?", _Handler.tree),
     ("GET", f"/api/models/{_ID}/refs", _Handler.refs),
     ("POST", f"/api/models/{_ID}/branch/(.+)", _Handler.branch),
+    ("DELETE", f"/api/models/{_ID}/branch/(.+)", _Handler.delete_branch),
     ("POST", f"/api/models/{_ID}/preupload/(.+)", _Handler.preupload),
     ("POST", f"/api/models/{_ID}/commit/(.+)", _Handler.commit),
     ("POST", rf"/{_ID}\.git/info/lfs/objects/batch", _Handler.batch),

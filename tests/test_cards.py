@@ -119,19 +119,46 @@ def test_limits_tell_what_the_default_features_are_no_better_than(facts):
     assert sum("random encoder, level 0 (40.0 and 80.0 %)" in limit for limit in limits(two)) == 2
 
 
-def test_places_of_this_machine_are_not_told(tmp_path):
+def test_places_of_this_machine_and_secrets_are_not_told(tmp_path):
     (tmp_path / "photos").mkdir()
     facts = {
-        "command": f"cjepa pretrain x --dataset={tmp_path}/photos --start_from {tmp_path}/mine/final --levels '[1]'",
-        "settings": {"dataset": f"{tmp_path}/photos", "output_dir": "runs/x", "start_from": "me/model", "seed": 1},
+        "command": f"cjepa pretrain x --dataset={tmp_path}/photos --start_from {tmp_path}/mine/final --hub_token hf_a "
+        f"--hub_token=hf_b --beside v={tmp_path}/v/final --levels '[{{\"backbone\": \"{tmp_path}/resnet 1\"}}, 3]'",
+        "settings": {"dataset": f"{tmp_path}/photos", "output_dir": "runs/x", "start_from": "me/model", "seed": 1,
+                     "hub_token": "hf_c", "levels": [{"backbone": f"{tmp_path}/resnet"}]},
+        "start": "me/model",
         "evaluation": {"test_dataset": f"{tmp_path}/photos (held out)", "rows": [{"encoder": "a/b"}]},
+        "diagnosis": {"sentences": [f"see {tmp_path}/mine/log.txt, file:///home/x/y.txt or C:\\Users\\me; 3 images/s",
+                                    "https://arxiv.org/abs/2301.08243 and a/b"]},
         "history": [{"step": 1}],
+    }  # fmt: skip
+    found = public_facts(facts)
+    told = str(found)
+    assert str(tmp_path) not in told and "/home" not in told and "Users" not in told and "hf_" not in told
+    levels = '\'[{"backbone": "resnet 1"}, 3]\''
+    assert found["command"] == f"cjepa pretrain x --dataset=photos --start_from mine --beside v=v --levels {levels}"
+    assert found["settings"] == {
+        "dataset": "photos", "start_from": "me/model", "seed": 1, "levels": [{"backbone": "resnet"}]
+    }  # fmt: skip
+    assert found["evaluation"] == {"test_dataset": "photos (held out)", "rows": [{"encoder": "a/b"}]}
+    assert found["diagnosis"]["sentences"] == [
+        "see log.txt, y.txt or me; 3 images/s", "https://arxiv.org/abs/2301.08243 and a/b"
+    ]  # fmt: skip
+    assert found["history"] == facts["history"]
+
+
+def test_what_was_a_place_where_the_run_was_made_is_none_elsewhere():
+    facts = {
+        "command": "cjepa pretrain x --dataset clients/acme --start_from runs/secret",
+        "settings": {"dataset": "clients/acme", "start_from": "runs/secret"},
+        "data": {"dataset": "clients/acme", "is_on_hub": False},
+        "start": "secret",
+        "evaluation": {"test_dataset": "clients/acme (held out)"},
     }
     found = public_facts(facts)
-    assert str(tmp_path) not in str(found) and found["history"] == facts["history"]
-    assert found["command"] == "cjepa pretrain x --dataset=photos --start_from mine --levels '[1]'"
-    assert found["settings"] == {"dataset": "photos", "start_from": "me/model", "seed": 1}
-    assert found["evaluation"] == {"test_dataset": "photos (held out)", "rows": [{"encoder": "a/b"}]}
+    assert "clients" not in str(found) and "runs/" not in str(found)
+    facts["data"]["is_on_hub"] = True
+    assert public_facts(facts)["settings"]["dataset"] == "clients/acme"
 
 
 def test_the_licence_of_a_data_set_is_that_of_its_card(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -12,11 +13,14 @@ from command_worker import Commands
 from hub_server import running_hub
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny import FLAGS
+from tiny import FLAGS, sjea_level, tiny_config, tiny_model, tiny_sjea
 from transformers import AutoImageProcessor
 
+from modeling_cjepa import CJepaForImageClassification
 from trainers.cli import main
 from trainers.loading import load_model
+from trainers.publishing import save_model
+from trainers.transforms import image_processor
 
 LOAD = """
 import json, sys
@@ -262,7 +266,7 @@ def test_an_interrupted_upload_goes_on_where_it_was(hub, commands, run):
     hub.faults = []
     assert status == 2 and "not now" in err
     arrived = set(hub.large)
-    assert arrived and set(hub.repositories["someone/slow"].files("draft")) == {".gitattributes"}
+    assert arrived and hub.repositories["someone/slow"].branches.keys() == {"main"}
     lost = sorted(arrived)[0]
     del hub.large[lost]
     sent = hub.uploads()
@@ -271,6 +275,138 @@ def test_an_interrupted_upload_goes_on_where_it_was(hub, commands, run):
     assert hub.uploads() == sent + 1 and set(hub.large) == arrived
     assert out.strip().endswith(f"{hub.url}/someone/slow/tree/draft")
     assert len(hub.repositories["someone/slow"].branches["main"]) == 1
+
+
+def test_large_files_that_are_refused_are_a_sentence_and_leave_no_branch(hub, commands, run):
+    assert commands.run("publish", run, "--repo", "someone/branches", "--encoder-only")[0] == 0
+    flags = ["publish", run, "--repo", "someone/branches", "--revision", "feature/x"]
+    hub.large.clear()
+    hub.faults = [("PUT", "/large/", 403, "no place for it", "")] * 20
+    status, _, err = commands.run(*flags)
+    assert status == 2 and "the Hub answers 403" in err and "Traceback" not in err
+    hub.faults = [("POST", "/commit/", 403, "not now", "")]
+    status, _, err = commands.run(*flags)
+    assert status == 2 and "not now" in err
+    assert hub.repositories["someone/branches"].branches.keys() == {"main"}
+    hub.faults = [("POST", "/commit/", None, "", "")]
+    status, _, err = commands.run(*flags)
+    assert status == 2 and "answer to the commit was lost" in err and "repeat the call with --update" in err
+    status, out, err = commands.run(*flags, "--update")
+    assert status == 0, err
+    assert len(hub.repositories["someone/branches"].branches["feature/x"]) == 3
+    hub.longest_file = 1000
+    hub.large.clear()
+    status, _, err = commands.run("publish", run, "--repo", "someone/quota")
+    hub.longest_file = 1 << 30
+    assert status == 2 and "(Storage limit reached); look at your quota" in err
+
+
+def test_folders_and_files_of_others_stay_in_a_repository_that_is_updated(hub, commands, run):
+    assert commands.run("publish", run, "--repo", "someone/others", "--shard-size", "40KB")[0] == 0
+    repository = hub.repositories["someone/others"]
+    others = {
+        "eval.py": b"1",
+        "onnx/model.json": b"2",
+        "last-checkpoint/model.safetensors": b"3",
+        "tokenizer.json": b"4",
+    }
+    message, files = repository.branches["main"][-1]
+    repository.branches["main"].append(("others", files | others | {"pytorch_model.bin": b"5"}))
+    assert commands.run("publish", run, "--repo", "someone/others", "--update")[0] == 0
+    now = repository.files()
+    assert others.items() <= now.items() and "pytorch_model.bin" not in now
+    assert [name for name in now if name.startswith("model-0")] == []
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Models of other kinds, saved as runs save them, without their results."""
+    folder = tmp_path_factory.mktemp("others")
+    models = {
+        "stack": tiny_model(upper_levels=[{"hidden_size": 48, "num_attention_heads": 3}]),
+        "vicreg": tiny_sjea(sjea_level()),
+        "sjea": tiny_sjea(),
+        "classifier": CJepaForImageClassification(tiny_config(num_labels=3)),
+    }
+    for name, model in models.items():
+        (folder / name).mkdir()
+        save_model(model, image_processor((32, 32), [0.5] * 3, [0.5] * 3), folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["stack", "vicreg", "sjea", "classifier"])
+def test_every_kind_of_model_is_published(commands, others, tmp_path, kind):
+    status, _, err = commands.run("publish", others / kind, "--repo", f"someone/{kind}", "--dry-run", tmp_path / "out")
+    assert status == 0, err
+    card = (tmp_path / "out" / "README.md").read_text()
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    shown = {"classifier": set(), "stack": {"masks.png", "attention.png", "tsne.png"}}
+    assert pictures == shown.get(kind, {"views.png", "tsne.png"})
+    assert all(f"]({name})" in card for name in pictures) and "{{" not in card and "None" not in card
+    assert (
+        load_model(tmp_path / "out", with_classifier=True).state_dict().keys()
+        == load_model(others / kind, with_classifier=True).state_dict().keys()
+    )
+
+
+def test_a_checkpoint_tells_what_its_run_says_so_far(commands, run, tmp_path):
+    out = tmp_path / "out"
+    assert commands.run("publish", run / "checkpoint-2", "--repo", "someone/x", "--dry-run", out)[0] == 0
+    card = (out / "README.md").read_text()
+    for words in ("2 steps", "**Unfinished**: the run was to take 3 steps", "Effective rank", "hidden_size: 32",
+                  "![curves of the run]", "too short to tell", "dataset: photos"):  # fmt: skip
+        assert words in card, words
+    assert str(run.parent) not in card and json.loads((out / "results.json").read_text())["training"]["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--shard-size", "nonsense"], "--shard-size 'nonsense' is no size"),
+        (["--shard-size", "0"], "--shard-size '0' is no size"),
+        (["--native", "--of", "sjea"], "An S-JEA model does not fit transformers' IJepaModel"),
+        (["--native", "--of", "classifier"], "--native: .*classifier is a classifier, which is published whole"),
+        (["--encoder-only", "--of", "classifier"], "--encoder-only: .*classifier is a classifier"),
+        (["--dry-run", "/proc/x/y"], "/proc/x/y cannot be made"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(commands, run, others, tmp_path, flags, sentence):
+    place = run
+    if "--of" in flags:
+        place, flags = others / flags[-1], flags[:-2]
+    flags = ["--dry-run", tmp_path / "out", *flags]
+    status, _, err = commands.run("publish", place, "--repo", "someone/x", *flags)
+    assert status == 2 and re.search(sentence, err) and "Traceback" not in err, err
+    assert not any(path.name.startswith(("out", ".out")) for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("results.json", "{", "results.json of .* cannot be read"),
+        ("results.json", "[1]", "holds no mapping"),
+        ("results.json", '{"model": {}}', "says nothing of the model"),
+        ("results.json", '{"model": {"parameters": null}, "training": {}}', "is not as a run writes it"),
+        ("results.json", '{"model": {"parameters": {}}, "settings": []}', "is not as a run writes it"),
+        ("suites.json", "[1]", "suites.json of .* holds no mapping"),
+        ("README.md", "---\na: [\n---\n", "cannot be read"),
+        ("README.md", "---\n- a\n---\n", "cannot be read"),
+        (
+            "preprocessor_config.json",
+            '{"auto_map": {"AutoImageProcessor": "evil.P"}}',
+            "image processor|code of its own",
+        ),
+    ],
+)
+def test_a_broken_file_beside_the_model_is_named(commands, others, tmp_path, name, text, sentence):
+    shutil.copytree(others / "vicreg", tmp_path / "model")
+    if name == "preprocessor_config.json":
+        whole = json.loads((tmp_path / "model" / name).read_text())
+        text = json.dumps(whole | json.loads(text))
+    (tmp_path / "model" / name).write_text(text)
+    status, _, err = commands.run("publish", tmp_path / "model", "--repo", "someone/x", "--dry-run", tmp_path / "out")
+    assert status == 2 and re.search(sentence, err) and "Traceback" not in err, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 def test_what_cannot_be_published_is_refused(commands, run, tmp_path):
@@ -317,23 +453,50 @@ def test_every_pushed_checkpoint_loads_and_the_end_is_the_published_model(hub, c
     assert "It was not evaluated." in final["README.md"].decode() and "masks.png" in final
 
 
+def test_slow_pushes_keep_their_checkpoints_and_failures_are_all_told(hub, commands, tmp_path):
+    hub.slow = ("POST", "/commit/", 3.0)
+    hub.faults = [("POST", "/commit/", 403, "not now", "")]
+    flags = ["--save_total_limit", "1", "--max_steps", "4", "--hub_strategy", "checkpoint", "--hub_token", "hf_valid"]
+    status, out, err = commands.run(*push_flags(tmp_path / "run", "someone/slowly"), *flags)
+    hub.slow, hub.faults = None, []
+    assert status == 0, err
+    assert "The checkpoint of step 1 was not pushed to someone/slowly" in out
+    commits = hub.repositories["someone/slowly"].branches["main"][1:]
+    assert [message for message, _ in commits[:3]] == [f"Training in progress, step {n}" for n in (2, 3, 4)]
+    for _, files in commits:
+        assert "model.safetensors" in files and "last-checkpoint/optimizer.safetensors" in files
+        assert not any(b"hf_valid" in data for data in files.values())
+    assert b"hf_valid" not in b"".join(files_of(tmp_path / "run").values())
+
+
+def test_another_s_repository_is_not_pushed_into(hub, commands, run, tmp_path):
+    assert commands.run("publish", run, "--repo", "someone/precious")[0] == 0
+    before = hub.repositories["someone/precious"].files()
+    status, _, err = commands.run(*push_flags(tmp_path / "run", "someone/precious"))
+    assert status == 2 and "someone/precious exists and holds" in err and "--hub_update" in err
+    assert hub.repositories["someone/precious"].files() == before and not (tmp_path / "run/checkpoint-1").exists()
+    flags = ["--hub_update", "true", "--max_steps", "1"]
+    status, _, err = commands.run(*push_flags(tmp_path / "run", "someone/precious"), *flags)
+    assert status == 0, err
+
+
 def test_pushes_that_fail_stop_nothing_and_are_made_up_for(hub, commands, tmp_path):
     hub.faults = [("POST", "/commit/", 403, "not now", "")] * 3
     status, out, err = commands.run(*push_flags(tmp_path / "run", "someone/faulty"))
     hub.faults = []
     assert status == 0, err
-    assert "The checkpoint of step 1 was not pushed to someone/faulty" in out and "training goes on" in out
-    assert "it is tried once more" in out
+    assert "The checkpoint of step 1 was not pushed to someone/faulty" in out
+    assert "the newest checkpoint is pushed once more" in out
     messages = [message for message, _ in hub.repositories["someone/faulty"].branches["main"]]
     assert messages == ["initial commit", "Training in progress, step 3", "End of training"]
 
 
 def test_a_hub_that_is_never_there_costs_nothing_but_the_pushes(tmp_path):
     worker = Commands({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_valid", "HF_HUB_OFFLINE": "0"})
-    status, out, err = worker.run(*push_flags(tmp_path / "run", "someone/never"))
+    status, out, err = worker.run(*push_flags(tmp_path / "run", "someone/never"), "--hub_private_repo", "true")
     assert status == 0, err
     assert "Training goes on, and the first checkpoint will try again" in out
-    assert f"cjepa publish {tmp_path / 'run' / 'final'} --repo someone/never --update" in out
+    assert f"cjepa publish {tmp_path / 'run' / 'final'} --repo someone/never --private --update" in out
     assert (tmp_path / "run/final/model.safetensors").is_file()
     status, out, err = worker.run(*push_flags(tmp_path / "other", "bad name!"))
     worker.close()

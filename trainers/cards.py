@@ -3,9 +3,9 @@
 from collections.abc import Collection
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
-from trainers.eval_results import accuracy_results, eval_results, probe_results
+from trainers.eval_results import accuracy_results, check_card, eval_results, probe_results
 from trainers.recipe_files import recipe_text
 from trainers.reports import format_suite, format_table
 from trainers.resources import render_template
@@ -70,6 +70,8 @@ def card_title(facts: dict, repo: str) -> str:
 
 def hours(seconds: float) -> str:
     """A time in the unit that suits it."""
+    if seconds < 60:
+        return f"{seconds:.0f} seconds"
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
@@ -117,7 +119,7 @@ def limits(facts: dict) -> list[str]:
     """What the facts say the model should not be trusted with."""
     size = facts["model"].get("image_size")
     size = "x".join(map(str, size)) if isinstance(size, list) else size
-    found = [f"It was trained on images of {size} pixels and of one kind; others were not tried."]
+    found = [f"Images of other sizes than {size} pixels, and of other kinds than it was trained on, were not tried."]
     training, evaluation = facts.get("training", {}), facts.get("evaluation", {})
     if "rows" not in evaluation and "accuracy" not in evaluation and "suites" not in facts:
         found.append("It was not evaluated.")
@@ -126,7 +128,7 @@ def limits(facts: dict) -> list[str]:
         found.append("It is one run of one seed.")
     diagnosis = facts.get("diagnosis", {})
     if diagnosis.get("state", "healthy") != "healthy":
-        found.append(f"By its log it is {diagnosis['state']}.")
+        found.append(f"By its log the run is {diagnosis['state']}.")
     found.append("Whom it may treat unfairly was not looked at.")
     return found
 
@@ -158,6 +160,11 @@ def _default_level(model: dict) -> str:
 
 
 def kept_license(folder: Path) -> str | None:
-    """The licence that a model's card says, if there is a card and it says one."""
+    """
+    The licence that a model's card says, if there is a card and it says one.
+
+    Raises:
+        InputError: The card cannot be read.
+    """
     path = folder / CARD
-    return ModelCard.load(path, ignore_metadata_errors=True).data.license if path.is_file() else None
+    return check_card(path).data.license if path.is_file() else None

@@ -1,15 +1,16 @@
 """Checkpoints on the Hub: what a run uploads of them while it goes on, and what it says when that fails."""
 
+import shlex
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from trainers.checkpoint_files import MANIFEST, checkpoint_step
-from trainers.errors import InputError
-from trainers.hub import refusals_named
+from trainers.errors import InputError, first_line
+from trainers.hub import additions, check_name, num_files_of, patient_api, refusals_named, removals
 
 # what of a checkpoint only goes on training
 _TRAINING_FILES = ("optimizer.*", "scheduler.json", "trainer_state.json", "progress.json", MANIFEST)
@@ -17,86 +18,118 @@ _TRAINING_FILES = ("optimizer.*", "scheduler.json", "trainer_state.json", "progr
 
 class CheckpointPush:
     """
-    Uploads checkpoints in the background, one commit each, which loads as a model; a failure is kept to be told.
+    Uploads checkpoints in the background, one after the other, each by one commit that loads as a model; failures are
+    kept to be told.
 
     Args:
         args (`TrainingArguments`): Repository, strategy, token and revision.
 
     Attributes:
         repo (`str`): `user/name`; without a user until the Hub was reached, if the arguments name none.
-        checkpoint (`Path`, *optional*): The one whose upload was begun last.
+        newest (`Path`, *optional*): The checkpoint whose upload was begun last.
+
+    Raises:
+        InputError: There can be no repository of that name.
     """
 
     def __init__(self, args: TrainingArguments):
         self.args = args
         self.repo = args.hub_model_id or Path(args.output_dir).absolute().name
-        self.checkpoint: Path | None = None
+        check_name(self.repo, "--hub_model_id")
+        self.newest: Path | None = None
         self._executor = ThreadPoolExecutor(1, "push")
-        self._running: Future | None = None
+        self._uploads: list[tuple[Path, Future]] = []
         self._is_open = False
 
     @property
-    def is_running(self) -> bool:
-        """Whether an upload goes on, for which its checkpoint must stay."""
-        return self._running is not None and not self._running.done()
+    def pending(self) -> list[Path]:
+        """The checkpoints that are being uploaded or wait for it, and must stay."""
+        return [checkpoint for checkpoint, upload in self._uploads if not upload.done()]
 
-    def open(self):
-        """Makes the repository if it is not there; raises `InputError` if the Hub refuses or cannot be reached."""
-        api, args = HfApi(token=self.args.hub_token), self.args
+    def open(self, may_hold_a_model: bool = True):
+        """
+        Makes the repository if it is not there.
+
+        Args:
+            may_hold_a_model (`bool`): Whether a repository that holds something is taken.
+
+        Raises:
+            InputError: The Hub refuses or cannot be reached, or the repository holds something.
+        """
+        api, args = patient_api(self.args.hub_token), self.args
         with refusals_named(f"Nothing can be pushed to {self.repo}"):
             self.repo = api.create_repo(self.repo, private=args.hub_private_repo, exist_ok=True).repo_id
+            num_files = 0 if may_hold_a_model else num_files_of(api, self.repo, args.hub_revision)
+            if num_files:
+                raise InputError(
+                    f"{self.repo} exists and holds {num_files} files; give another --hub_model_id, or --hub_update "
+                    "true to replace the model in it."
+                )
             if args.hub_revision is not None:
                 api.create_branch(self.repo, branch=args.hub_revision, exist_ok=True)
         self._is_open = True
 
     def start(self, checkpoint: Path, card: str | None):
         """
-        Begins to upload a checkpoint, after the one that is under way; failures are told by [`~settle`].
+        Begins to upload a checkpoint, after those under way; failures are told by [`~settle`].
 
         Args:
             checkpoint (`Path`): Its folder.
             card (`str`, *optional*): The model card.
         """
-        self.checkpoint = checkpoint
-        self._running = self._executor.submit(self._upload, checkpoint, card)
+        self.newest = checkpoint
+        self._uploads.append((checkpoint, self._executor.submit(self._upload, checkpoint, card)))
 
-    def settle(self) -> str | None:
-        """Why the upload that is done has failed; None if it has not, or was told before."""
-        if self._running is None or not self._running.done():
-            return None
-        error, self._running = self._running.exception(), None
-        if error is not None and not isinstance(error, InputError):
-            raise error
-        return None if error is None else str(error)
+    def settle(self) -> list[str]:
+        """Why uploads that are done have failed, each told once."""
+        done = [(checkpoint, upload) for checkpoint, upload in self._uploads if upload.done()]
+        self._uploads = [entry for entry in self._uploads if entry not in done]
+        return [self._told(checkpoint, error) for checkpoint, upload in done if (error := upload.exception())]
 
-    def wait(self) -> str | None:
-        """As [`~settle`], when the upload under way is done."""
-        if self._running is not None:
-            self._running.exception()
+    def wait(self) -> list[str]:
+        """As [`~settle`], when all uploads are done."""
+        for _, upload in self._uploads:
+            upload.exception()
         return self.settle()
 
+    def _told(self, checkpoint: Path, error: BaseException) -> str:
+        """A failure in a sentence: no error of an upload, whatever it is, may end a training."""
+        if isinstance(error, InputError):
+            return str(error)
+        return f"{self._what(checkpoint)}: {type(error).__name__}, {first_line(error)}."
+
+    def _what(self, checkpoint: Path) -> str:
+        return f"The checkpoint of step {checkpoint_step(checkpoint)} was not pushed to {self.repo}"
+
     def _upload(self, checkpoint: Path, card: str | None):
-        step = checkpoint_step(checkpoint)
         if not self._is_open:
             self.open()
-        with refusals_named(f"The checkpoint of step {step} was not pushed to {self.repo}"):
-            HfApi(token=self.args.hub_token).create_commit(
-                self.repo,
-                self._operations(checkpoint, card),
-                commit_message=f"Training in progress, step {step}",
-                revision=self.args.hub_revision,
-            )
+        api = patient_api(self.args.hub_token)
+        with refusals_named(self._what(checkpoint)):
+            added = self._additions(checkpoint, card)
+            removed = removals(api, self.repo, self.args.hub_revision, {file.path_in_repo for file in added})
+            message = f"Training in progress, step {checkpoint_step(checkpoint)}"
+            api.create_commit(self.repo, added + removed, commit_message=message, revision=self.args.hub_revision)
 
-    def _operations(self, checkpoint: Path, card: str | None) -> list[CommitOperationAdd]:
-        files = {path.relative_to(checkpoint): path for path in checkpoint.rglob("*") if path.is_file()}
+    def _additions(self, checkpoint: Path, card: str | None) -> list[CommitOperationAdd]:
+        files = additions(checkpoint)
+        if not files:
+            raise InputError(f"{self._what(checkpoint)}: {checkpoint} is not there any more.")
         added = [
-            CommitOperationAdd(name.as_posix(), path)
-            for name, path in files.items()
-            if not any(name.match(pattern) for pattern in _TRAINING_FILES)
-        ]
+            file
+            for file in files
+            if not any(Path(file.path_in_repo).match(pattern) for pattern in _TRAINING_FILES)
+        ]  # fmt: skip
         if card is not None:
             added.append(CommitOperationAdd("README.md", card.encode("utf-8")))
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             place = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
-            added += [CommitOperationAdd(f"{place}/{name.as_posix()}", path) for name, path in files.items()]
+            added += [CommitOperationAdd(f"{place}/{file.path_in_repo}", file.path_or_fileobj) for file in files]
         return added
+
+    def command(self, folder: Path) -> str:
+        """What publishes a model later, where this has failed."""
+        words = ["cjepa", "publish", str(folder), "--repo", self.repo if "/" in self.repo else f"YOU/{self.repo}"]
+        words += ["--private"] if self.args.hub_private_repo else []
+        words += ["--revision", self.args.hub_revision] if self.args.hub_revision else []
+        return shlex.join([*words, "--update"])

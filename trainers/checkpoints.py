@@ -18,6 +18,8 @@ from trainers.training_args import JepaTrainingArguments
 # keys that may differ between a run and its continuation without a word: no weight depends on them
 WITHOUT_EFFECT = {
     "output_dir", "resume_from_checkpoint", "report_to", "run_name", "num_monitored_images",
+    "push_to_hub", *(f"hub_{name}" for name in ("model_id", "strategy", "token", "private_repo", "always_push",
+                                                "revision", "update")),
     "max_unreadable_share", "max_hours", "max_skipped_steps", "stop_on_collapse",
     *(f"dataloader_{name}" for name in ("num_workers", "persistent_workers", "prefetch_factor", "pin_memory")),
     *(f"logging_{name}" for name in ("strategy", "steps", "first_step", "nan_inf_filter")),

@@ -28,7 +28,7 @@ def add_publish(commands):
     )  # fmt: skip
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", metavar="BRANCH", help="the branch to fill, made if it is not there (main)")
-    parser.add_argument("--update", action="store_true", help="replace what a repository that exists holds")
+    parser.add_argument("--update", action="store_true", help="replace the model in a repository that exists")
     parser.add_argument(
         "--shard-size", metavar="SIZE", dest="shard_size", default="5GB",
         help="bytes of the largest file of weights, such as 500MB (default: 5GB)",
@@ -52,6 +52,7 @@ def run_publish(namespace):
 
     from huggingface_hub.utils import enable_progress_bars
 
+    from trainers.files import full_disk_named
     from trainers.hub import Destination, check_destination, upload
     from trainers.publication import Publication
     from trainers.publishing import whole_folder
@@ -60,12 +61,13 @@ def run_publish(namespace):
     names = ("repo", "encoder_only", "native", "shard_size", "license")
     publication = Publication(namespace.model, **{name: getattr(namespace, name) for name in names})
     if namespace.dry_run:
-        with whole_folder(Path(namespace.dry_run)) as folder:
+        preview = Path(namespace.dry_run)
+        with whole_folder(preview) as folder, full_disk_named(preview.parent):
             publication.write(folder)
-        print(f"{listing(Path(namespace.dry_run))}\nNothing was uploaded to {namespace.repo}.")
+        print(f"{listing(preview)}\nNothing was uploaded to {namespace.repo}.")
         return
     print(f"signed in as {check_destination(destination)}", flush=True)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, full_disk_named(Path(temporary).parent):
         publication.write(Path(temporary))
         print(listing(Path(temporary)), flush=True)
         enable_progress_bars()

@@ -62,7 +62,7 @@ def read_run(path: str) -> RunRecord:
     results = read_json(place, "results.json")
     state = read_json(place, "trainer_state.json") if not results else {}
     history = results.get("history") or state.get("log_history") or []
-    settings = results.get("settings") or _recipe_beside(Path(place))
+    settings = results.get("settings") or recipe_beside(Path(place))
     warmup = settings.get("warmup_steps", default_arguments(config).warmup_steps)
     num_steps = results.get("training", {}).get("steps") or state.get("max_steps", 0)
     warmup_steps = warmup if warmup >= 1 else math.ceil(warmup * num_steps)
@@ -98,7 +98,8 @@ def read_json(place: str, name: str) -> dict:
         ) from error
 
 
-def _recipe_beside(checkpoint: Path) -> dict:
+def recipe_beside(checkpoint: Path) -> dict:
+    """The settings of the run that wrote a checkpoint, of its recipe.yaml; empty if there is none."""
     recipe = checkpoint.parent / "recipe.yaml"
     return yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
 

@@ -92,7 +92,7 @@ def check_card(path: str | Path) -> ModelCard:
         raise InputError(f"--card {path} is no file; give the model's card, such as runs/mine/final/README.md.")
     try:
         return ModelCard.load(path)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise InputError(f"The metadata of the card {path} cannot be read ({first_line(error)}); mend it.") from error
 
 

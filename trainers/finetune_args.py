@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from modeling_cjepa.configuration_cjepa import CLASSIFIER_POOLINGS
 from trainers.errors import InputError
+from trainers.recipe_files import SECRETS
 from trainers.sources import DataArguments
 from trainers.training_args import PrecisionTrainingArguments
 
@@ -172,12 +173,12 @@ class Finetuning:
     command: list[str] = field(default_factory=list)
 
     def values(self) -> dict:
-        """Every setting that is not as its default, for the record and to compare with when resuming."""
+        """Every setting that is not as its default, but for secrets, for the record and to compare when resuming."""
         return (
             {"model": self.model}
             | changed_fields(self.settings)
             | changed_fields(self.data)
-            | dict(sorted(self.training.items()))
+            | {name: value for name, value in sorted(self.training.items()) if name not in SECRETS}
         )
 
 

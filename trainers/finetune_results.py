@@ -14,6 +14,7 @@ from trainers.finetune_args import FinetuneTrainingArguments, Finetuning
 from trainers.finetune_data import Splits
 from trainers.model_facts import classifier_facts
 from trainers.probes import accuracy_interval, top_accuracies
+from trainers.public_facts import shown_name
 from trainers.publishing import save_model, whole_folder
 from trainers.reports import draw_curves, energy_facts, machine_facts, software_facts
 
@@ -91,7 +92,7 @@ def run_facts(run: Finetuning, trainer: Trainer, model, num_trained: int, splits
         "seed": args.seed,
         "settings": run.values() | {"dataset": run.data.dataset},
         "model": {
-            "start": run.model,
+            "start": shown_name(run.model),
             "from_scratch": settings.from_scratch,
             "trained_parameters": num_trained,
             **classifier_facts(model),

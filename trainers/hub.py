@@ -1,11 +1,12 @@
 """Repositories on the Hub: looked at before anything is made, and filled by one commit, so that none is half full."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -13,14 +14,20 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from trainers.errors import InputError, first_line
 
 # what a new repository holds before anyone has put something there
 _OF_THE_HUB = {".gitattributes"}
-# what another model would leave behind, if it were not removed: its weights, code and pictures
-_REPLACED = ["*.safetensors", "*.safetensors.index.json", "*.py", "*.json", "*.png"]
+# what a model leaves at the root of a repository, and another one must not find there
+_OF_A_MODEL = (
+    "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
+    "*_cjepa.py", "*_sjea.py", "results.json", "curves.png", "masks.png", "views.png", "attention.png", "tsne.png",
+)  # fmt: skip
+# seconds in which the Hub must do something; without it a call would wait for ever
+_PATIENCE = 120
+_NAMED = "write user/name, of letters, digits, '-', '_' and '.'"
 
 
 @dataclass(frozen=True)
@@ -46,17 +53,23 @@ class Destination:
     token: str | None = None
 
     def __post_init__(self):
-        try:
-            validate_repo_id(self.repo)
-        except HFValidationError as error:
-            raise InputError(
-                f"--repo {self.repo!r} is no name of a repository ({first_line(error)}); {_NAMED}"
-            ) from error
+        check_name(self.repo, "--repo")
         if self.repo.count("/") != 1:
-            raise InputError(f"--repo {self.repo!r} names no user; {_NAMED}")
+            raise InputError(f"--repo {self.repo!r} names no user; {_NAMED}.")
 
 
-_NAMED = "write user/name, of letters, digits, '-', '_' and '.'."
+def check_name(repo: str, flag: str):
+    """Raises `InputError` if there can be no repository of a name, which a flag has given."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError(f"{flag} {repo!r} is no name of a repository ({first_line(error)}); {_NAMED}.") from error
+
+
+def patient_api(token: str | None = None) -> HfApi:
+    """The Hub, which does not wait for ever for an answer."""
+    get_session().timeout = _PATIENCE
+    return HfApi(token=token)
 
 
 def check_destination(destination: Destination) -> str:
@@ -72,27 +85,38 @@ def check_destination(destination: Destination) -> str:
     Raises:
         InputError: Nobody is, the Hub cannot be reached, or the repository holds something, or is not private.
     """
-    api = HfApi(token=destination.token)
+    api = patient_api(destination.token)
     repo = destination.repo
     with refusals_named(f"{repo} cannot be published"):
         account = api.whoami()
-        user, owner = account["name"], repo.partition("/")[0]
+        user, (owner, name) = account["name"], repo.split("/")
         if owner not in {user, *(organization["name"] for organization in account.get("orgs", []))}:
-            raise InputError(f"{user} may not publish under {owner}; give --repo {user}/{repo.partition('/')[2]}.")
+            raise InputError(f"{user} may not publish under {owner}; give --repo {user}/{name}.")
         if not api.repo_exists(repo):
             return user
         if destination.private and not api.model_info(repo).private:
             raise InputError(
                 f"{repo} is public, and --private was given; change its settings on the Hub, or leave --private out."
             )
-        branches = {branch.name for branch in api.list_repo_refs(repo).branches}
-        if destination.revision in branches | {None}:
-            files = set(api.list_repo_files(repo, revision=destination.revision)) - _OF_THE_HUB
-            if files and not destination.update:
-                raise InputError(
-                    f"{repo} exists and holds {len(files)} files; give --update to replace them, or another --repo."
-                )
+        num_files = 0 if destination.update else num_files_of(api, repo, destination.revision)
+        if num_files:
+            raise InputError(
+                f"{repo} exists and holds {num_files} files; give --update to replace the model in it, or another "
+                "--repo."
+            )
     return user
+
+
+def num_files_of(api: HfApi, repo: str, revision: str | None) -> int:
+    """How many files someone has put into a branch of a repository; none of a branch that is not there."""
+    if revision is not None and revision not in branches_of(api, repo):
+        return 0
+    return len(set(api.list_repo_files(repo, revision=revision)) - _OF_THE_HUB)
+
+
+def branches_of(api: HfApi, repo: str) -> set[str]:
+    """The names of a repository's branches."""
+    return {branch.name for branch in api.list_repo_refs(repo).branches}
 
 
 def upload(folder: Path, destination: Destination, message: str) -> str:
@@ -110,22 +134,50 @@ def upload(folder: Path, destination: Destination, message: str) -> str:
         `str`: The repository's address.
 
     Raises:
-        InputError: The Hub refuses, or cannot be reached; the repository is as it was, or new and empty.
+        InputError: The Hub refuses, or cannot be reached; the repository is as it was, or new and empty, unless the
+            answer to the commit itself was lost.
     """
-    api = HfApi(token=destination.token)
+    api = patient_api(destination.token)
     repo, branch = destination.repo, destination.revision
+    added = additions(folder)
     with refusals_named(f"{repo} was not published and is as it was"):
-        url = api.create_repo(repo, private=destination.private or None, exist_ok=True)
-        if branch is not None:
-            api.create_branch(repo, branch=branch, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo, folder_path=folder, revision=branch, commit_message=message, delete_patterns=_REPLACED
-        )  # fmt: skip
-    return str(url) if branch is None else f"{url}/tree/{branch}"
+        url = str(api.create_repo(repo, private=destination.private or None, exist_ok=True))
+        api.preupload_lfs_files(repo, added)  # the long part, before a branch is made
+        is_new_branch = branch is not None and branch not in branches_of(api, repo)
+        if is_new_branch:
+            api.create_branch(repo, branch=branch)
+    try:
+        with refusals_named(f"{repo} was not published and is as it was"):
+            operations = added + removals(api, repo, branch, {file.path_in_repo for file in added})
+            api.create_commit(repo, operations, commit_message=message, revision=branch)
+    except UnreachableError as error:
+        raise UnreachableError(
+            f"The Hub's answer to the commit was lost ({first_line(error)}), so look at {url}: if the model is not "
+            "there, repeat the call with --update."
+        ) from error
+    except InputError:
+        if is_new_branch:
+            with suppress(OSError, ValueError, HTTPError):  # the reason is told, and this would hide it
+                api.delete_branch(repo, branch=branch)
+        raise
+    return url if branch is None else f"{url}/tree/{branch}"
+
+
+def additions(folder: Path) -> list[CommitOperationAdd]:
+    """A folder's files, to be added to a repository."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+
+
+def removals(api: HfApi, repo: str, revision: str | None, kept: set[str]) -> list[CommitOperationDelete]:
+    """What another model has left at the root of a repository, to be removed; folders and other files stay."""
+    files = set(api.list_repo_files(repo, revision=revision)) - kept
+    stale = [name for name in files if "/" not in name and any(fnmatch(name, pattern) for pattern in _OF_A_MODEL)]
+    return [CommitOperationDelete(name) for name in sorted(stale)]
 
 
 class UnreachableError(InputError):
-    """The Hub cannot be reached now."""
+    """The Hub cannot be reached, or cannot answer, now."""
 
 
 @contextmanager
@@ -143,10 +195,18 @@ def refusals_named(what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, HTTPError) as error:
-        answered = getattr(error, "response", None) is not None
-        lost = isinstance(error, HTTPError | OfflineModeIsEnabled) and not answered
-        raise (UnreachableError if lost else InputError)(f"{what}: {reason(error)}.") from error
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        kind = UnreachableError if _is_for_now(cause) else InputError
+        raise kind(f"{what}: {reason(cause)}.") from error
+
+
+def _is_for_now(error: Exception) -> bool:
+    """Whether the Hub could not be reached, or says that it cannot answer at the moment."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return response.status_code >= 500 or response.status_code == 429
+    return isinstance(error, HTTPError | OfflineModeIsEnabled)
 
 
 def reason(error: Exception) -> str:
@@ -162,6 +222,11 @@ def reason(error: Exception) -> str:
         return f"the Hub answers {status}, {said}{_ADVICE.get(status, '')}"
     if isinstance(error, HTTPError):
         return f"{constants.ENDPOINT} cannot be reached ({said or type(error).__name__}); repeat the call when it can"
+    if "LFS" in said:
+        # a line a file, each with what the Hub said after a backtick
+        told = dict.fromkeys(line.partition("`")[2].rstrip("`") for line in str(error).splitlines() if "`" in line)
+        said = ", ".join(told) or first_line(error)
+        return f"the Hub does not take its large files ({said}); look at your quota there"
     return said
 
 

@@ -1,6 +1,5 @@
 """What a pre-training run leaves behind: the published model, its evaluation, its results and its card."""
 
-import math
 import os
 import shlex
 from collections.abc import Callable
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from modeling_cjepa.losses_cjepa import level_term
 from trainers.cards import write_card
 from trainers.data_facts import data_facts
 from trainers.datasets import ImageSource
@@ -17,8 +15,10 @@ from trainers.doctor import diagnose
 from trainers.errors import InputError
 from trainers.evaluation import evaluate_model
 from trainers.files import write_json
+from trainers.log_facts import log_facts
 from trainers.model_facts import model_facts
 from trainers.nonfinite import NONFINITE, num_skipped
+from trainers.public_facts import shown_name
 from trainers.publishing import save_model, whole_folder
 from trainers.recipes import Recipe
 from trainers.reports import draw_curves, energy_facts, format_table, machine_facts, software_facts
@@ -52,7 +52,10 @@ def finish(recipe: Recipe, trainer: JepaTrainer, model, labelled: Labelled | Non
         print(f"\n{trainer.quarantine.summary()} and were replaced by others.")
     if "evaluation" in facts:
         print("\n" + format_table(facts["evaluation"]))
-    print(CLOSING.format(folder=folder, downstream=recipe.objective.downstream), flush=True)
+    print(
+        CLOSING.format(folder=folder, quoted=shlex.quote(str(folder)), downstream=recipe.objective.downstream),
+        flush=True,
+    )
 
 
 CLOSING = """
@@ -64,50 +67,27 @@ Saved in {folder} (weights, config, image processor, curves.png, results.json, R
     encoder = AutoModel.from_pretrained("{folder}", trust_remote_code=True)  # {downstream}
     embeddings = encoder(**processor(images, return_tensors="pt")).pooler_output
 
-Publish it: cjepa publish {folder} --repo YOU/NAME"""
-
-
-def trained_seconds(logged: list[dict]) -> float:
-    """Seconds of training by the log, the parts before a resume included."""
-    seen = [0, *(entry["images_seen"] for entry in logged)]
-    return math.fsum(
-        (now - before) / entry["images_per_second"] for before, now, entry in zip(seen, seen[1:], logged, strict=False)
-    )
+Publish it: cjepa publish {quoted} --repo YOU/NAME"""
 
 
 def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float = 0.0) -> dict:
     """What is known about a run, for `results.json` and the card; `seconds` where the log does not tell how long."""
     state, args = trainer.state, trainer.args
-    logged = [entry for entry in state.log_history if "rankme" in entry]
-    speeds = sorted(entry["images_per_second"] for entry in logged)
     training = {
         "steps": state.global_step,
         "skipped_steps": num_skipped(state.log_history),
         "batch_size": trainer.clock.batch_size,
         "images_seen": trainer.clock.samples_seen(state.global_step),
-        "seconds": round(trained_seconds(logged) or seconds, 1),
+        "seconds": seconds,
         "processes": args.world_size,
         "precision": "bf16" if args.bf16 else "float32",
         "schedule": args.schedule_facts(),
         **energy_facts(Path(args.output_dir)),
+        **log_facts(state.log_history, model.config.num_levels),
     }
-    if logged:
-        training |= {
-            "images_per_second": round(speeds[len(speeds) // 2], 1),
-            "data_wait_share": round(math.fsum(entry["data_wait_share"] for entry in logged) / len(logged), 4),
-            # of each level at the first log and at the last
-            **{
-                sign: [
-                    [entry[level_term(sign, level)] for entry in (logged[0], logged[-1])]
-                    for level in range(model.config.num_levels)
-                ]
-                for sign in ("rankme", "feature_std")
-            },
-            "loss_last": logged[-1]["loss"],
-        }
     return {
         "recipe": recipe.name,
-        **({"start": recipe.run.start_from} if recipe.run.start_from else {}),
+        **({"start": shown_name(recipe.run.start_from)} if recipe.run.start_from else {}),
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "command": shlex.join(["cjepa", *recipe.command]),
         "seed": args.seed,

@@ -1,32 +1,81 @@
-"""Facts that may be published: without where things lie on the machine that found them."""
+"""Facts that may be published: without secrets, and without where things lie on the machine that found them."""
 
+import json
 import os
 import re
 import shlex
 from pathlib import Path
 
+import yaml
+
+from trainers.recipe_files import SECRETS, without_secrets
+
+# settings that say where things are on this machine, and nothing about the model
+_LEFT_OUT = ("output_dir", "resume_from_checkpoint", *SECRETS)
+# paths of two parts and more within a text, of no address
+_PATH = re.compile(r"(?:file://|(?<![\w:/.<]))~?/(?:[^\s/'\"`,;)\]]+/)+[^\s/'\"`,;)\]]*|\b[A-Za-z]:\\[^\s'\"]+")
+
+
+def shown_name(place: str) -> str:
+    """What a model is called in public: a folder by its run's name, all else as it is."""
+    return _last_part(place) if Path(place).expanduser().exists() else place
+
 
 def public_facts(facts: dict) -> dict:
-    """Facts without places on this machine: of a path that is absolute, or is here, the last part is left."""
-    found = {name: value if name == "history" else _public(value) for name, value in facts.items()}
-    for name in ("output_dir", "resume_from_checkpoint"):
-        found.get("settings", {}).pop(name, None)
+    """
+    The facts of a run as they may be published.
+
+    Args:
+        facts (`dict`): As `results.json` holds them.
+
+    Returns:
+        `dict`: The same without secrets, and with the last part of each path: of those that are absolute, are here, or
+        were on the machine of the run.
+    """
+    settings = {name: value for name, value in facts.get("settings", {}).items() if name not in _LEFT_OUT}
+    local = _local_places(facts, settings)
+    found = {name: value if name == "history" else _public(value, local) for name, value in facts.items()}
+    if "settings" in facts:
+        found["settings"] = _public(settings, local)
     if "command" in facts:
-        found["command"] = shlex.join(map(_public, shlex.split(facts["command"])))
+        command = without_secrets(shlex.split(facts["command"]))
+        found["command"] = shlex.join(_public(word, local) for word in command)
     return found
 
 
-def _public(value):
+def _local_places(facts: dict, settings: dict) -> set[str]:
+    """Names that were places on the machine of the run, and not ids of the Hub."""
+    data, model = facts.get("data", {}), facts.get("model", {})
+    on_hub = {data["dataset"] if data.get("is_on_hub") else None, facts.get("start"), model.get("start")}
+    names = {settings.get(name) for name in ("dataset", "start_from", "model")} | {data.get("dataset")}
+    return {name for name in names - on_hub if isinstance(name, str) and "/" in name}
+
+
+def _public(value, local: set[str]):
     if isinstance(value, dict):
-        return {name: _public(entry) for name, entry in value.items()}
+        return {name: _public(entry, local) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_public(entry) for entry in value]
+        return [_public(entry, local) for entry in value]
     if not isinstance(value, str):
         return value
-    flag, equals, text = value.partition("=") if value.startswith("--") else ("", "", value)
-    text, split = re.fullmatch(r"(.*?)( \([^()]*\))?", text, re.DOTALL).groups("")  # as in `my/photos (test)`
+    if value.startswith(("[", "{")):
+        return _public_list(value, local)
+    # as in `--dataset=my/photos`, `vicreg=runs/vicreg` and `my/photos (test)`
+    before, text, after = re.fullmatch(r"((?:-{0,2}[\w-]+=)?)(.*?)((?: \([^()]*\))?)", value, re.DOTALL).groups()
     is_place = os.path.isabs(text) or text.startswith(("~", "./", "../")) or ("/" in text and os.path.exists(text))
-    if not is_place:
-        return value
-    path = Path(text)
-    return f"{flag}{equals}{path.parent.name if path.name == 'final' else path.name}{split}"
+    if is_place or text in local:
+        return f"{before}{_last_part(text)}{after}"
+    return _PATH.sub(lambda found: re.split(r"[/\\]", found.group().rstrip("/\\"))[-1], value)
+
+
+def _public_list(text: str, local: set[str]) -> str:
+    """A list or a mapping of the command line, if it is one."""
+    try:
+        return json.dumps(_public(yaml.safe_load(text), local))
+    except yaml.YAMLError:
+        return text
+
+
+def _last_part(place: str) -> str:
+    path = Path(place)
+    return path.parent.name if path.name == "final" else path.name

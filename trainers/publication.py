@@ -1,26 +1,30 @@
 """What is published of a run: the exact folder of a repository on the Hub."""
 
+import re
 import shutil
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import PreTrainedModel
 
 from trainers.cards import kept_license, write_card
 from trainers.checkpoint_push import CheckpointPush
 from trainers.conversion.ijepa_transformers import write_ijepa_model
 from trainers.conversion.ours import encoder_of, load_processor, plain_encoder_only
-from trainers.doctor_runs import newest_model, read_json
-from trainers.errors import InputError
-from trainers.eval_results import SUITES
+from trainers.doctor_runs import newest_model
+from trainers.errors import InputError, first_line
 from trainers.files import write_json
 from trainers.hub import Destination, upload
+from trainers.known_facts import known_facts
 from trainers.loading import load_model
-from trainers.model_facts import classifier_facts, is_classifier, model_facts
+from trainers.model_facts import is_classifier
 from trainers.public_facts import public_facts
 from trainers.publication_pictures import draw_pictures
 from trainers.publishing import save_model
+from trainers.reports import draw_curves
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class Publication:
     shard_size: str = "5GB"
     license: str | None = None
 
+    def __post_init__(self):
+        if not re.fullmatch(r"[1-9]\d*([KMGT]i?B)?", self.shard_size):
+            raise InputError(f"--shard-size {self.shard_size!r} is no size; write a number of bytes, or 500MB or 2GB.")
+
     def write(self, folder: Path, progress: bool = True):
         """
         Writes the folder of the repository.
@@ -55,31 +63,55 @@ class Publication:
         Raises:
             InputError: There is no whole model of this package, or it has no image processor, or a file is broken.
         """
-        say = print if progress else (lambda *_: None)
+        say = print if progress else (lambda *_, **__: None)
         place = Path(newest_model(self.run))
         model, processor = load_model(place, with_classifier=True).eval(), load_processor(str(place))
-        if processor is None:
-            raise InputError(f"{place} has no preprocessor_config.json; save its image processor beside the model.")
-        check_finite(model, place)
-        facts = public_facts(known_facts(place, model))
-        say(f"writing weights and code of {place}")
+        self._check(place, model, processor)
+        license = self.license or kept_license(place)
+        with broken_facts_named(place):
+            facts = public_facts(known_facts(place, model))
+        say(f"writing weights and code of {place}", flush=True)
         self._write_model(model, processor, folder)
-        if (place / "curves.png").is_file():
-            shutil.copyfile(place / "curves.png", folder / "curves.png")
-        if card_kind(model) != "classifier":
-            say("drawing pictures")
-            draw_pictures(place, model, processor, facts.get("settings", {}), folder)
+        say("drawing pictures", flush=True)
+        self._draw(place, model, processor, facts, folder)
         if facts.keys() != {"model"}:
             write_json(folder / "results.json", facts)
-        license = self.license or kept_license(place)
-        facts["model"]["parameters"] = self._published_parameters(facts["model"]["parameters"])
-        write_card(folder, card_kind(model), facts | ({"license": license} if license else {}), self.repo)
+        with broken_facts_named(place):
+            facts["model"]["parameters"] = self._published_parameters(facts["model"]["parameters"])
+            write_card(folder, card_kind(model), facts | ({"license": license} if license else {}), self.repo)
+
+    def _check(self, place: Path, model: PreTrainedModel, processor):
+        """Refuses what cannot be published, before anything is written."""
+        if processor is None:
+            raise InputError(f"{place} has no preprocessor_config.json; save its image processor beside the model.")
+        for name, tensor in model.state_dict().items():
+            if not tensor.isfinite().all():
+                raise InputError(f"The weight {name} of {place} is not finite; publish another checkpoint.")
+        if is_classifier(model) and (self.encoder_only or self.native):
+            flag = "--native" if self.native else "--encoder-only"
+            raise InputError(f"{flag}: {place} is a classifier, which is published whole; leave it out.")
+        if self.native:
+            plain_encoder_only(model, "transformers' IJepaModel")
+
+    def _draw(self, place: Path, model: PreTrainedModel, processor, facts: dict, folder: Path):
+        """The curves of the run, and of an encoder what it makes of scenes."""
+        if (place / "curves.png").is_file():
+            shutil.copyfile(place / "curves.png", folder / "curves.png")
+        elif "history" in facts:
+            draw_curves(facts["history"], folder / "curves.png")
+        if is_classifier(model):
+            return
+        settings = facts.get("settings", {})
+        if not (self.encoder_only or self.native):
+            draw_pictures(place, model, processor, settings, folder)
+            return
+        with tempfile.TemporaryDirectory() as temporary:
+            save_model(model.base_model, processor, Path(temporary))  # without the context encoder
+            draw_pictures(Path(temporary), model.base_model, processor, settings, folder)
 
     def _write_model(self, model: PreTrainedModel, processor, folder: Path):
         if self.native:
-            encoder = encoder_of(model, "target")
-            plain_encoder_only(encoder, "transformers' IJepaModel")
-            print(write_ijepa_model(encoder, processor, folder).check.sentence())
+            print(write_ijepa_model(encoder_of(model, "target"), processor, folder).check.sentence(), flush=True)
             return
         published = model.base_model if self.encoder_only else model
         save_model(published, processor, folder, shard_size=self.shard_size)
@@ -90,36 +122,23 @@ class Publication:
         return {name: number for name, number in parameters.items() if name.startswith("encoder")}
 
 
-def check_finite(model: PreTrainedModel, place: Path):
-    """Raises `InputError` if a weight is NaN or infinite."""
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise InputError(f"The weight {name} of {place} is not finite; publish another checkpoint.")
-
-
 def card_kind(model: PreTrainedModel) -> str:
     """The kind of a model's card."""
     return "classifier" if is_classifier(model) else model.config.model_type
 
 
-def known_facts(place: Path, model: PreTrainedModel) -> dict:
-    """What is known of a model: of a finished run its results, of a checkpoint its step, of any model its sizes."""
-    facts = read_json(str(place), "results.json")
-    if not facts:
-        facts = {"model": classifier_facts(model)}
-        if card_kind(model) != "classifier":
-            facts = {"model": model_facts(model)} | _unfinished(place)
-    suites = read_json(str(place), SUITES)
-    return facts | ({"suites": suites} if suites else {})
-
-
-def _unfinished(place: Path) -> dict:
-    """How far a run was at a checkpoint."""
-    state = read_json(str(place), "trainer_state.json")
-    if not state:
-        return {}
-    planned = {"planned_steps": state["max_steps"]} if state["max_steps"] > state["global_step"] else {}
-    return {"training": {"steps": state["global_step"], **planned}}
+@contextmanager
+def broken_facts_named(place: Path):
+    """Says which file is to blame where the facts of a run are not as this package writes them."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
+        raise InputError(
+            f"results.json of {place} is not as a run writes it ({type(error).__name__}: {first_line(error)}); mend "
+            "it, or remove it, and the card will tell of the model alone."
+        ) from error
 
 
 def push_finished(folder: Path, push: CheckpointPush):
@@ -130,14 +149,13 @@ def push_finished(folder: Path, push: CheckpointPush):
         folder (`Path`): The model's.
         push ([`CheckpointPush`]): What pushed the checkpoints.
     """
-    destination = Destination(push.repo, revision=push.args.hub_revision, update=True, token=push.args.hub_token)
     try:
         push.open()
+        destination = Destination(push.repo, revision=push.args.hub_revision, update=True, token=push.args.hub_token)
         with tempfile.TemporaryDirectory() as temporary:
             Publication(str(folder), push.repo).write(Path(temporary), progress=False)
             url = upload(Path(temporary), destination, "End of training")
     except InputError as error:
-        command = f"cjepa publish {folder} --repo {push.repo} --update"
-        print(f"\n{error} The model is in {folder}; publish it by `{command}`.", flush=True)
+        print(f"\n{error} The model is in {folder}; publish it by `{push.command(folder)}`.", flush=True)
     else:
         print(f"\nPublished: {url}", flush=True)

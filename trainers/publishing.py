@@ -42,22 +42,30 @@ def whole_folder(folder: Path):
         folder (`Path`): The folder to make.
 
     Raises:
-        InputError: The folder exists.
+        InputError: The folder exists, or cannot be made.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise InputError(f"{folder} exists already; choose another folder or remove it.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{folder.name}-unfinished-"
-    for leftover in folder.parent.iterdir():
-        if leftover.name.startswith(prefix):
-            shutil.rmtree(leftover)  # of a run that was killed here
-    unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    unfinished = _unfinished_folder(folder)
     try:
         yield unfinished
         _allow_as_usual(unfinished)
         os.replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _unfinished_folder(folder: Path) -> Path:
+    """An empty folder beside one that is to be made; what a killed process has left there is removed."""
+    prefix = f".{folder.name}-unfinished-"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.parent.iterdir():
+            if leftover.name.startswith(prefix):
+                shutil.rmtree(leftover)
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made ({error.strerror}); name another folder.") from error
 
 
 def _allow_as_usual(folder: Path):

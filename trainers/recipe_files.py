@@ -6,6 +6,21 @@ import yaml
 
 from trainers.files import write_text_atomically
 
+# what is never written down
+SECRETS = ("hub_token",)
+
+
+def without_secrets(command: list[str]) -> list[str]:
+    """A command line without the flags that hold a secret, and their values."""
+    flags = {f"--{name}" for name in SECRETS}
+    kept, is_value = [], False
+    for token in command:
+        is_secret = token.partition("=")[0] in flags
+        if not is_secret and not is_value:
+            kept.append(token)
+        is_value = is_secret and "=" not in token
+    return kept
+
 
 def write_recipe(values: dict, path: Path):
     """Writes the keys that were set as a recipe that repeats the run elsewhere."""

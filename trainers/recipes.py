@@ -16,6 +16,7 @@ from trainers.errors import InputError
 from trainers.evaluation import EvaluationArguments
 from trainers.flags import add_flags, check_value, closest, enum_values, given_flags, type_hints
 from trainers.objectives import OBJECTIVES, Objective
+from trainers.recipe_files import SECRETS
 from trainers.resources import recipe_path
 from trainers.sources import DataArguments
 from trainers.training_args import PrecisionTrainingArguments
@@ -64,7 +65,7 @@ class Recipe:
 
     Args:
         name (`str`): The recipe file's stem.
-        values (`dict`): Every key that was set, by file or flag.
+        values (`dict`): Every key that was set, by file or flag, but for secrets such as a token.
         model (`dict`): Those of them that are fields of the model's configuration.
         training (`dict`): Those that are fields of the training's arguments.
         given (`set[str]`): The keys that were given as flags.
@@ -159,7 +160,7 @@ def read_recipe(path_or_name: str, overrides: dict | None = None) -> Recipe:
     }
     return Recipe(
         name=path.stem,
-        values=values,
+        values={key: value for key, value in values.items() if key not in SECRETS},
         model=chosen["model"],
         training=chosen["training"],
         data=objective.data_class(**chosen["data"]),

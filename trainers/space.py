@@ -6,6 +6,7 @@ is shown, 640 or more on the shorter side; h and w rows and columns of a level's
 
 import dataclasses
 import importlib.util
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from trainers.attention_maps import QUERY_COLOR, attention_map, attention_of, ov
 from trainers.datasets import ImageSource, UnreadableImage, decode_image
 from trainers.drawn_encoders import load_encoders
 from trainers.embedding import check_finite
-from trainers.errors import InputError
+from trainers.errors import InputError, first_line, plain_message
 from trainers.level_embeddings import embed_levels
 from trainers.neighbours import thumbnail
 from trainers.panels import view_of
@@ -182,6 +183,18 @@ def page_module() -> ModuleType:
     return importlib.import_module("trainers.space_page")
 
 
+def check_port(port: int | None):
+    """Raises `InputError` if a port is taken, or is none; before anything takes long."""
+    if port is None:
+        return
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--port {port} cannot be used ({first_line(error)}); give another one, or none.") from error
+
+
 def read_upload(file: str | Path) -> PILImage.Image:
     """A file that somebody gave as an RGB image; raises `InputError` with the file's name if it cannot be read."""
     try:
@@ -230,7 +243,10 @@ def _gallery_of(gallery: str | Path | None, image_size: int) -> ImageSource:
         number = _NUM_SCENES + NUM_EXAMPLES
         return scenes_source(DataArguments(num_eval_images=number), "test", image_size, progress=True)
     arguments = DataArguments(dataset=str(gallery))
-    split, rows = next(iter(load_splits(arguments).items()))
+    try:
+        split, rows = next(iter(load_splits(arguments).items()))
+    except InputError as error:
+        raise InputError(plain_message(error).replace("--dataset", "--gallery")) from error
     source = choose_images(source_of(rows, arguments, split), _MAX_GALLERY)
     source = source.take(readable_positions(source)[0])
     if len(source) < 2:

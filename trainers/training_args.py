@@ -23,6 +23,8 @@ class PrecisionTrainingArguments(TrainingArguments):
             1 or more.
         max_hours (`float`, *optional*): Hours of training of this call after which it stops with a checkpoint, as at
             SIGTERM and SIGUSR1; the time of saving comes on top.
+        hub_update (`bool`): Whether `push_to_hub` may replace the model of a repository that holds something; a
+            resumed run may.
 
     Raises:
         ValueError: The precision is not known, or a number is out of its range.
@@ -40,6 +42,10 @@ class PrecisionTrainingArguments(TrainingArguments):
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={"help": "go on from a checkpoint: its folder, or `last`, the newest whole one in --output_dir"},
+    )
+    hub_update: bool = field(
+        default=False,
+        metadata={"help": "with --push_to_hub: replace the model of a repository that holds one (a resumed run does)"},
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "it would wait for the device each step"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "images have no column to keep"})

@@ -5,7 +5,7 @@ import os
 import sys
 
 from trainers.errors import InputError, plain_message
-from trainers.space import Explorer, page_module
+from trainers.space import Explorer, check_port, page_module
 
 
 def main() -> int:
@@ -38,6 +38,7 @@ def main() -> int:
     if not namespace.model:
         parser.error("no model is named; give a folder or the id of one on the Hub, or set CJEPA_MODEL.")
     try:
+        check_port(namespace.port)
         page = page_module()  # before anything takes long
         page.launch_page(page.build_page(Explorer(namespace.model, namespace.gallery)), namespace.port)
     except InputError as error:

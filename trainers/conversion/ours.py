@@ -115,6 +115,9 @@ def load_processor(name: str):
     if not has_file(name, "preprocessor_config.json"):
         return None
     try:
-        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"The image processor of {name} cannot be loaded ({first_line(error)}).") from error
+    if getattr(processor, "auto_map", None):
+        raise InputError(f"preprocessor_config.json of {name} names code of its own (auto_map), which is not run.")
+    return processor
