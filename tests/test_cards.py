@@ -65,7 +65,7 @@ def test_every_fact_is_told(facts):
         "2 processes, bf16, seed 3", "weight decay 0.1", "2.0 at the first log, 9.0 at the last", "0.25 at the last",
         "is collapsed: rank 1", "abacus; 0.125 kWh by CodeCarbon's estimate", "torch 9.9",
         "2 images could not be read", "cjepa pretrain mine", "hidden_size: 32", "![curves of the run](curves.png)",
-        "By its log it is collapsed.",
+        "By its log the run is collapsed.",
         "regularizer `context`", "datasets:\n- uoft-cs/cifar10\n",
     ):  # fmt: skip
         assert words in card, words
