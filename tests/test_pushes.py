@@ -1,0 +1,106 @@
+"""Checkpoints that a run pushes while it trains, against a server on loopback that speaks the Hub's endpoints."""
+
+import json
+
+import pytest
+from command_worker import Commands
+from hub_runs import LOAD, files_of, without_package
+from hub_server import running_hub
+from tiny import FLAGS, tiny_model
+
+from trainers.loading import load_model
+from trainers.publishing import save_model
+from trainers.transforms import image_processor
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with running_hub() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def commands(hub, tmp_path_factory):
+    worker = Commands(hub.environment(tmp_path_factory.mktemp("home")))
+    yield worker
+    worker.close()
+
+
+def push_flags(folder, repo):
+    return ["pretrain", "cjepa_scenes", *FLAGS, "--dataset", "scenes", "--num_eval_images", "12", "--max_steps", "3",
+            "--num_probe_images", "12", "--save_steps", "1", "--push_to_hub", "true", "--hub_always_push", "true",
+            "--hub_model_id", repo, "--output_dir", str(folder), "--disable_tqdm"]  # fmt: skip
+
+
+def test_every_pushed_checkpoint_loads_and_the_end_is_the_published_model(hub, commands, tmp_path):
+    status, out, err = commands.run(*push_flags(tmp_path / "run", "someone/pushed"))
+    assert status == 0, err
+    repository = hub.repositories["someone/pushed"]
+    commits = repository.branches["main"]
+    messages = [message for message, _ in commits]
+    assert messages == ["initial commit", *(f"Training in progress, step {n}" for n in (1, 2, 3)), "End of training"]
+    for number, (_, files) in enumerate(commits[1:4], 1):
+        card = files["README.md"].decode()
+        assert f"{number} steps of 16 images" in card
+        assert ("**Unfinished**: the run was to take 3 steps." in card) == (number < 3)
+        assert not any(name.startswith(("optimizer", "scheduler", "manifest")) for name in files)
+    sha = repository.sha(commits[2][1], 2)
+    found = json.loads(without_package(LOAD, tmp_path, hub, "someone/pushed", sha))
+    model = load_model(tmp_path / "run" / "checkpoint-2")
+    assert found["weights"] == {name: tensor.double().sum().item() for name, tensor in model.state_dict().items()}
+    final = commits[4][1]
+    assert final["model.safetensors"] == (tmp_path / "run/final/model.safetensors").read_bytes()
+    # twelve images are too few for a probe of twelve classes
+    assert "It was not evaluated." in final["README.md"].decode() and "masks.png" in final
+
+
+def test_slow_pushes_keep_their_checkpoints_and_failures_are_all_told(hub, commands, tmp_path):
+    hub.slow = ("POST", "/commit/", 3.0)
+    hub.faults = [("POST", "/commit/", 403, "not now", "")]
+    flags = ["--save_total_limit", "1", "--max_steps", "4", "--hub_strategy", "checkpoint", "--hub_token", "hf_valid"]
+    status, out, err = commands.run(*push_flags(tmp_path / "run", "someone/slowly"), *flags)
+    hub.slow, hub.faults = None, []
+    assert status == 0, err
+    assert "The checkpoint of step 1 was not pushed to someone/slowly" in out
+    commits = hub.repositories["someone/slowly"].branches["main"][1:]
+    assert [message for message, _ in commits[:3]] == [f"Training in progress, step {n}" for n in (2, 3, 4)]
+    for _, files in commits:
+        assert "model.safetensors" in files and "last-checkpoint/optimizer.safetensors" in files
+        assert not any(b"hf_valid" in data for data in files.values())
+    assert b"hf_valid" not in b"".join(files_of(tmp_path / "run").values())
+
+
+def test_another_s_repository_is_not_pushed_into(hub, commands, tmp_path):
+    (tmp_path / "model").mkdir()
+    save_model(tiny_model(), image_processor((32, 32), [0.5] * 3, [0.5] * 3), tmp_path / "model")
+    assert commands.run("publish", tmp_path / "model", "--repo", "someone/precious")[0] == 0
+    before = hub.repositories["someone/precious"].files()
+    status, _, err = commands.run(*push_flags(tmp_path / "run", "someone/precious"))
+    assert status == 2 and "someone/precious exists and holds" in err and "--hub_update" in err
+    assert hub.repositories["someone/precious"].files() == before and not (tmp_path / "run/checkpoint-1").exists()
+    flags = ["--hub_update", "true", "--max_steps", "1"]
+    status, _, err = commands.run(*push_flags(tmp_path / "run", "someone/precious"), *flags)
+    assert status == 0, err
+
+
+def test_pushes_that_fail_stop_nothing_and_are_made_up_for(hub, commands, tmp_path):
+    hub.faults = [("POST", "/commit/", 403, "not now", "")] * 3
+    status, out, err = commands.run(*push_flags(tmp_path / "run", "someone/faulty"))
+    hub.faults = []
+    assert status == 0, err
+    assert "The checkpoint of step 1 was not pushed to someone/faulty" in out
+    assert "the newest checkpoint is pushed once more" in out
+    messages = [message for message, _ in hub.repositories["someone/faulty"].branches["main"]]
+    assert messages == ["initial commit", "Training in progress, step 3", "End of training"]
+
+
+def test_a_hub_that_is_never_there_costs_nothing_but_the_pushes(tmp_path):
+    worker = Commands({"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_valid", "HF_HUB_OFFLINE": "0"})
+    status, out, err = worker.run(*push_flags(tmp_path / "run", "someone/never"), "--hub_private_repo", "true")
+    assert status == 0, err
+    assert "Training goes on, and the first checkpoint will try again" in out
+    assert f"cjepa publish {tmp_path / 'run' / 'final'} --repo someone/never --private --update" in out
+    assert (tmp_path / "run/final/model.safetensors").is_file()
+    status, out, err = worker.run(*push_flags(tmp_path / "other", "bad name!"))
+    worker.close()
+    assert status == 2 and "Traceback" not in err and not (tmp_path / "other" / "final").exists()
