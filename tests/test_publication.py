@@ -70,7 +70,7 @@ def test_a_dry_run_writes_what_is_published_and_asks_nothing(hub, commands, run,
         "publish", run, "--repo", "someone/dry", "--license", "apache-2.0", "--dry-run", tmp_path / "preview"
     )
     assert status == 0, err
-    assert len(hub.requests) == asked and "Nothing was uploaded to someone/dry." in out
+    assert len(hub.requests) == asked and "Nothing was uploaded." in out
     preview = files_of(tmp_path / "preview")
     assert all(name in out for name in preview)
     status, out, err = commands.run("publish", run, "--repo", "someone/dry", "--license", "apache-2.0", "--private")
@@ -318,6 +318,7 @@ def test_a_checkpoint_tells_what_its_run_says_so_far(commands, run, tmp_path):
         (["--native", "--of", "classifier"], "--native: .*classifier is a classifier, which is published whole"),
         (["--encoder-only", "--of", "classifier"], "--encoder-only: .*classifier is a classifier"),
         (["--dry-run", "/proc/x/y"], "/proc/x/y cannot be made"),
+        (["--dry-run", ""], "--repo is missing"),
     ],
 )
 def test_flags_that_cannot_be_are_refused(commands, run, others, tmp_path, flags, sentence):
@@ -325,7 +326,7 @@ def test_flags_that_cannot_be_are_refused(commands, run, others, tmp_path, flags
     if "--of" in flags:
         place, flags = others / flags[-1], flags[:-2]
     flags = ["--dry-run", tmp_path / "out", *flags]
-    status, _, err = commands.run("publish", place, "--repo", "someone/x", *flags)
+    status, _, err = commands.run("publish", place, *flags)
     assert status == 2 and re.search(sentence, err) and "Traceback" not in err, err
     assert not any(path.name.startswith(("out", ".out")) for path in tmp_path.iterdir())
 

@@ -65,7 +65,7 @@ def _context(facts: dict, repo: str) -> dict:
 def card_title(facts: dict, repo: str) -> str:
     """What the model is called: by its repository's name, or in a run's folder by the recipe's."""
     path = Path(repo)
-    return facts.get("recipe", path.name) if path.name == "final" else path.name
+    return facts.get("recipe", path.parent.name) if path.name in ("final", "published") else path.name
 
 
 def hours(seconds: float) -> str:

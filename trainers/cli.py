@@ -104,11 +104,11 @@ def add_pretrain(commands):
 def run_pretrain(namespace):
     """Pre-trains by the recipe and the flags given."""
     from trainers.pretraining import pretrain
-    from trainers.recipe_files import without_secrets
+    from trainers.recipe_files import without_flags
     from trainers.recipes import overrides_of, read_recipe
 
     recipe = read_recipe(namespace.recipe, overrides_of(namespace))
-    recipe.command = without_secrets(namespace.command)
+    recipe.command = without_flags(namespace.command)
     pretrain(recipe)
 
 

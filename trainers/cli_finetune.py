@@ -54,7 +54,7 @@ def run_finetune(namespace):
     from trainers.finetuning import finetune
     from trainers.flags import check_value, dataclass_from_flags, given_flags, type_hints
     from trainers.loading import load_encoder_config, load_image_statistics
-    from trainers.recipe_files import without_secrets
+    from trainers.recipe_files import without_flags
 
     hints = type_hints(FinetuneTrainingArguments)
     training = given_flags(namespace, hints)
@@ -70,4 +70,4 @@ def run_finetune(namespace):
         data = dataclasses.replace(
             data, **{name: value for name, value in read.items() if name not in vars(namespace)}
         )
-    finetune(Finetuning(namespace.model, settings, data, training, without_secrets(namespace.command)))
+    finetune(Finetuning(namespace.model, settings, data, training, without_flags(namespace.command)))

@@ -1,6 +1,7 @@
 """`cjepa publish`: a run as a repository on the Hub."""
 
 from trainers.cli_models import model_parser
+from trainers.errors import InputError
 
 
 def add_publish(commands):
@@ -8,7 +9,7 @@ def add_publish(commands):
     parser = model_parser(
         commands,
         "publish",
-        usage="cjepa publish RUN --repo USER/NAME [--key value ...]",
+        usage="cjepa publish RUN (--repo USER/NAME | --dry-run FOLDER) [--key value ...]",
         metavar="RUN",
         help="publish a run on the Hub: weights, code, image processor, card and results",
         description="Publish a model on the Hub, so that it loads anywhere with transformers alone: the weights of "
@@ -17,11 +18,14 @@ def add_publish(commands):
         "checkpoint, or any model's folder. Nothing is uploaded before all of it is made, and then by one commit: the "
         "repository is never half full. Repeat an interrupted call: large files that arrived are not sent again. Sign "
         "in first by `hf auth login`, or set HF_TOKEN. Paths of this machine, and images of the run, stay here.",
-        epilog="examples:  cjepa publish runs/mine --repo me/encoder --dry-run preview\n"
+        epilog="examples:  cjepa publish runs/mine --dry-run runs/mine/published\n"
         "           cjepa publish runs/mine --repo me/encoder --private --license cc-by-4.0\n"
         "           cjepa publish runs/mine --repo me/encoder-ijepa --native",
     )
-    parser.add_argument("--repo", metavar="USER/NAME", required=True, help="the repository, made if it is not there")
+    parser.add_argument(
+        "--repo", metavar="USER/NAME",
+        help="the repository, made if it is not there; without it the card of a dry run names the folder",
+    )  # fmt: skip
     parser.add_argument(
         "--dry-run", metavar="FOLDER", dest="dry_run",
         help="write the folder that would be uploaded, list its files and upload nothing; without network",
@@ -57,14 +61,18 @@ def run_publish(namespace):
     from trainers.publication import Publication
     from trainers.publishing import whole_folder
 
-    destination = Destination(namespace.repo, namespace.private, namespace.revision, namespace.update)
-    names = ("repo", "encoder_only", "native", "shard_size", "license")
-    publication = Publication(namespace.model, **{name: getattr(namespace, name) for name in names})
+    if not (namespace.repo or namespace.dry_run):
+        raise InputError("--repo is missing; say where to, as in --repo me/encoder, or write a folder by --dry-run.")
+    named = namespace.repo or namespace.dry_run
+    options = {name: getattr(namespace, name) for name in ("encoder_only", "native", "shard_size", "license")}
+    publication = Publication(namespace.model, named, **options)
+    if namespace.repo:
+        destination = Destination(namespace.repo, namespace.private, namespace.revision, namespace.update)
     if namespace.dry_run:
         preview = Path(namespace.dry_run)
         with whole_folder(preview) as folder, full_disk_named(preview.parent):
             publication.write(folder)
-        print(f"{listing(preview)}\nNothing was uploaded to {namespace.repo}.")
+        print(f"{listing(preview)}\nNothing was uploaded.")
         return
     print(f"signed in as {check_destination(destination)}", flush=True)
     with tempfile.TemporaryDirectory() as temporary, full_disk_named(Path(temporary).parent):

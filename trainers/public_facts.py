@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from trainers.recipe_files import SECRETS, without_secrets
+from trainers.recipe_files import SECRETS, without_flags
 
 # settings that say where things are on this machine, and nothing about the model
 _LEFT_OUT = ("output_dir", "resume_from_checkpoint", *SECRETS)
@@ -38,7 +38,7 @@ def public_facts(facts: dict) -> dict:
     if "settings" in facts:
         found["settings"] = _public(settings, local)
     if "command" in facts:
-        command = without_secrets(shlex.split(facts["command"]))
+        command = without_flags(shlex.split(facts["command"]), _LEFT_OUT)
         found["command"] = shlex.join(_public(word, local) for word in command)
     return found
 

@@ -34,7 +34,7 @@ class Publication:
 
     Args:
         run (`str`): The folder of a run, of its `final`, of a checkpoint or of a model.
-        repo (`str`): Where to, `user/name`, which the card names.
+        repo (`str`): Where it will be loaded from, which the card names: `user/name`, or a folder.
         encoder_only (`bool`): Whether only the target encoder, or the stack, is published.
         native (`bool`): Whether the target encoder is published as transformers' own `IJepaModel`, without code.
         shard_size (`str`): Bytes of the largest file of weights, such as `1GB`.

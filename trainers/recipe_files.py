@@ -1,5 +1,6 @@
 """The keys of a recipe as YAML, to be read again by [`~recipes.read_recipe`]."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
@@ -10,15 +11,15 @@ from trainers.files import write_text_atomically
 SECRETS = ("hub_token",)
 
 
-def without_secrets(command: list[str]) -> list[str]:
-    """A command line without the flags that hold a secret, and their values."""
-    flags = {f"--{name}" for name in SECRETS}
+def without_flags(command: list[str], names: Collection[str] = SECRETS) -> list[str]:
+    """A command line without some flags and their values; without those that hold a secret when none are named."""
+    flags = {f"--{name}" for name in names}
     kept, is_value = [], False
     for token in command:
-        is_secret = token.partition("=")[0] in flags
-        if not is_secret and not is_value:
+        is_left_out = token.partition("=")[0] in flags
+        if not is_left_out and not is_value:
             kept.append(token)
-        is_value = is_secret and "=" not in token
+        is_value = is_left_out and "=" not in token
     return kept
 
 
