@@ -123,7 +123,8 @@ def test_places_of_this_machine_and_secrets_are_not_told(tmp_path):
     (tmp_path / "photos").mkdir()
     facts = {
         "command": f"cjepa pretrain x --output_dir runs/x --dataset={tmp_path}/photos --hub_token hf_a "
-        f"--start_from {tmp_path}/mine/final --hub_token=hf_b --beside v={tmp_path}/v/final --levels '[{{\"backbone\": \"{tmp_path}/resnet 1\"}}, 3]'",
+        f"--start_from {tmp_path}/mine/final "
+        f"--hub_token=hf_b --beside v={tmp_path}/v/final --levels '[{{\"backbone\": \"{tmp_path}/resnet 1\"}}, 3]'",
         "settings": {"dataset": f"{tmp_path}/photos", "output_dir": "runs/x", "start_from": "me/model", "seed": 1,
                      "hub_token": "hf_c", "levels": [{"backbone": f"{tmp_path}/resnet"}]},
         "start": "me/model",

@@ -43,6 +43,10 @@ def refused(message, *arguments, output, **options):
     assert not [path for path in output.parent.iterdir() if "unfinished" in path.name or path.name.endswith(".tmp")]
 
 
+def place(folder, to):
+    return folder / ("out.pth.tar" if to == "authors" else "out")
+
+
 def test_learned_positions_are_refused_where_they_must_hold(tmp_path):
     save_native(IJepaModel, IJepaConfig, tmp_path / "ijepa")
     refused("learned positions", str(tmp_path / "ijepa"), output=tmp_path / "out")
@@ -95,13 +99,13 @@ def test_other_kinds_of_timm_are_refused(changes, message, ours, folder, tmp_pat
 )
 def test_what_a_format_cannot_say_is_refused(changes, to, message, tmp_path):
     source = save_ours(tiny_model(**changes), tmp_path / "ours")
-    refused(message, str(source), output=tmp_path / "out.pth.tar", to=to)
+    refused(message, str(source), output=place(tmp_path, to), to=to)
 
 
 def test_an_sjea_model_goes_nowhere_else(tmp_path):
     source = save_ours(tiny_sjea(), tmp_path / "ours")
     for to in ("ijepa", "timm", "authors"):
-        refused("An S-JEA model does not fit", str(source), output=tmp_path / "out.pth.tar", to=to)
+        refused("An S-JEA model does not fit", str(source), output=place(tmp_path, to), to=to)
     refused("no context encoder", str(source), output=tmp_path / "out", encoder="context")
 
 
@@ -123,9 +127,9 @@ def test_code_of_a_source_is_never_run(folder, tmp_path):
 
 def test_folders_that_are_no_models_are_refused(tmp_path):
     source = tmp_path / "source"
-    refused("is no file, no folder", str(source), output=tmp_path / "out")
+    refused("is no file, no folder|holds neither a model", str(source), output=tmp_path / "out")
     source.mkdir()
-    refused("is no file, no folder", str(source), output=tmp_path / "out")
+    refused("is no file, no folder|holds neither a model", str(source), output=tmp_path / "out")
     for config, message in (
         ("{", "is no file, no folder"),
         ("[]", "holds no mapping"),
@@ -215,7 +219,7 @@ def test_a_check_that_fails_writes_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("trainers.conversion.ijepa_authors.FUSED_ENCODER", table)
     monkeypatch.setattr("trainers.conversion.timm_ijepa.FUSED_ENCODER", table)
     for to in ("authors", "timm"):
-        refused("conversion does not hold", str(folder), output=tmp_path / "out.pth.tar", to=to)
+        refused("conversion does not hold", str(folder), output=place(tmp_path, to), to=to)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1.0])

@@ -129,7 +129,7 @@ def test_it_trains_resumes_and_tells_where_it_started(tmp_path):
     assert main([*flags, "--output_dir", str(tmp_path / "part"), "--resume_from_checkpoint", "last"]) == 0
     whole, part = (load_file(tmp_path / name / "final/model.safetensors") for name in ("whole", "part"))
     assert same(whole, part) and not same(whole, load_file(start / "model.safetensors"))
-    assert f"It started from the weights of `{start}`." in (tmp_path / "whole/final/README.md").read_text()
+    assert "It started from the weights of `start`." in (tmp_path / "whole/final/README.md").read_text()
 
 
 @pytest.mark.parametrize(

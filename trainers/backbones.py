@@ -9,7 +9,7 @@ import inspect
 from transformers import AutoConfig, AutoModel
 
 from modeling_cjepa import SJeaForPreTraining
-from trainers.conversion.vicreg_resnet import RESNET, resnet_fields, torchvision_resnet, without_classifier
+from trainers.conversion.vicreg_resnet import RESNET, resnet_fields, torchvision_resnet, unwrapped, without_classifier
 from trainers.conversion.weight_files import read_weight_file
 from trainers.errors import InputError, first_line
 
@@ -61,7 +61,7 @@ def _fields(name: str, number: int) -> dict:
 
 def _read_resnet(path: str) -> dict:
     """The tensors of a ResNet's file by torchvision's names."""
-    tensors, _ = without_classifier(read_weight_file(path))
+    tensors, _ = without_classifier(unwrapped(read_weight_file(path))[0])
     return tensors
 
 

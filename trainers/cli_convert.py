@@ -25,21 +25,24 @@ def add_convert(commands):
         "           cjepa convert facebook/ijepa_vith14_1k converted/vith14\n"
         "           cjepa convert timm:vit_huge_patch14_gap_224.in1k_ijepa converted/vith14\n"
         "           cjepa convert runs/mine/final converted/ijepa --to ijepa\n"
-        "           cjepa convert runs/mine/final converted/mine.pth.tar --to authors",
+        "           cjepa convert runs/mine/final converted/mine.pth.tar --to authors\n"
+        "           cjepa convert runs/mine/final converted/graph --to onnx\n"
+        "           cjepa convert resnet50.pth converted/vicreg",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SOURCE", help="what to convert")
-    parser.add_argument("output", metavar="OUTPUT", help="the folder to write; the file, of --to authors")
+    parser.add_argument("output", metavar="OUTPUT", help="the folder to write; of --to authors the file, NAME.pth.tar")
     parser.add_argument("--to", metavar="FORMAT", default="cjepa", help=f"one of {ways_out} (default: cjepa)")
     parser.add_argument(
         "--encoder", metavar="NAME", help="`target` or `context`: the encoder to write of a model that has both "
         "(default: target, which the paper of I-JEPA evaluates and whose weights are an average over the steps of "
-        "training; formats that hold both get both, unless `context` is given)",
+        "training; without --encoder formats that hold both encoders and the predictor get all of them)",
     )  # fmt: skip
     parser.add_argument(
         "--image_size", metavar="N", type=int,
-        help="pixels of a training image's side, of a checkpoint of the authors without positions (default: 224)",
+        help="pixels of a training image's side, where a file does not say: of I-JEPA's authors without positions "
+        "(default: 224), of S-JEA's (32 or 64, by the stem), of a ResNet (224, or 32)",
     )  # fmt: skip
     parser.add_argument(
         "--num_attention_heads", metavar="N", type=int,

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -76,8 +77,8 @@ def load_model(path: str | Path, with_classifier: bool = False) -> PreTrainedMod
     choices = (pretraining, *([_CLASSIFIERS[type(config)]] if with_classifier else []))
     cls = next((choice for choice in choices if choice.__name__ in (config.architectures or [])), encoder)
     try:
-        model, info = cls.from_pretrained(path, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise InputError(f"The weights of {path} cannot be loaded ({first_line(error)}); save it again.") from error
     missing = sorted(info["missing_keys"])
     if missing:

@@ -201,7 +201,7 @@ def build_model(recipe: Recipe, args: JepaTrainingArguments) -> PreTrainedModel:
         raise InputError(" ".join(str(error).split())) from error
     if start is not None:
         sentences = load_start_weights(model, start)
-        if args.process_index == 0:
+        if args.process_index == 0 and args.resume_from_checkpoint is None:
             told = "".join(f"\n- {sentence}" for sentence in sentences)
             print(f"starting from {recipe.run.start_from}{told}", flush=True)
     return model

@@ -4,13 +4,15 @@ The architecture of what the weights have is theirs; masks, views, loss and sche
 """
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining, SJeaForPreTraining
 from trainers.conversion.checks import Converted
 from trainers.conversion.converting import load_start
+from trainers.conversion.formats import ReadOptions
 from trainers.errors import InputError
 from trainers.recipes import Recipe
 
@@ -43,7 +45,9 @@ def read_start(recipe: Recipe) -> Converted:
         InputError: They cannot be read, are of the other way of pre-training, or contradict a key of the command line.
     """
     source = recipe.run.start_from
-    start = load_start(source)
+    heads = "num_attention_heads"  # which the authors' files do not hold
+    asked = recipe.model[heads] if heads in recipe.given and Path(source).is_file() else None
+    start = load_start(source, ReadOptions(num_attention_heads=asked))
     config = start.model.config
     if not isinstance(config, recipe.objective.config_class):
         other = "cjepa" if isinstance(config, CJepaConfig) else "sjea"
@@ -57,9 +61,18 @@ def read_start(recipe: Recipe) -> Converted:
                 f"--{name} {recipe.model[name]} contradicts start_from={source}, whose {name} is {fields[name]}; "
                 "leave it out."
             )
+    differ = [
+        f"{name} {fields[name]} (the recipe says {recipe.model[name]})"
+        for name in sorted(fields.keys() & recipe.model.keys())
+        if name != "levels" and recipe.model[name] != fields[name]
+    ]
+    notes = [*start.notes, *([f"its sizes are taken: {', '.join(differ)}"] if differ else [])]
+    mean = list(getattr(start.processor, "image_mean", recipe.data.image_mean))
+    if mean != list(recipe.data.image_mean):
+        notes.append(f"images are normalised by the recipe's mean {recipe.data.image_mean}, and were by {mean}")
     recipe.model |= fields
     recipe.values |= fields
-    return start
+    return replace(start, notes=notes)
 
 
 def _fields(model: PreTrainedModel, recipe_fields: dict) -> dict:

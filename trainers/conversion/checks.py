@@ -89,7 +89,7 @@ def compare(what: str, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> 
         ours, theirs (`list` of `torch.Tensor`): Outputs, pair by pair of one shape.
 
     Returns:
-        [`Check`]: The limit is in proportion to the largest feature.
+        [`Check`]: Of the pair that differs most, whose limit is in proportion to its largest feature.
 
     Raises:
         InputError: The shapes differ, or the difference is too large or not finite.
@@ -100,11 +100,14 @@ def compare(what: str, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> 
                 f"The conversion does not hold: against {what} features have shape {tuple(our.shape)}, not "
                 f"{tuple(their.shape)}; nothing was written."
             )
-    differences = torch.stack([(our - their).abs().max() for our, their in zip(ours, theirs, strict=True)])
-    scale = max(1.0, max(their.abs().max().item() for their in theirs))
-    check = Check(what, differences.max().item(), FEATURE_LIMIT * scale)  # the maximum of tensors keeps a NaN
+    pairs = [_pair(what, our, their) for our, their in zip(ours, theirs, strict=True)]
+    check = max(pairs, key=lambda pair: math.inf if math.isnan(pair.difference) else pair.difference / pair.limit)
     check.raise_if_too_large()
     return check
+
+
+def _pair(what: str, our: torch.Tensor, their: torch.Tensor) -> Check:
+    return Check(what, (our - their).abs().max().item(), FEATURE_LIMIT * max(1.0, their.abs().max().item()))
 
 
 def random_images(config, count: int = 2) -> torch.Tensor:

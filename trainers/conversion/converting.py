@@ -1,6 +1,7 @@
 """A model of one format to another, through ours; what is written is whole and was checked, or is not there."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from modeling_cjepa.configuration_cjepa import pair
 from trainers.conversion.checks import Check, Converted, Written
 from trainers.conversion.formats import Format, ReadOptions, format_named, function, open_source
 from trainers.conversion.ours import encoder_of, plain_encoder_only
-from trainers.errors import InputError
+from trainers.errors import InputError, first_line
 from trainers.files import full_disk_named, whole_file
 from trainers.model_facts import is_classifier
 from trainers.publishing import whole_folder
@@ -19,6 +20,7 @@ from trainers.resources import render_template
 from trainers.transforms import image_processor
 
 _ENCODERS = ("target", "context")
+_FILE_SUFFIXES = (".pth.tar", ".pth", ".pt", ".pt2", ".onnx", ".safetensors", ".bin")
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
@@ -81,10 +83,11 @@ def convert(
     if encoder not in (None, *_ENCODERS):
         raise InputError(f"--encoder {encoder} is not known; choose {' or '.join(_ENCODERS)}.")
     target_format = format_named(to)
-    if output.exists() or output.is_symlink():
-        raise InputError(f"{output} exists already; choose another OUTPUT or remove it.")
+    _check_output(output, target_format)
     options = dataclasses.replace(options or ReadOptions(), encoder=encoder or "target")
     source_format, converted = _read(source, options)
+    if source_format.holds and not isinstance(converted.model, CJepaForPreTraining):
+        encoder = None  # of a file without predictor the reader has taken the one that was asked for
     model, notes = _part_to_write(converted.model, target_format, encoder)
     notes = [*converted.notes, *notes]
     if target_format.notes:
@@ -94,15 +97,56 @@ def convert(
         processor = _default_processor(model.config)
         if not target_format.suffix:
             notes.append("The source has no image processor; ImageNet's mean and standard deviation are assumed.")
+    _check_processor(processor, model.config, source)
     checks = [converted.check] if converted.check else []
     with full_disk_named(output.parent):
         _write(target_format, model, processor, output, source, source_format, checks, notes)
     return Conversion(source_format, target_format, checks, notes)
 
 
+def _check_output(output: Path, target: Format):
+    """Refuses a place that is taken, or cannot be one, before anything is read."""
+    if "\0" in str(output):
+        raise InputError(f"{str(output)!r} is no name of a file; choose another OUTPUT.")
+    if os.path.lexists(output):
+        raise InputError(f"{output} exists already; choose another OUTPUT or remove it.")
+    suffix = next((suffix for suffix in _FILE_SUFFIXES if output.name.endswith(suffix)), None)
+    if suffix and not target.suffix:
+        raise InputError(f"{output} is to be a folder, of {target.what}; give a name without {suffix}.")
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"{output} lies in {above}, which is a file; choose another OUTPUT.")
+
+
+def _check_processor(processor, config, source: str):
+    """Refuses an image processor whose mean and standard deviation are not those of a model's channels."""
+    for name in ("image_mean", "image_std"):
+        values = getattr(processor, name, None)
+        is_list = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
+        if not is_list or len(values) != config.num_channels:
+            raise InputError(
+                f"The image processor of {source} says {name}={values!r}, and the model has {config.num_channels} "
+                "channels; mend preprocessor_config.json."
+            )
+
+
 def _read(source: str, options: ReadOptions) -> tuple[Format, Converted]:
     source_format, opened = open_source(source)
-    return source_format, function(source_format.reader)(opened, options)
+    for name in ("image_size", "num_attention_heads"):
+        value = getattr(options, name)
+        if value is not None and name not in source_format.asks:
+            raise InputError(f"--{name} {value}: {source} says so itself ({source_format.what}); leave it out.")
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value} must be 1 or more.")
+    try:
+        return source_format, function(source_format.reader)(opened, options)
+    except InputError:
+        raise
+    except Exception as error:  # a file of others can be wrong in any way, and each is the file's mistake
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(
+            f"{source} cannot be read as {source_format.what} ({what}); copy or save it again."
+        ) from error
 
 
 def _part_to_write(model: PreTrainedModel, target: Format, encoder: str | None) -> tuple[PreTrainedModel, list[str]]:
@@ -110,7 +154,7 @@ def _part_to_write(model: PreTrainedModel, target: Format, encoder: str | None) 
     if is_classifier(model):
         part = model if target.writes_any and encoder is None else encoder_of(model, encoder)
         notes = [] if part is model else ["Only the encoder is written; the classifier is left out."]
-    elif target.writes_all and encoder != "context":
+    elif target.writes_all and encoder is None:
         part, notes = model, []
     else:
         part, notes = encoder_of(model, encoder), []

@@ -26,6 +26,7 @@ class Format:
         model_types (`tuple` of `str`): `model_type` of the `config.json` of such a folder.
         suffix (`str`): What the name of the file ends in that the writer writes; empty where it writes a folder.
         writes_all (`bool`): Whether a model of pre-training goes out whole; else one of its encoders does.
+        asks (`tuple` of `str`): Fields of [`ReadOptions`] that the reader needs, where the source does not say.
         writes_any (`bool`): Whether every model of this package can go out, stacks and S-JEA, too.
     """
 
@@ -37,6 +38,7 @@ class Format:
     holds: str = ""
     model_types: tuple[str, ...] = ()
     suffix: str = ""
+    asks: tuple[str, ...] = ()
     writes_all: bool = False
     writes_any: bool = False
 
@@ -73,6 +75,12 @@ class ReadOptions:
 
 
 _START = "other_vits.read_start"
+# by words in the names of a configuration's fields, the largest value that is believed
+_LARGEST = {
+    "num_hidden_layers": 1_000, "depth": 1_000, "num_heads": 1_000, "attention_heads": 1_000, "hidden_size": 100_000,
+    "embed_dim": 100_000, "intermediate_size": 1_000_000, "image_size": 100_000, "img_size": 100_000,
+    "patch_size": 10_000, "num_channels": 10_000, "in_chans": 10_000,
+}  # fmt: skip
 
 # fmt: off
 FORMATS = (
@@ -80,15 +88,15 @@ FORMATS = (
            model_types=("cjepa", "sjea"), writes_all=True, writes_any=True),
     Format("authors", "a checkpoint of the authors' I-JEPA code", "ijepa_authors.read_authors",
            "ijepa_authors.write_authors", notes="ijepa_authors.notes_of_authors", holds="ijepa_authors.holds_authors",
-           suffix=".pth.tar", writes_all=True),
+           suffix=".pth.tar", writes_all=True, asks=("image_size", "num_attention_heads")),
     Format("ijepa", "transformers' IJepaModel", "ijepa_transformers.read_ijepa",
            "ijepa_transformers.write_ijepa_model", model_types=("ijepa",)),
     Format("timm", "a vision transformer of timm without class token", "timm_ijepa.read_timm",
            "timm_ijepa.write_timm"),
     Format("sjea-authors", "a checkpoint of the authors' S-JEA code", "sjea_authors.read_sjea",
-           holds="sjea_authors.holds_sjea"),
+           holds="sjea_authors.holds_sjea", asks=("image_size",)),
     Format("resnet", "a ResNet by torchvision's names, such as VICReg's resnet50.pth", "vicreg_resnet.read_resnet",
-           holds="vicreg_resnet.holds_resnet"),
+           holds="vicreg_resnet.holds_resnet", asks=("image_size",)),
     Format("dinov2", "transformers' DINOv2, as a start", _START, model_types=("dinov2", "dinov2_with_registers")),
     Format("vit_mae", "transformers' ViT-MAE, as a start", _START, model_types=("vit_mae",)),
     Format("vit", "transformers' ViT, DeiT or ViT-MSN, as a start", _START, model_types=("vit", "deit", "vit_msn")),
@@ -135,6 +143,8 @@ def open_source(name: str) -> tuple[Format, Source]:
         InputError: There is no such source, it is in no format that is known, or it needs code of its own.
     """
     by_name = {each.name: each for each in FORMATS}
+    if not name:
+        raise InputError("SOURCE is empty; name a file, a folder, an id on the Hub, or a name of timm's.")
     if name.startswith("timm:"):
         return by_name["timm"], Source(name)
     if Path(name).is_file():
@@ -142,6 +152,7 @@ def open_source(name: str) -> tuple[Format, Source]:
     if Path(name).is_dir():
         name = newest_model(name)
     config = _read_config(name)
+    _check_sizes(config, name)
     model_type = config.get("model_type")
     found = next((each for each in FORMATS if model_type in each.model_types), None)
     if config.get("auto_map") and not (found and found.name == "cjepa"):
@@ -187,3 +198,15 @@ def _read_config(name: str) -> dict:
     if not isinstance(config, dict):
         raise InputError(f"config.json of {name} holds no mapping; it is no model.")
     return config
+
+
+def _check_sizes(config: dict, name: str):
+    """Refuses sizes that no encoder has, before a model of them is begun."""
+    for field, value in [*config.items(), *dict(config.get("model_args") or {}).items()]:
+        values = value if isinstance(value, list | tuple) else [value]
+        most = next((most for word, most in _LARGEST.items() if word in field), None)
+        for number in values if most is not None else ():
+            if isinstance(number, int) and not 0 < number <= most:
+                raise InputError(
+                    f"config.json of {name} says {field}={value}, which is no size of an encoder; mend it."
+                )

@@ -6,6 +6,8 @@ levels reads only images of the configured size. What was written is read again 
 """
 
 import copy
+import io
+import json
 import math
 import warnings
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from modeling_cjepa.configuration_cjepa import choose_level, pair
 from trainers.conversion.checks import Check, Written, compare
 from trainers.conversion.outputs import output_names, require
 from trainers.errors import InputError
+from trainers.files import write_json
 from trainers.model_facts import is_classifier
 
 OPSET = 20
@@ -66,6 +69,8 @@ def export_onnx(model: PreTrainedModel, processor, folder: Path) -> Written:
         )
         facts = {"opset": OPSET, "model_type": graph.config.model_type, "image_size": graph.size_sentence()}
         program.model.metadata_props.update({name: str(fact) for name, fact in facts.items()})
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # where the code lay on this machine
         path = folder / "model.onnx"
         program.save(path)
         session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -94,8 +99,12 @@ def export_program(model: PreTrainedModel, processor, folder: Path) -> Written:
     """
     graph = _Graph(model)
     with _quiet():
-        path = folder / "model.pt2"
-        torch.export.save(graph.program(), path)
+        program = graph.program()
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # where the code lay on this machine
+        path, written = folder / "model.pt2", io.BytesIO()
+        torch.export.save(program, written)
+        path.write_bytes(written.getbuffer())  # torch's own writer ends the process where a disk is full
         check = graph.check("torch.export", torch.export.load(path).module())
         _write_settings(graph, processor, folder)
     return Written(check, [f"The program was made by torch {torch.__version__}.", graph.size_sentence()])
@@ -201,6 +210,12 @@ class _Graph(nn.Module):
 
 def _write_settings(graph: _Graph, processor, folder: Path):
     graph.config.save_pretrained(folder)
+    path = folder / "config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields.pop("auto_map", None)  # the code is in the graph
+    write_json(path, fields)
+    for code in folder.glob("*.py"):
+        code.unlink()
     if processor is not None:
         processor.save_pretrained(folder)
 

@@ -30,6 +30,8 @@ def read_ours(source: Source, options: ReadOptions) -> Converted:
     Raises:
         InputError: It cannot be loaded whole, or has weights that are not finite.
     """
+    if (source.config or {}).get("quantization_config"):
+        raise InputError(f"{source.name} has 8-bit weights, which only go out; convert the model it was made from.")
     model = load_model(source.name, with_classifier=True).eval()
     check_tensors(model.state_dict(), source.name)
     return Converted(model, [], processor=load_processor(source.name))
@@ -103,10 +105,11 @@ def plain_encoder_only(model: PreTrainedModel, what: str):
         InputError: The model is of S-JEA or a stack.
     """
     if isinstance(model, SJeaModel | SJeaForPreTraining):
-        raise InputError(f"An S-JEA model does not fit {what}; it goes out as `--to cjepa` alone.")
+        raise InputError(f"An S-JEA model does not fit {what}; use `--to cjepa`, `onnx` or `program`.")
     if model.config.num_levels > 1:
         raise InputError(
-            f"A stack of {model.config.num_levels} levels does not fit {what}, which has one; use `--to cjepa`."
+            f"A stack of {model.config.num_levels} levels does not fit {what}, which has one; use `--to cjepa`, "
+            "`onnx`, `program` or `int8`."
         )
 
 

@@ -77,7 +77,8 @@ def from_sjea_checkpoint(state: dict, image_size: int | None = None) -> Converte
 
 def holds_sjea(tensors: dict) -> bool:
     """Whether a file's tensors are a checkpoint of the authors' S-JEA code."""
-    return any(name.startswith("encoder_online.") for name in tensors.get("state_dict", tensors))
+    inner = tensors.get("state_dict", tensors)
+    return isinstance(inner, dict) and any(name.startswith("encoder_online.") for name in inner)
 
 
 def read_sjea(source: Source, options: ReadOptions) -> Converted:

@@ -25,6 +25,12 @@ _EPS = 1e-6
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "relu": "relu"}
 _ACTIVATIONS |= {"silu": "silu"}
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}
+# what of a folder's arguments makes the architecture; others name files, addresses or code
+_ARGUMENTS = {
+    "img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm",
+    "init_values", "class_token", "global_pool", "fc_norm", "act_layer", "reg_tokens", "pos_embed", "no_embed_class",
+    "pre_norm", "final_norm", "dynamic_img_size", "num_classes", "norm_layer",
+}  # fmt: skip
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -108,10 +114,15 @@ def _from_folder(timm, source: Source):
     weights = next((file for file in _WEIGHTS if has_file(source.name, file)), None)
     if weights is None:
         raise InputError(f"{source.name} has no {' and no '.join(_WEIGHTS)}; it is no folder of timm's.")
+    unknown = sorted(set(arguments) - _ARGUMENTS)
+    if unknown or not timm.is_model(source.config["architecture"]):
+        what = f"model_args {unknown[0]!r}" if unknown else f"architecture {source.config['architecture']!r}"
+        raise InputError(f"config.json of {source.name} has {what}, which is none of timm's vision transformers'.")
     tensors = read_weight_file(cached_file(source.name, weights))
     try:
         with torch.device("meta"):
-            model = timm.create_model(source.config["architecture"], **arguments | {"num_classes": 0})
+            options = arguments | {"num_classes": 0, "pretrained": False}
+            model = timm.create_model(source.config["architecture"], **options)
         kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
         model.load_state_dict({name: tensor.float() for name, tensor in kept.items()}, assign=True)
     except Exception as error:  # timm's assertions, torch's RuntimeError of names and shapes

@@ -38,7 +38,12 @@ def load_transformers(model_class, name: str, unneeded=()) -> tuple[PreTrainedMo
     logging.set_verbosity_error()  # its report of weights without a place is ours to give
     try:
         model, info = model_class.from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, weights_only=True
+            name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            weights_only=True,
+            attn_implementation="sdpa",
         )
     except (OSError, RuntimeError, ValueError, TypeError, StrictDataclassError, SafetensorError) as error:
         raise InputError(f"{name} cannot be loaded as a {model_class.__name__} ({first_line(error)}).") from error

@@ -3,6 +3,8 @@
 torchvision's bottleneck has its stride in the 3x3 convolution, as transformers' without `downsample_in_bottleneck`.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -76,14 +78,33 @@ def from_vicreg_checkpoint(
     return Converted(model, notes, check)
 
 
+def unwrapped(tensors: dict) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """
+    A backbone's tensors out of what a training script saved around them, and a sentence on what else was there.
+
+    Args:
+        tensors (`dict`): As [`read_weight_file`] gives them: the tensors, or a `state_dict` or `model` of them, with
+            the prefixes of DDP (`module.`) and of VICReg's training (`backbone.`) or without.
+    """
+    inner = next((tensors[name] for name in ("state_dict", "model") if isinstance(tensors.get(name), dict)), tensors)
+    plain = {name.removeprefix("module."): tensor for name, tensor in inner.items()}
+    backbone = {name.removeprefix("backbone."): each for name, each in plain.items() if name.startswith("backbone.")}
+    if not backbone:
+        return plain, []
+    others = sorted({name.partition(".")[0] for name in plain} - {"backbone"})
+    return backbone, [f"Beside the backbone there was {', '.join(others)}, which is left out."] if others else []
+
+
 def holds_resnet(tensors: dict) -> bool:
     """Whether a file's tensors are a ResNet's by torchvision's names."""
-    return {"conv1.weight", "layer1.0.conv1.weight"} <= tensors.keys()
+    return {"conv1.weight", "layer1.0.conv1.weight"} <= unwrapped(tensors)[0].keys()
 
 
 def read_resnet(source: Source, options: ReadOptions) -> Converted:
     """Reads a file by [`from_vicreg_checkpoint`]."""
-    return from_vicreg_checkpoint(source.tensors, options.image_size)
+    tensors, notes = unwrapped(source.tensors)
+    converted = from_vicreg_checkpoint(tensors, options.image_size)
+    return replace(converted, notes=notes + converted.notes)
 
 
 def without_classifier(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -14,6 +14,8 @@ from transformers.utils import cached_file, has_file
 
 from trainers.errors import InputError, first_line
 
+# dictionaries in one another, and what they hold together
+_MOST_NESTED, _MOST_ENTRIES = 10, 1_000_000
 _ADVICE = "ask for the weights as safetensors, or save them again by torch.save(model.state_dict(), FILE)"
 
 
@@ -99,6 +101,8 @@ def check_tensors(tensors: dict, where: str):
             are not finite.
     """
     for name, tensor in flat(tensors):
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise InputError(f"{where}: {name} is a {tensor.layout} tensor without plain numbers; save it dense.")
         if tensor.is_complex() or tensor.is_floating_point() and tensor.element_size() == 1:
             raise InputError(f"{where}: {name} is of {tensor.dtype}; save it in float32, float16 or bfloat16.")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
@@ -163,13 +167,17 @@ def _check_archive(path: Path):
         raise InputError(f"{path} is a zip archive, no torch file; give the file of weights itself.")
 
 
-def _named_tensors(obj) -> dict:
-    """The tensors that have names, in dictionaries as they were."""
+def _named_tensors(obj, depth: int = 0, seen: list | None = None) -> dict:
+    """The tensors that have names, in dictionaries as they were, of which there are few, one in the other."""
     if not isinstance(obj, dict):
         return {}
+    seen = [] if seen is None else seen
+    seen.append(len(obj))
+    if depth > _MOST_NESTED or sum(seen) > _MOST_ENTRIES:
+        raise InputError("The file of weights holds dictionaries in each other without end; it is not to be trusted.")
     named = {}
     for name, value in obj.items():
-        value = _named_tensors(value) if isinstance(value, dict) else value
+        value = _named_tensors(value, depth + 1, seen) if isinstance(value, dict) else value
         if isinstance(name, str) and (isinstance(value, torch.Tensor) or isinstance(value, dict) and value):
             named[name] = value.detach() if isinstance(value, torch.Tensor) else value
     return named
