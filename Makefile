@@ -3,6 +3,7 @@
 PYTHON ?= python3
 RECIPE ?= cjepa_scenes
 ARGS ?=
+WORKERS ?= 2
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -27,8 +28,8 @@ demo: smoke ## with the model of smoke count objects, segment, carry masks throu
 	$(BIN)/cjepa finetune runs/smoke/final --num_train_images 256 --num_eval_images 128 --num_train_epochs 1 \
 		--output_dir runs/smoke/classifier
 
-test: $(INSTALLED) ## run the tests, e.g. ARGS="-k packaging"
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) ## run the tests in WORKERS processes, e.g. ARGS="-k packaging"
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 check: $(INSTALLED) ## check style and formatting, changing nothing
 	$(BIN)/ruff check .

@@ -5,13 +5,12 @@ import signal
 import subprocess
 import sys
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_worker import DROPOUT, FullDisk, small_files
-from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from test_trainer_sjea import LEVELS
 from torch import nn
@@ -319,40 +318,3 @@ def test_two_processes_resume_exactly_and_agree_on_failures(tmp_path):
         "error-0",
         "error-1",
     ]
-
-
-def test_uploads_hold_no_pickle_and_keep_their_checkpoint(tmp_path, monkeypatch):
-    """The Hub is out of reach: what would be sent to it is looked at."""
-    uploads, running = [], Future()
-
-    def upload(self, folder_path, ignore_patterns=(), path_in_repo=None, run_as_future=False, **options):
-        files = {path.name for path in Path(folder_path).iterdir()}
-        kept = {name for name in files if not any(Path(name).match(pattern) for pattern in ignore_patterns)}
-        uploads.append((Path(folder_path).name, path_in_repo, kept))
-        return running
-
-    def found(self, token=None, private=None):
-        self.hub_model_id, self.push_in_progress = "someone/model", None
-
-    monkeypatch.setattr(HfApi, "upload_folder", upload)
-    monkeypatch.setattr(Trainer, "init_hf_repo", found)
-    trainer = build_trainer(
-        str(tmp_path), TRAINING | {"push_to_hub": True, "hub_strategy": "checkpoint", "save_total_limit": 1}
-    )
-
-    class Ends(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
-                assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
-                running.set_result(None)
-
-    trainer.add_callback(Ends)
-    trainer.train()
-    model = {"config.json", "model.safetensors", "preprocessor_config.json"}
-    model |= {path.name for path in Path("modeling_cjepa").glob("*_cjepa.py")} & uploads[0][2]
-    assert uploads[0] == ("checkpoint-1", None, model)
-    assert uploads[1][:2] == ("checkpoint-1", "last-checkpoint") and "optimizer.safetensors" in uploads[1][2]
-    assert [name for name, *_ in uploads] == ["checkpoint-1"] * 2 + ["checkpoint-3"] * 2 + ["checkpoint-4"] * 2
-    assert names(tmp_path) == ["checkpoint-4"]
-    trainer.save_model(str(tmp_path / "model"), _internal_call=True)
-    assert set(names(tmp_path / "model")) == model

@@ -8,7 +8,7 @@ from torch import nn
 from trainers.cli import main
 from trainers.errors import InputError
 from trainers.level_cost import _Step, benchmark_levels, format_level_cost
-from trainers.objectives import count
+from trainers.model_facts import count
 from trainers.recipes import read_recipe
 
 LEVELS = [sjea_level(), sjea_level(), sjea_level()]

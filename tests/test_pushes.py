@@ -44,6 +44,7 @@ def test_every_pushed_checkpoint_loads_and_the_end_is_the_published_model(hub, c
         assert f"{number} steps of 16 images" in card
         assert ("**Unfinished**: the run was to take 3 steps." in card) == (number < 3)
         assert not any(name.startswith(("optimizer", "scheduler", "manifest")) for name in files)
+        assert not any(name.endswith((".pt", ".pth", ".bin", ".pkl")) for name in files)
     sha = repository.sha(commits[2][1], 2)
     found = json.loads(without_package(LOAD, tmp_path, hub, "someone/pushed", sha))
     model = load_model(tmp_path / "run" / "checkpoint-2")
