@@ -78,8 +78,8 @@ def write_authors(model: CJepaForPreTraining | CJepaModel, processor, path: Path
     Raises:
         InputError: The model has what the authors' code has not.
     """
-    _check_authors_have(model.config)
     whole = isinstance(model, CJepaForPreTraining)
+    _check_authors_have(model.config, whole)
     parts = {
         "encoder": (FUSED_ENCODER, model.context_encoder if whole else model),
         "predictor": (FUSED_PREDICTOR, model.predictor if whole else None),
@@ -223,10 +223,14 @@ def _check_positions(table: torch.Tensor | None, grid_size: tuple[int, int], nam
         raise InputError(f"{name} is not the fixed 2-D sin-cos table of I-JEPA; learned positions are not supported.")
 
 
-def _check_authors_have(config: CJepaConfig):
+def _check_authors_have(config: CJepaConfig, with_predictor: bool):
     """Refuses what the authors' code computes otherwise, and what its layout cannot say."""
     fixed = {"hidden_act": "gelu", "layer_norm_eps": LAYER_NORM_EPS}
-    fixed["predictor_num_attention_heads"] = config.num_attention_heads
+    if with_predictor and config.predictor_num_attention_heads != config.num_attention_heads:
+        raise InputError(
+            f"predictor_num_attention_heads={config.predictor_num_attention_heads}: the authors' code has "
+            f"{config.num_attention_heads}, as in the encoder; leave the predictor out by --encoder target."
+        )
     for name, value in fixed.items():
         if getattr(config, name) != value:
             raise InputError(f"{name}={getattr(config, name)!r}: the authors' code has {value!r}; use another --to.")
