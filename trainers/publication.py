@@ -14,6 +14,7 @@ from trainers.cards import kept_license, write_card
 from trainers.checkpoint_push import CheckpointPush
 from trainers.conversion.ijepa_transformers import write_ijepa_model
 from trainers.conversion.ours import encoder_of, load_processor, plain_encoder_only
+from trainers.conversion.weight_files import check_tensors
 from trainers.doctor_runs import newest_model
 from trainers.errors import InputError, first_line
 from trainers.files import write_json
@@ -84,9 +85,7 @@ class Publication:
         """Refuses what cannot be published, before anything is written."""
         if processor is None:
             raise InputError(f"{place} has no preprocessor_config.json; save its image processor beside the model.")
-        for name, tensor in model.state_dict().items():
-            if not tensor.isfinite().all():
-                raise InputError(f"The weight {name} of {place} is not finite; publish another checkpoint.")
+        check_tensors(model.state_dict(), str(place))
         if is_classifier(model) and (self.encoder_only or self.native):
             flag = "--native" if self.native else "--encoder-only"
             raise InputError(f"{flag}: {place} is a classifier, which is published whole; leave it out.")
@@ -102,8 +101,8 @@ class Publication:
         if is_classifier(model):
             return
         settings = facts.get("settings", {})
-        if not (self.encoder_only or self.native):
-            draw_pictures(place, model, processor, settings, folder)
+        if not self.native:
+            draw_pictures(folder, model, processor, settings, folder)
             return
         with tempfile.TemporaryDirectory() as temporary:
             save_model(model.base_model, processor, Path(temporary))  # without the context encoder

@@ -138,8 +138,8 @@ def build(model_class, config, tensors: dict[str, torch.Tensor], where: str) -> 
     unknown = [name for name in tensors if name not in expected]
     if missing or unknown:
         raise InputError(
-            f"{where} does not fit: missing {_some(missing)}, not known {_some(unknown)}; it is not a plain vision "
-            "transformer without class token."
+            f"{where} does not fit: missing {some_names(missing)}, not known {some_names(unknown)}; it is not a plain "
+            "vision transformer without class token."
         )
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
@@ -166,5 +166,6 @@ def has_fixed_positions(grid_size: tuple[int, int], table: torch.Tensor) -> bool
     return any(torch.allclose(table.float(), each, atol=1e-4) for each in stored)
 
 
-def _some(names: list[str]) -> str:
+def some_names(names: list[str]) -> str:
+    """A list of names for a sentence, cut where it is long."""
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"

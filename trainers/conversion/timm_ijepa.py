@@ -16,6 +16,7 @@ from modeling_cjepa.configuration_cjepa import pair
 from trainers.conversion.checks import Check, Converted, Written, compare, random_images
 from trainers.conversion.formats import ReadOptions, Source
 from trainers.conversion.names import FUSED_ENCODER, build, has_fixed_positions
+from trainers.conversion.outputs import require
 from trainers.conversion.weight_files import check_tensors, read_weight_file
 from trainers.errors import InputError, first_line
 
@@ -48,7 +49,7 @@ def read_timm(source: Source, options: ReadOptions) -> Converted:
     Raises:
         InputError: timm is not installed, the model cannot be loaded or has parts that ours has not.
     """
-    timm = _timm()
+    (timm,) = require("timm", "timm")
     name = source.name.removeprefix("timm:")
     original = _from_registry(timm, name) if source.config is None else _from_folder(timm, source)
     if type(original) is not timm.models.vision_transformer.VisionTransformer or original.num_prefix_tokens:
@@ -81,7 +82,7 @@ def write_timm(model: CJepaModel, processor, folder: Path) -> Written:
     Raises:
         InputError: timm is not installed, or its class cannot compute what the model does.
     """
-    timm = _timm()
+    (timm,) = require("timm", "timm")
     arguments = _timm_arguments(model.config)
     written = timm.create_model(_ARCHITECTURE, pretrained=False, **arguments)
     written.load_state_dict(FUSED_ENCODER.to_theirs(model.state_dict()))
@@ -89,14 +90,6 @@ def write_timm(model: CJepaModel, processor, folder: Path) -> Written:
         written, folder, safe_serialization=True, model_args=arguments, data_config=_data_config(model, processor)
     )
     return Written(_check(model, timm.create_model(f"local-dir:{folder}", pretrained=True).eval()))
-
-
-def _timm():
-    try:
-        import timm
-    except ImportError as error:
-        raise InputError('timm is not installed; install it by pip install "cjepa[timm]".') from error
-    return timm
 
 
 def _from_registry(timm, name: str):

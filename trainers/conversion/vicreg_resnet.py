@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from modeling_cjepa import SJeaConfig, SJeaForPreTraining
 from trainers.conversion.checks import Converted, compare, random_images
 from trainers.conversion.formats import ReadOptions, Source
-from trainers.conversion.names import NameTable
+from trainers.conversion.names import NameTable, some_names
 from trainers.conversion.weight_files import check_tensors
 from trainers.errors import InputError
 
@@ -198,17 +198,13 @@ def load_exactly(module: nn.Module, tensors: dict[str, torch.Tensor], where: str
     missing = [name for name in expected if name not in tensors and not name.endswith(_COUNTER)]
     unknown = [name for name in tensors if name not in expected]
     if missing or unknown:
-        raise InputError(f"{where} does not fit: missing {_some(missing)}, not known {_some(unknown)}.")
+        raise InputError(f"{where} does not fit: missing {some_names(missing)}, not known {some_names(unknown)}.")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape:
             raise InputError(
                 f"{where} does not fit: {name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}."
             )
     module.load_state_dict({**expected, **tensors})
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
 
 
 def load_backbone(model: SJeaForPreTraining, level: int, resnet: ResNet):
