@@ -58,6 +58,11 @@ def evaluation(*rows):
     }  # fmt: skip
 
 
+def test_a_table_holds_whatever_an_encoder_is_called(facts):
+    card = card_text("cjepa", facts | {"evaluation": evaluation(row("target | mine", 50.0, 60.0))}, "me/mine")
+    assert "| target \\| mine |" in card
+
+
 def test_every_fact_is_told(facts):
     card = card_text("cjepa", facts, "me/mine", ["curves.png"])
     for words in (

@@ -45,16 +45,6 @@ TIMM = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def ours():
-    return tiny_model().eval()
-
-
-@pytest.fixture
-def folder(ours, tmp_path):
-    return save_ours(ours, tmp_path / "ours")
-
-
 @torch.no_grad()
 def features(encoder, height=32, width=32):
     return encoder.eval()(images(3, height, width)).last_hidden_state

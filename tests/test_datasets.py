@@ -23,8 +23,10 @@ from trainers.datasets import (
     to_rgb,
 )
 from trainers.errors import InputError, plain_message
-from trainers.evaluation import EvaluationArguments, Subject
-from trainers.sources import DataArguments, hold_out, load_sources, with_common_classes
+from trainers.evaluation import EvaluationArguments
+from trainers.sources import DataArguments, load_sources
+from trainers.subject import Subject
+from trainers.subsets import hold_out, with_common_classes
 from trainers.transforms import eval_transform, image_processor, normalize, train_transform
 
 

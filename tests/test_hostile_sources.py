@@ -5,26 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from formats import same_weights, save_native, save_ours
+from formats import same_weights, save_native
 from test_refused_sources import HEADS, refused
-from tiny import tiny_model
 from transformers import IJepaConfig, IJepaModel
 
 from trainers.conversion.converting import convert
 from trainers.conversion.formats import ReadOptions
 from trainers.errors import InputError
 from trainers.loading import load_model
-
-
-@pytest.fixture(scope="module")
-def ours():
-    return tiny_model().eval()
-
-
-@pytest.fixture
-def folder(ours, tmp_path):
-    return save_ours(ours, tmp_path / "ours")
-
 
 SIZES = [
     ("num_hidden_layers", 10**9), ("hidden_size", 10**7), ("image_size", 10**7), ("patch_size", 0),

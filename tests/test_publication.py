@@ -11,7 +11,6 @@ import pytest
 import torch
 from command_worker import Commands
 from hub_runs import LOAD, files_of, snippet_of, without_package
-from hub_server import running_hub
 from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import FLAGS, sjea_level, tiny_config, tiny_model, tiny_sjea
@@ -34,12 +33,6 @@ assert type(AutoModelForPreTraining.from_pretrained(sys.argv[1])) is modeling_cj
 
 
 @pytest.fixture(scope="module")
-def hub():
-    with running_hub() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a short run, whose data lie in a folder that is nobody else's business."""
     folder = tmp_path_factory.mktemp("secret") / "mine"
@@ -55,13 +48,6 @@ def run(tmp_path_factory):
     flags += ["--dataset_license", "cc-by-4.0", "--max_steps", "3", "--save_steps", "2", "--disable_tqdm"]
     assert main(["pretrain", "cjepa_scenes", *flags, "--output_dir", str(folder)]) == 0
     return folder
-
-
-@pytest.fixture(scope="module")
-def commands(hub, tmp_path_factory):
-    worker = Commands(hub.environment(tmp_path_factory.mktemp("home")))
-    yield worker
-    worker.close()
 
 
 def test_a_dry_run_writes_what_is_published_and_asks_nothing(hub, commands, run, tmp_path):
@@ -115,10 +101,11 @@ def test_the_snippet_of_the_card_runs(hub, commands, run, tmp_path):
 
 
 def test_a_native_encoder_needs_no_code_of_ours(hub, commands, run, tmp_path):
-    status, out, err = commands.run("publish", run, "--repo", "someone/native", "--native")
+    status, out, err = commands.run("publish", run, "--repo", "someone/native", "--native", "--shard-size", "40KB")
     assert status == 0, err
     assert "checked against transformers' IJepaModel" in out
     files = hub.repositories["someone/native"].files()
+    assert "model.safetensors" not in files and "model.safetensors.index.json" in files
     assert not any(name.endswith(".py") for name in files) and b"auto_map" not in files["config.json"]
     snippet = snippet_of(files)
     assert "trust_remote_code" not in files["README.md"].decode()
@@ -238,9 +225,18 @@ def test_large_files_that_are_refused_are_a_sentence_and_leave_no_branch(hub, co
     status, _, err = commands.run(*flags)
     assert status == 2 and "not now" in err
     assert hub.repositories["someone/branches"].branches.keys() == {"main"}
+    hub.faults = [("GET", "/tree/", 503, "tired", "")] * 20
+    status, _, err = commands.run(*flags)
+    assert status == 2 and "was not published and is as it was: the Hub answers 503" in err and "lost" not in err
+    assert hub.repositories["someone/branches"].branches.keys() == {"main"}
     hub.faults = [("POST", "/commit/", None, "", "")]
     status, _, err = commands.run(*flags)
-    assert status == 2 and "answer to the commit was lost" in err and "repeat the call with --update" in err
+    assert (
+        status == 2
+        and err.count("someone/branches") == 1
+        and "answer to the commit was lost" in err
+        and "repeat the call with --update" in err
+    )
     status, out, err = commands.run(*flags, "--update")
     assert status == 0, err
     assert len(hub.repositories["someone/branches"].branches["feature/x"]) == 3

@@ -2,28 +2,13 @@
 
 import json
 
-import pytest
 from command_worker import Commands
 from hub_runs import LOAD, files_of, without_package
-from hub_server import running_hub
 from tiny import FLAGS, tiny_model
 
 from trainers.loading import load_model
 from trainers.publishing import save_model
 from trainers.transforms import image_processor
-
-
-@pytest.fixture(scope="module")
-def hub():
-    with running_hub() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def commands(hub, tmp_path_factory):
-    worker = Commands(hub.environment(tmp_path_factory.mktemp("home")))
-    yield worker
-    worker.close()
 
 
 def push_flags(folder, repo):

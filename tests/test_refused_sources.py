@@ -25,16 +25,6 @@ TIMM = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def ours():
-    return tiny_model().eval()
-
-
-@pytest.fixture
-def folder(ours, tmp_path):
-    return save_ours(ours, tmp_path / "ours")
-
-
 def refused(message, *arguments, output, **options):
     with pytest.raises(InputError, match=message) as caught:
         convert(*arguments, output, **options)

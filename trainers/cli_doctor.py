@@ -74,7 +74,8 @@ def _look_at_weights(namespace, place: str):
     from trainers.doctor_runs import diagnose_weights
     from trainers.flags import dataclass_from_flags
     from trainers.loading import load_run_settings, load_with_statistics
-    from trainers.sources import DataArguments, choose_images, load_sources
+    from trainers.sources import DataArguments, load_sources
+    from trainers.subsets import choose_images
 
     data = dataclass_from_flags(namespace, DataArguments)
     if "dataset" not in vars(namespace) and load_run_settings(place):

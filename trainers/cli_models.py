@@ -86,12 +86,13 @@ def run_evaluate(namespace):
 
     from modeling_cjepa.configuration_cjepa import pair
     from trainers.eval_results import write_eval_results
-    from trainers.evaluation import EvaluationArguments, check_level, evaluate_model
+    from trainers.evaluation import EvaluationArguments, evaluate_model
     from trainers.files import full_disk_named, write_json
     from trainers.flags import dataclass_from_flags
     from trainers.loading import load_encoder_config
     from trainers.reports import format_suite, format_table
     from trainers.sources import DataArguments, load_sources
+    from trainers.subject import check_level
     from trainers.suite import evaluate_suite
 
     if namespace.output and (Path(namespace.output).is_dir() or not Path(namespace.output).parent.is_dir()):

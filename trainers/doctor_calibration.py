@@ -25,7 +25,8 @@ from trainers.pooling import EveryLevel
 from trainers.pretraining import build_model, build_trainer, training_arguments
 from trainers.probes import knn_predict
 from trainers.reports import markdown_table
-from trainers.sources import choose_images, load_sources, with_common_classes
+from trainers.sources import load_sources
+from trainers.subsets import choose_images, with_common_classes
 from trainers.transforms import eval_transform
 
 # what of a log is kept

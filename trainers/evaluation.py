@@ -6,11 +6,10 @@ Shapes: n images to fit on, m to test on, D width of an embedding.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_cjepa import CJepaForPreTraining
@@ -20,11 +19,9 @@ from trainers.datasets import ImageDataset, ImageSource
 from trainers.diagnostics import feature_std, rankme
 from trainers.embedding import RawPixels, check_finite, device_of, extract_embeddings
 from trainers.errors import InputError
-from trainers.loading import load_with_statistics
-from trainers.pooling import EveryLevel, OneLevel, level_of
+from trainers.pooling import EveryLevel, OneLevel
 from trainers.probes import accuracy_interval, knn_predict, linear_predict
-from trainers.readable import readable_splits
-from trainers.sources import choose_images, with_common_classes
+from trainers.subject import Subject
 from trainers.transforms import eval_transform
 
 
@@ -248,7 +245,7 @@ def evaluate_model(
     is_cjepa = isinstance(model, CJepaForPreTraining)
     if arguments.context_encoder and not is_cjepa:
         raise InputError(f"context_encoder is set, and a {type(model).__name__} has none; leave it out.")
-    subject.leave_out_unreadable(arguments)
+    subject.leave_out_unreadable(arguments.dataloader_num_workers, not arguments.disable_tqdm)
     train_source, test_source = subject.train, subject.test
     transform = eval_transform(pair(model.config.image_size))
     images = ImageDataset(train_source, transform), ImageDataset(test_source, transform)
@@ -268,65 +265,3 @@ def evaluate_model(
         "seed": arguments.seed,
         "rows": rows,
     }
-
-
-@dataclass
-class Subject:
-    """
-    What is evaluated, and on what.
-
-    Args:
-        model (`PreTrainedModel`): The model.
-        statistics (`list` of `list[float]`): Mean and deviation of the channels of its images.
-        others (`dict`): Models beside it, each with its statistics, by the names of their rows.
-        train, test ([`ImageSource`]): Labelled images of the same classes.
-        skipped (`list[dict]`): Those left out, of [`~readable.readable_positions`].
-    """
-
-    model: PreTrainedModel
-    statistics: list
-    others: dict[str, tuple]
-    train: ImageSource
-    test: ImageSource
-    skipped: list[dict] = field(default_factory=list)
-
-    @classmethod
-    def load(cls, model, train, test, arguments, image_mean, image_std, level, beside) -> "Subject":
-        """What [`evaluate_model`] was given, with its errors."""
-        chosen = choose_images(train, arguments.num_probe_images, "--num_probe_images")
-        train, test = with_common_classes(chosen, test)
-        model, *statistics = load_with_statistics(model, image_mean, image_std)
-        check_level(level, model.config)
-        others = {name: load_with_statistics(other, image_mean, image_std) for name, other in (beside or {}).items()}
-        return cls(model, statistics, others, train, test)
-
-    def leave_out_unreadable(self, arguments: EvaluationArguments):
-        """Leaves out the images that cannot be read, and notes which; raises `InputError` if they are too many."""
-        self.train, self.test, self.skipped = readable_splits(
-            self.train, self.test, arguments.dataloader_num_workers, not arguments.disable_tqdm
-        )
-
-    def facts(self) -> dict:
-        """What results say of images and classes."""
-        return {
-            "train_dataset": self.train.name,
-            "test_dataset": self.test.name,
-            "num_train_images": len(self.train),
-            "num_test_images": len(self.test),
-            "skipped": self.skipped,
-            "num_classes": len(self.train.label_names),
-            "chance": 100 * float(np.bincount(self.test.labels).max()) / len(self.test),
-            "image_size": list(pair(self.model.config.image_size)),
-            "image_mean": list(self.statistics[0]),
-            "image_std": list(self.statistics[1]),
-        }
-
-
-def check_level(level: int | str | None, config: PreTrainedConfig):
-    """Refuses a level that a model of this configuration does not have, unless it is `all` of them."""
-    if level == "all":
-        return
-    try:
-        level_of(config, level)
-    except InputError as error:
-        raise InputError(f"{str(error).removesuffix('.')}, or say all.") from error

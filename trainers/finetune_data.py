@@ -15,7 +15,8 @@ from trainers.errors import InputError
 from trainers.finetune_args import FinetuneDataArguments
 from trainers.probes import share_of_each_class, spare_positions
 from trainers.readable import readable_splits
-from trainers.sources import load_sources, with_common_classes
+from trainers.sources import load_sources
+from trainers.subsets import with_common_classes
 from trainers.transforms import normalize, train_transform
 
 # of the images whose labels are used, and of those held out

@@ -140,21 +140,20 @@ def upload(folder: Path, destination: Destination, message: str) -> str:
     api = patient_api(destination.token)
     repo, branch = destination.repo, destination.revision
     added = additions(folder)
-    with refusals_named(f"{repo} was not published and is as it was"):
+    refused = f"{repo} was not published and is as it was"
+    with refusals_named(refused):
         url = str(api.create_repo(repo, private=destination.private or None, exist_ok=True))
         api.preupload_lfs_files(repo, added)  # the long part, before a branch is made
         is_new_branch = branch is not None and branch not in branches_of(api, repo)
         if is_new_branch:
             api.create_branch(repo, branch=branch)
     try:
-        with refusals_named(f"{repo} was not published and is as it was"):
+        with refusals_named(refused):
             operations = added + removals(api, repo, branch, {file.path_in_repo for file in added})
+        with answer_awaited(url), refusals_named(refused):
             api.create_commit(repo, operations, commit_message=message, revision=branch)
-    except UnreachableError as error:
-        raise UnreachableError(
-            f"The Hub's answer to the commit was lost ({first_line(error)}), so look at {url}: if the model is not "
-            "there, repeat the call with --update."
-        ) from error
+    except LostAnswerError:
+        raise
     except InputError:
         if is_new_branch:
             with suppress(OSError, ValueError, HTTPError):  # the reason is told, and this would hide it
@@ -178,6 +177,22 @@ def removals(api: HfApi, repo: str, revision: str | None, kept: set[str]) -> lis
 
 class UnreachableError(InputError):
     """The Hub cannot be reached, or cannot answer, now."""
+
+
+class LostAnswerError(InputError):
+    """The Hub was asked for a commit, and it is not known whether it has made it."""
+
+
+@contextmanager
+def answer_awaited(url: str) -> Iterator[None]:
+    """Tells a commit of which no answer came from one that was refused, by the repository's address."""
+    try:
+        yield
+    except UnreachableError as error:
+        raise LostAnswerError(
+            f"The Hub's answer to the commit was lost ({reason(error.__cause__)}), so look at {url}: if the model is "
+            "not there, repeat the call with --update."
+        ) from error
 
 
 @contextmanager

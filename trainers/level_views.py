@@ -180,5 +180,4 @@ def format_structure(results: dict) -> str:
         `str`: A paragraph with sizes and settings, then the table.
     """
     table = structure_table(results["rows"] + results["differences"])
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in table]
-    return "\n".join([settings_line(results), "", *markdown_table(cells)])
+    return "\n".join([settings_line(results), "", *markdown_table(table)])

@@ -18,7 +18,8 @@ from trainers.datasets import ImageSource, StoredImages
 from trainers.errors import InputError, first_line
 from trainers.readable import readable_positions
 from trainers.scenes import KIND_NAMES, render_scenes
-from trainers.sources import IMAGE_SUFFIXES, NUM_SCENES, SCENES_SEED, DataArguments, choose_images, load_sources
+from trainers.sources import IMAGE_SUFFIXES, NUM_SCENES, SCENES_SEED, DataArguments, load_sources
+from trainers.subsets import choose_images
 
 IGNORED = 255
 """The class of pixels that count for nothing."""

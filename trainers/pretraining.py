@@ -33,10 +33,11 @@ from trainers.recipe_files import write_recipe
 from trainers.recipes import Recipe
 from trainers.run_lock import only_run_in
 from trainers.sharding import whole_model
-from trainers.sources import load_sources, with_common_classes
+from trainers.sources import load_sources
 from trainers.stopping import stopped_sentence
 from trainers.stream_sources import load_stream
 from trainers.streams import Shards
+from trainers.subsets import with_common_classes
 from trainers.trainer import JepaTrainer
 from trainers.training_args import JepaTrainingArguments
 from trainers.warm_start import load_start_weights, read_start

@@ -110,7 +110,8 @@ class Publication:
 
     def _write_model(self, model: PreTrainedModel, processor, folder: Path):
         if self.native:
-            print(write_ijepa_model(encoder_of(model, "target"), processor, folder).check.sentence(), flush=True)
+            written = write_ijepa_model(encoder_of(model, "target"), processor, folder, self.shard_size)
+            print(written.check.sentence(), flush=True)
             return
         published = model.base_model if self.encoder_only else model
         save_model(published, processor, folder, shard_size=self.shard_size)

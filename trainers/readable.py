@@ -13,7 +13,7 @@ from tqdm import tqdm
 from trainers.datasets import ImageSource, StoredImages, UnreadableImage, decode_image
 from trainers.errors import InputError
 from trainers.files import write_text_atomically
-from trainers.sources import with_common_classes
+from trainers.subsets import with_common_classes
 
 SKIPPED = "skipped.jsonl"
 MAX_SKIPPED_SHARE = 0.01

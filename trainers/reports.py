@@ -163,6 +163,7 @@ def with_interval(row: dict, name: str) -> str:
 
 def markdown_table(cells: list[list[str]]) -> list[str]:
     """Lines of a table whose columns are aligned in plain text, too; the first row of cells is the header."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]

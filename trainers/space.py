@@ -28,7 +28,8 @@ from trainers.patch_pca import feature_maps, principal_colors
 from trainers.pooling import EveryLevel
 from trainers.readable import readable_positions
 from trainers.search import find_neighbours
-from trainers.sources import DataArguments, choose_images, load_splits, scenes_source, source_of
+from trainers.sources import DataArguments, load_splits, scenes_source, source_of
+from trainers.subsets import choose_images
 
 NUM_EXAMPLES, NUM_NEAREST = 8, 8
 """Images that can be clicked on, and nearest ones that are shown, where there are so many."""

@@ -11,8 +11,9 @@ from datasets import Dataset, DatasetInfo
 
 from trainers.datasets import ImageSource
 from trainers.errors import InputError, first_line
-from trainers.sources import DataArguments, named_splits, source_of, table_files, with_common_classes
+from trainers.sources import DataArguments, named_splits, source_of, table_files
 from trainers.streams import Shards
+from trainers.subsets import with_common_classes
 from trainers.tables import ImageTable, load_tables
 
 # images that the probes after a run are fitted and tested on, where the recipe does not say

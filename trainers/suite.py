@@ -22,11 +22,12 @@ from trainers.attentive_probe import attentive_predict
 from trainers.baselines import random_encoders, raw_pixels_label
 from trainers.datasets import ImageSource
 from trainers.errors import InputError
-from trainers.evaluation import EvaluationArguments, Subject
+from trainers.evaluation import EvaluationArguments
 from trainers.flags import closest
 from trainers.linear_sweep import sweep_predict
 from trainers.pooling import level_of
 from trainers.probes import bootstrap_interval, knn_predict, linear_predict, share_of_each_class
+from trainers.subject import Subject
 from trainers.suite_features import Features, ImageReader
 
 NUM_NEIGHBORS = (20, 200)
@@ -91,7 +92,7 @@ def evaluate_suite(
     check_suite(suite)
     arguments = arguments or EvaluationArguments()
     subject = Subject.load(model, train_source, test_source, arguments, image_mean, image_std, level, beside)
-    subject.leave_out_unreadable(arguments)
+    subject.leave_out_unreadable(arguments.dataloader_num_workers, not arguments.disable_tqdm)
     sources, rows = (subject.train, subject.test), []
     for role, read in _all_features(subject, arguments, level):
         # read in here, where nothing outlives the list: the memory is the next encoder's

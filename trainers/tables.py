@@ -18,13 +18,7 @@ from trainers.clevr import is_clevr, load_clevr
 from trainers.datasets import ImageSource, StoredImages
 from trainers.errors import InputError, first_line
 from trainers.labels import find_label_column
-from trainers.sources import (
-    NUM_SCENES,
-    DataArguments,
-    find_image_column,
-    load_splits,
-    scenes_source,
-)
+from trainers.sources import NUM_SCENES, DataArguments, find_image_column, load_splits, scenes_source
 
 
 @dataclass

@@ -29,9 +29,9 @@ from trainers.level_views import (
     structure_table,
 )
 from trainers.projections import METHODS, MIN_IMAGES, project
-from trainers.sources import choose_images, with_common_classes
 from trainers.structure import coarse_labels, read_groups
 from trainers.subclusters import MIN_CLASS_IMAGES, find_subclusters, subcluster_silhouettes
+from trainers.subsets import choose_images, with_common_classes
 from trainers.transforms import eval_transform
 
 MAX_TRAIN_IMAGES = 10_000

@@ -53,7 +53,7 @@ def read_ijepa(source: Source, options: ReadOptions) -> Converted:
     return Converted(model, notes, _check(model, original), processor)
 
 
-def write_ijepa_model(model: CJepaModel, processor, folder: Path) -> Written:
+def write_ijepa_model(model: CJepaModel, processor, folder: Path, shard_size: int | str = "5GB") -> Written:
     """
     Writes an encoder as an IJepaModel, which `AutoModel` loads without code from elsewhere.
 
@@ -61,6 +61,7 @@ def write_ijepa_model(model: CJepaModel, processor, folder: Path) -> Written:
         model ([`CJepaModel`]): The encoder.
         processor: Its image processor.
         folder (`Path`): An existing folder.
+        shard_size (`int` or `str`): Bytes of the largest file of weights, such as `"1GB"`.
 
     Returns:
         [`Written`]: The check is of the folder, loaded again by `AutoModel`.
@@ -71,7 +72,7 @@ def write_ijepa_model(model: CJepaModel, processor, folder: Path) -> Written:
     plain_encoder_only(model, "transformers' IJepaModel")
     written = IJepaModel(IJepaConfig(**ijepa_fields(model.config)))
     written.load_state_dict(model.state_dict())
-    written.save_pretrained(folder)
+    written.save_pretrained(folder, max_shard_size=shard_size)
     processor.save_pretrained(folder)
     again = AutoModel.from_pretrained(folder, trust_remote_code=False)
     if type(again) is not IJepaModel:
