@@ -1,5 +1,6 @@
 """Models of other packages in, ours out: against the real classes, there and back."""
 
+import json
 import re
 
 import pytest
@@ -181,6 +182,26 @@ def test_the_authors_checkpoint_comes_in_as_they_computed(tmp_path):
     torch.testing.assert_close(tokens, golden["target_encoder_output"], atol=1e-5, rtol=0)
     card = (tmp_path / "out/README.md").read_text()
     assert "authors.pth.tar" in card and done.checks[0].sentence() in card and "ImageNet's mean" in card
+
+
+def test_what_is_known_of_a_conversion_lies_beside_the_model(tmp_path):
+    save_native(ViTModel, ViTConfig, tmp_path / "vit")
+    done = convert(str(tmp_path / "vit"), tmp_path / "out")
+    facts = json.loads((tmp_path / "out/conversion.json").read_text())
+    assert facts == {
+        "source": "vit",
+        "format": "transformers' ViT, DeiT or ViT-MSN, as a start",
+        "notes": done.notes,
+        "checks": [check.sentence() for check in done.checks],
+    }
+    assert f"`{tmp_path}" not in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(("make", "parts"), [(tiny_model, "context encoder, target"), (tiny_sjea, "its expanders")])
+def test_the_card_says_how_pre_training_goes_on(make, parts, tmp_path):
+    source = save_ours(make(), tmp_path / "ours")
+    convert(str(source), tmp_path / "out")
+    assert re.search(f"`AutoModelForPreTraining` loads .*{parts}", (tmp_path / "out/README.md").read_text())
 
 
 def test_the_tensors_of_an_encoder_alone_come_in(ours, folder, tmp_path):
