@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+from trainers.loading_cost import WITHOUT_PACKAGE
+
 # prints the module and the weights of what it loads; its arguments are a folder or an id, and a revision
 LOAD = """
 import json, sys
@@ -39,13 +41,12 @@ print(json.dumps({
 def without_package(code, tmp_path, hub, *arguments, expect=0) -> str:
     """What code prints in a process that does not find this package."""
     script = tmp_path / "script.py"
-    script.write_text(code)
+    script.write_text(WITHOUT_PACKAGE + code)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= hub.environment(tmp_path / "home") | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-P", script, *arguments]
-    if sys.version_info < (3, 11):
-        command.remove("-P")
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == expect, done.stderr
     return done.stdout
 

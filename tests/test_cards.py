@@ -95,6 +95,7 @@ def test_a_card_of_weights_alone_is_whole():
     for kind, model in (("cjepa", tiny_model()), ("sjea", tiny_sjea(sjea_level()))):
         card = card_text(kind, {"model": model_facts(model)}, "me/mine")
         assert "## Use it" in card and "It was not evaluated." in card and "## Training" not in card
+        assert "How it was trained is not recorded." in card and "pre-trained without labels" not in card
 
 
 def test_figures_are_metadata_that_the_hub_s_classes_read_back(facts):

@@ -197,7 +197,7 @@ def test_what_is_known_of_a_conversion_lies_beside_the_model(tmp_path):
     assert f"`{tmp_path}" not in (tmp_path / "out/README.md").read_text()
 
 
-@pytest.mark.parametrize(("make", "parts"), [(tiny_model, "context encoder, target"), (tiny_sjea, "its expanders")])
+@pytest.mark.parametrize(("make", "parts"), [(tiny_model, "context encoder, target"), (tiny_sjea, "the expanders")])
 def test_the_card_says_how_pre_training_goes_on(make, parts, tmp_path):
     source = save_ours(make(), tmp_path / "ours")
     convert(str(source), tmp_path / "out")

@@ -10,15 +10,17 @@ import sys
 import pytest
 import torch
 from command_worker import Commands
+from formats import save_native
 from hub_runs import LOAD, files_of, snippet_of, without_package
 from huggingface_hub import ModelCard
 from PIL import Image
 from tiny import FLAGS, sjea_level, tiny_config, tiny_model, tiny_sjea
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, IJepaConfig, IJepaModel
 
 from modeling_cjepa import CJepaForImageClassification
 from trainers.cli import main
 from trainers.loading import load_model
+from trainers.model_facts import model_facts
 from trainers.publishing import save_model
 from trainers.transforms import image_processor
 
@@ -286,13 +288,56 @@ def test_every_kind_of_model_is_published(commands, others, tmp_path, kind):
     assert status == 0, err
     card = (tmp_path / "out" / "README.md").read_text()
     pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
-    shown = {"classifier": set(), "stack": {"masks.png", "attention.png", "tsne.png"}}
-    assert pictures == shown.get(kind, {"views.png", "tsne.png"})
+    # no run is recorded beside them, so neither masks nor views are those of pre-training
+    assert pictures == {"classifier": set(), "stack": {"attention.png", "tsne.png"}}.get(kind, {"tsne.png"})
     assert all(f"]({name})" in card for name in pictures) and "{{" not in card and "None" not in card
     assert (
         load_model(tmp_path / "out", with_classifier=True).state_dict().keys()
         == load_model(others / kind, with_classifier=True).state_dict().keys()
     )
+
+
+def test_a_converted_encoder_is_published_as_what_it_is(commands, tmp_path):
+    save_native(IJepaModel, IJepaConfig, tmp_path / "theirs", fixed_positions=True)
+    assert commands.run("convert", tmp_path / "theirs", tmp_path / "ours")[0] == 0
+    for source, out in ((tmp_path / "ours", tmp_path / "out"), (tmp_path / "out", tmp_path / "again")):
+        status, _, err = commands.run("publish", source, "--repo", "someone/x", "--dry-run", out)
+        assert status == 0, err
+        card, own = (out / "README.md").read_text(), (tmp_path / "ours" / "README.md").read_text()
+        for words in ("Converted from transformers' IJepaModel, `theirs`, whose licence holds for these weights",
+                      "- checked against transformers' IJepaModel", "- There is no predictor in it"):  # fmt: skip
+            assert words in card and words in own, words
+        for words in ("pre-trained without labels", "reading of the paper", "C-JEPA", "masks", str(tmp_path)):
+            assert words not in card, words
+
+
+def test_an_encoder_alone_has_an_encoder_s_card_also_when_it_is_published_again(commands, run, tmp_path):
+    for source, out, flags in ((run, "one", ["--encoder-only"]), (tmp_path / "one", "two", [])):
+        flags = ["--repo", "someone/x", "--dry-run", tmp_path / out, *flags]
+        assert commands.run("publish", source, *flags)[0] == 0
+        card = (tmp_path / out / "README.md").read_text()
+        assert "holds the target encoder alone" in card and "predictor |" not in card
+        parameters = json.loads((tmp_path / out / "results.json").read_text())["model"]["parameters"]
+        assert parameters.keys() == {"encoder"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "pictures", "told"),
+    [
+        ({"num_channels": 1}, set(), "No pictures: scenes have 3 channels, and the model reads 1"),
+        ({"patch_size": 16, "min_context_patches": 1}, {"attention.png", "tsne.png"}, "masks.png is left out: "),
+    ],
+)
+def test_what_cannot_be_drawn_is_left_out(commands, tmp_path, changes, pictures, told):
+    channels = changes.get("num_channels", 3)
+    (tmp_path / "model").mkdir()
+    model = tiny_model(**changes)
+    save_model(model, image_processor((32, 32), [0.5] * channels, [0.5] * channels), tmp_path / "model")
+    facts = {"model": model_facts(model), "training": {"steps": 3}}
+    (tmp_path / "model" / "results.json").write_text(json.dumps(facts))
+    status, out, err = commands.run("publish", tmp_path / "model", "--dry-run", tmp_path / "out")
+    assert status == 0 and told in out, err
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == pictures
 
 
 def test_a_checkpoint_tells_what_its_run_says_so_far(commands, run, tmp_path):
@@ -333,7 +378,7 @@ def test_flags_that_cannot_be_are_refused(commands, run, others, tmp_path, flags
         ("results.json", "{", "results.json of .* cannot be read"),
         ("results.json", "[1]", "holds no mapping"),
         ("results.json", '{"model": {}}', "says nothing of the model"),
-        ("results.json", '{"model": {"parameters": null}, "training": {}}', "is not as a run writes it"),
+        ("results.json", '{"model": {"parameters": {}}, "training": {"steps": "x"}}', "is not as a run writes it"),
         ("results.json", '{"model": {"parameters": {}}, "settings": []}', "is not as a run writes it"),
         ("suites.json", "[1]", "suites.json of .* holds no mapping"),
         ("README.md", "---\na: [\n---\n", "cannot be read"),
@@ -354,6 +399,13 @@ def test_a_broken_file_beside_the_model_is_named(commands, others, tmp_path, nam
     status, _, err = commands.run("publish", tmp_path / "model", "--repo", "someone/x", "--dry-run", tmp_path / "out")
     assert status == 2 and re.search(sentence, err) and "Traceback" not in err, err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_broken_recipe_beside_a_checkpoint_is_named(commands, run, tmp_path):
+    shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
+    (tmp_path / "recipe.yaml").write_text("a: [")
+    status, _, err = commands.run("publish", tmp_path / "checkpoint-2", "--dry-run", tmp_path / "out")
+    assert status == 2 and re.search("What is recorded in .*checkpoint-2 .* or recipe.yaml", err), err
 
 
 def test_what_cannot_be_published_is_refused(commands, run, tmp_path):

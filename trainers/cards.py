@@ -4,8 +4,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
+from transformers import PreTrainedModel
 
 from trainers.eval_results import accuracy_results, check_card, eval_results, probe_results
+from trainers.model_facts import is_classifier
 from trainers.recipe_files import recipe_text
 from trainers.reports import format_suite, format_table
 from trainers.resources import render_template
@@ -13,6 +15,11 @@ from trainers.resources import render_template
 CARD = "README.md"
 _TEMPLATES = {"cjepa": "cjepa.md.j2", "sjea": "sjea.md.j2", "classifier": "classifier.md.j2"}
 _PICTURES = "*.png"
+
+
+def card_kind(model: PreTrainedModel) -> str:
+    """The kind of a model's card: `cjepa`, `sjea` or `classifier`."""
+    return "classifier" if is_classifier(model) else model.config.model_type
 
 
 def write_card(folder: Path, kind: str, facts: dict, repo: str):
@@ -23,7 +30,8 @@ def write_card(folder: Path, kind: str, facts: dict, repo: str):
         folder (`Path`): The model's.
         kind (`str`): `cjepa`, `sjea` or `classifier`.
         facts (`dict`): What is known: `model` always, and of `recipe`, `command`, `seed`, `settings`, `data`,
-            `training`, `diagnosis`, `machine`, `software`, `evaluation`, `suites` and `license` what there is.
+            `training`, `conversion`, `diagnosis`, `machine`, `software`, `evaluation`, `suites` and `license` what
+            there is.
         repo (`str`): Where the model will be loaded from: a folder, or an id of the Hub.
     """
     pictures, has_code = {path.name for path in folder.glob(_PICTURES)}, any(folder.glob("*.py"))
@@ -53,7 +61,7 @@ def _context(facts: dict, repo: str) -> dict:
         "limits": limits(facts),
     }
     parameters = facts["model"].get("parameters", {})
-    derived["has_predictor"] = isinstance(parameters, dict) and bool({"predictor", "expanders"} & parameters.keys())
+    derived["has_heads"] = isinstance(parameters, dict) and bool({"predictor", "expanders"} & parameters.keys())
     if "settings" in facts:
         derived["settings_text"] = recipe_text(facts["settings"])
     if "rows" in facts.get("evaluation", {}):

@@ -11,6 +11,9 @@ from trainers.eval_results import SUITES
 from trainers.log_facts import log_facts
 from trainers.model_facts import classifier_facts, is_classifier, model_facts
 
+# what `cjepa convert` leaves beside a model, as it may be published: `source`, `format`, `notes` and `checks`
+CONVERSION = "conversion.json"
+
 
 def known_facts(place: Path, model: PreTrainedModel) -> dict:
     """
@@ -22,7 +25,7 @@ def known_facts(place: Path, model: PreTrainedModel) -> dict:
 
     Returns:
         `dict`: As `results.json` of a finished run; of a checkpoint its place in the run, settings, `history` and what
-        that says; of weights alone the model. `suites` where there were some.
+        that says; of weights alone the model. `suites` and `conversion` where there were some.
 
     Raises:
         InputError: A file beside the model is not what this package writes.
@@ -32,8 +35,8 @@ def known_facts(place: Path, model: PreTrainedModel) -> dict:
         facts = {"model": classifier_facts(model)} if is_classifier(model) else _unfinished(place, model)
     elif not isinstance(facts.get("model"), dict) or "parameters" not in facts["model"]:
         raise InputError(f"results.json of {place} says nothing of the model; remove it, or write it again.")
-    suites = _mapping(place, SUITES)
-    return facts | ({"suites": suites} if suites else {})
+    others = {"suites": _mapping(place, SUITES), "conversion": _mapping(place, CONVERSION)}
+    return facts | {name: found for name, found in others.items() if found}
 
 
 def _mapping(place: Path, name: str) -> dict:

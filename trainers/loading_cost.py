@@ -22,7 +22,20 @@ WHAT = {
     "encoder": "our encoder, published alone",
     "whole": "our encoder, of all three parts",
 }
-# in a process of its own, without this package: what is imported is not measured, the code of the folder is
+# begins a program that shall not find this package, wherever it is installed
+WITHOUT_PACKAGE = """
+import sys
+
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("modeling_cjepa", "trainers"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+
+sys.meta_path.insert(0, Absent())
+"""
+# in a process of its own: what is imported first is not measured, the code of the folder is
 _LOAD = """
 import json, re, sys, time
 import torch
@@ -80,8 +93,7 @@ def benchmark_loading(num_rounds: int = 9, **sizes) -> dict:
 def _load(folder: Path) -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder.parent / "modules")}
-    # -I: neither the working folder nor the user's is looked at
-    command = [sys.executable, "-I", "-c", _LOAD, str(folder)]
+    command = [sys.executable, "-c", WITHOUT_PACKAGE + _LOAD, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"loading {folder.name} failed: {done.stderr}")

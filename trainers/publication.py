@@ -9,8 +9,9 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import PreTrainedModel
+from yaml import YAMLError
 
-from trainers.cards import kept_license, write_card
+from trainers.cards import card_kind, kept_license, write_card
 from trainers.checkpoint_push import CheckpointPush
 from trainers.conversion.ijepa_transformers import write_ijepa_model
 from trainers.conversion.ours import encoder_of, load_processor, plain_encoder_only
@@ -21,7 +22,7 @@ from trainers.files import write_json
 from trainers.hub import Destination, upload
 from trainers.known_facts import known_facts
 from trainers.loading import load_model
-from trainers.model_facts import is_classifier
+from trainers.model_facts import is_classifier, parameters_by_part
 from trainers.public_facts import public_facts
 from trainers.publication_pictures import draw_pictures
 from trainers.publishing import save_model
@@ -50,6 +51,8 @@ class Publication:
     license: str | None = None
 
     def __post_init__(self):
+        if not self.run:
+            raise InputError("RUN is empty; give the folder of a run, of a checkpoint or of a model.")
         if not re.fullmatch(r"[1-9]\d*([KMGT]i?B)?", self.shard_size):
             raise InputError(f"--shard-size {self.shard_size!r} is no size; write a number of bytes, or 500MB or 2GB.")
 
@@ -71,6 +74,9 @@ class Publication:
         license = self.license or kept_license(place)
         with broken_facts_named(place):
             facts = public_facts(known_facts(place, model))
+        if not is_classifier(model):  # of what is published, whatever it came from
+            published = model.base_model if self.encoder_only or self.native else model
+            facts["model"]["parameters"] = parameters_by_part(published)
         say(f"writing weights and code of {place}", flush=True)
         self._write_model(model, processor, folder)
         say("drawing pictures", flush=True)
@@ -78,7 +84,6 @@ class Publication:
         if facts.keys() != {"model"}:
             write_json(folder / "results.json", facts)
         with broken_facts_named(place):
-            facts["model"]["parameters"] = self._published_parameters(facts["model"]["parameters"])
             write_card(folder, card_kind(model), facts | ({"license": license} if license else {}), self.repo)
 
     def _check(self, place: Path, model: PreTrainedModel, processor):
@@ -100,7 +105,7 @@ class Publication:
             draw_curves(facts["history"], folder / "curves.png")
         if is_classifier(model):
             return
-        settings = facts.get("settings", {})
+        settings = facts.get("settings", {}) if "training" in facts else None
         if not self.native:
             draw_pictures(folder, model, processor, settings, folder)
             return
@@ -116,28 +121,18 @@ class Publication:
         published = model.base_model if self.encoder_only else model
         save_model(published, processor, folder, shard_size=self.shard_size)
 
-    def _published_parameters(self, parameters):
-        if not (self.native or self.encoder_only) or not isinstance(parameters, dict):
-            return parameters
-        return {name: number for name, number in parameters.items() if name.startswith("encoder")}
-
-
-def card_kind(model: PreTrainedModel) -> str:
-    """The kind of a model's card."""
-    return "classifier" if is_classifier(model) else model.config.model_type
-
 
 @contextmanager
 def broken_facts_named(place: Path):
-    """Says which file is to blame where the facts of a run are not as this package writes them."""
+    """Says which files to look at where the facts of a run are not as this package writes them."""
     try:
         yield
     except InputError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, TemplateError, YAMLError) as error:
         raise InputError(
-            f"results.json of {place} is not as a run writes it ({type(error).__name__}: {first_line(error)}); mend "
-            "it, or remove it, and the card will tell of the model alone."
+            f"What is recorded in {place} is not as a run writes it ({type(error).__name__}: {first_line(error)}); "
+            "mend its results.json, suites.json or recipe.yaml, or remove them, and the card tells of the model alone."
         ) from error
 
 

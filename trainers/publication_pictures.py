@@ -18,6 +18,7 @@ from modeling_cjepa import CJepaConfig
 from modeling_cjepa.configuration_cjepa import pair
 from trainers.attention_maps import visualize_attention
 from trainers.datasets import seeded
+from trainers.errors import InputError
 from trainers.level_views import class_colors
 from trainers.mask_figure import visualize_masks
 from trainers.panels import Panel, draw_panels
@@ -32,7 +33,7 @@ _NUM_SHOWN, _NUM_EMBEDDED, _BATCH = 3, 300, 50
 _SEED = 7
 
 
-def draw_pictures(place: Path, model: PreTrainedModel, processor, settings: dict, folder: Path):
+def draw_pictures(place: Path, model: PreTrainedModel, processor, settings: dict | None, folder: Path):
     """
     Draws what can be drawn of a model.
 
@@ -40,28 +41,36 @@ def draw_pictures(place: Path, model: PreTrainedModel, processor, settings: dict
         place (`Path`): The model's folder.
         model (`PreTrainedModel`): The model.
         processor: Its image processor.
-        settings (`dict`): The keys of its recipe that were set.
+        settings (`dict`, *optional*): The keys of its recipe that were set; None of a model that no run has made,
+            of which masks and views are left out.
         folder (`Path`): Where to write [`MASKS`] and [`ATTENTION`] of C-JEPA, [`VIEWS`] of S-JEA, and [`EMBEDDINGS`].
     """
+    if model.config.num_channels != 3:
+        print(f"No pictures: scenes have 3 channels, and the model reads {model.config.num_channels}.", flush=True)
+        return
     size = pair(model.config.image_size)
     scenes = [render_scene(_SEED, number, max(size)) for number in range(_NUM_EMBEDDED)]
     shown = [Image.fromarray(scene.image).resize(size[::-1]) for scene in scenes[:_NUM_SHOWN]]
     if isinstance(model.config, CJepaConfig):
-        _draw_patches(place, shown, folder)
-    else:
+        _draw_patches(place, shown, folder, with_masks=settings is not None)
+    elif settings is not None:
         draw_views(shown, size, settings, folder / VIEWS)
     draw_embeddings(model, processor, scenes, folder / EMBEDDINGS)
 
 
-def _draw_patches(place: Path, shown: list[Image.Image], folder: Path):
+def _draw_patches(place: Path, shown: list[Image.Image], folder: Path, with_masks: bool):
     """Masks and attention, of which the card shows the pictures alone."""
+    drawn = ({MASKS: visualize_masks} if with_masks else {}) | {ATTENTION: visualize_attention}
     with tempfile.TemporaryDirectory() as temporary:
         files = [Path(temporary) / f"{number}.png" for number in range(len(shown))]
         for image, file in zip(shown, files, strict=True):
             image.save(file)
-        visualize_masks(place, files, temporary)
-        visualize_attention(place, files, temporary)
-        for name in (MASKS, ATTENTION):
+        for name, draw in drawn.items():
+            try:
+                draw(place, files, temporary)
+            except InputError as error:  # such as a grid too small for masks
+                print(f"{name} is left out: {error}", flush=True)
+                continue
             (folder / name).write_bytes(Path(temporary, name).read_bytes())
 
 

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import numpy as np
 from datasets import Dataset
+from huggingface_hub import constants
 from PIL import Image as PILImage
 from PIL import ImageDraw
 
@@ -80,7 +81,7 @@ class Explorer:
         kind = {"cjepa": "C-JEPA", "sjea": "S-JEA"}[encoder.config.model_type]
         what = f"{kind} stack of {self.num_levels} levels" if self.num_levels > 1 else f"{kind} encoder"
         is_here = Path(self.name).exists()
-        shown = f"`{self.name}`" if is_here else f"[{self.name}](https://huggingface.co/{self.name})"
+        shown = f"`{self.name}`" if is_here else f"[{self.name}]({constants.ENDPOINT}/{self.name})"
         return (
             f"{shown}: {what}, {encoder.num_parameters() / 1e6:.2f} M parameters, images of {width}x{height} pixels."
         )

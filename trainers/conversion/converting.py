@@ -7,27 +7,21 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from modeling_cjepa import CJepaForPreTraining, SJeaForPreTraining
+from modeling_cjepa import CJepaForPreTraining
 from modeling_cjepa.configuration_cjepa import pair
+from trainers.cards import card_kind, write_card
 from trainers.conversion.checks import Check, Converted, Written
 from trainers.conversion.formats import Format, ReadOptions, format_named, function, open_source
 from trainers.conversion.ours import encoder_of, plain_encoder_only
 from trainers.errors import InputError, first_line
 from trainers.files import full_disk_named, whole_file, write_json
+from trainers.known_facts import CONVERSION, known_facts
 from trainers.model_facts import is_classifier
 from trainers.public_facts import public_facts
 from trainers.publishing import whole_folder
-from trainers.resources import render_template
 from trainers.transforms import image_processor
 
-# beside a model of ours that was converted: `source`, `format`, `notes` and `checks`, as they may be published
-CONVERSION_FILE = "conversion.json"
 _ENCODERS = ("target", "context")
-# what AutoModelForPreTraining loads
-_PARTS = {
-    CJepaForPreTraining: "context encoder, target encoder and predictor",
-    SJeaForPreTraining: "the encoder and its expanders",
-}
 _FILE_SUFFIXES = (".pth.tar", ".pth", ".pt", ".pt2", ".onnx", ".safetensors", ".bin")
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -188,11 +182,8 @@ def _write(target: Format, model, processor, output: Path, source: str, source_f
         if target.name == "cjepa":
             sentences = [check.sentence() for check in checks]
             facts = {"source": source, "format": source_format.what, "notes": notes, "checks": sentences}
-            facts = public_facts(facts)
-            write_json(unfinished / CONVERSION_FILE, facts)
-            parts = next((parts for kind, parts in _PARTS.items() if isinstance(model, kind)), None)
-            card = render_template("converted.md.j2", facts | {"folder": output, "parts": parts})
-            (unfinished / "README.md").write_text(card, encoding="utf-8")
+            write_json(unfinished / CONVERSION, public_facts(facts))
+            write_card(unfinished, card_kind(model), known_facts(unfinished, model), str(output))
 
 
 def _tell(written: Written, checks: list[Check], notes: list[str]):
