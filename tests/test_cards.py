@@ -168,6 +168,16 @@ def test_what_was_a_place_where_the_run_was_made_is_none_elsewhere():
     assert public_facts(facts)["settings"]["dataset"] == "clients/acme"
 
 
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [("cifar10/data", "cifar10"), ("runs/x/final", "x"), ("/home/me/data", "data"), ("../data", "data"),
+     ("~/train", "train"), ("data", "data"), ("my/photos", "photos")],
+)  # fmt: skip
+def test_a_folder_is_called_by_what_it_tells_but_never_by_whose_it_is(place, told):
+    facts = {"command": f"cjepa pretrain x --dataset {place}", "data": {"dataset": place}}
+    assert public_facts(facts) == {"command": f"cjepa pretrain x --dataset {told}", "data": {"dataset": told}}
+
+
 def test_the_licence_of_a_data_set_is_that_of_its_card(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with running_hub() as hub:

@@ -12,6 +12,8 @@ from trainers.recipe_files import SECRETS, without_flags
 
 # settings that say where things are on this machine, and nothing about the model
 _LEFT_OUT = ("output_dir", "resume_from_checkpoint", *SECRETS)
+# names of folders that do not tell what is there; the part before does, unless it is a home or the like
+_SAYS_NOTHING = ("data", "images", "train")
 # paths of two parts and more within a text, of no address
 _PATH = re.compile(r"(?:file://|(?<![\w:/.<]))~?/(?:[^\s/'\"`,;)\]]+/)+[^\s/'\"`,;)\]]*|\b[A-Za-z]:\\[^\s'\"]+")
 
@@ -78,4 +80,6 @@ def _public_list(text: str, local: set[str]) -> str:
 
 def _last_part(place: str) -> str:
     path = Path(place)
-    return path.parent.name if path.name == "final" else path.name
+    if path.name == "final" or (path.name in _SAYS_NOTHING and path.parts[0][0] not in "./~"):
+        return path.parent.name or path.name
+    return path.name
