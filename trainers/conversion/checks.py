@@ -58,12 +58,18 @@ class Converted:
         notes (`list[str]`): What did not map or starts anew, a sentence each.
         check ([`Check`], *optional*): The comparison with the original; none of a model that is ours already.
         processor (*optional*): The image processor that the source has or tells of.
+        anew (`tuple` of `str`): Beginnings of the names of the model's weights that the source has not.
     """
 
     model: PreTrainedModel
     notes: list[str]
     check: Check | None = None
     processor: object | None = None
+    anew: tuple[str, ...] = ()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The model's tensors by name, those alone that the source has."""
+        return {name: each for name, each in self.model.state_dict().items() if not name.startswith(self.anew)}
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,13 @@ class ReadOptions:
     Args:
         encoder (`"target"` or `"context"`, defaults to `"target"`): The encoder to take of a file without predictor.
         image_size, num_attention_heads (`int`, *optional*): Where the format has no place for them.
+        heads_by_width (`dict[int, int]`, *optional*): Attention heads by the width of encoders, if not published.
     """
 
     encoder: str = "target"
     image_size: int | None = None
     num_attention_heads: int | None = None
+    heads_by_width: dict[int, int] | None = None
 
 
 _START = "other_vits.read_start"

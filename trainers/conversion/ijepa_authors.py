@@ -49,14 +49,14 @@ def read_authors(source: Source, options: ReadOptions) -> Converted:
     state = source.tensors
     if "encoder" not in state and "target_encoder" not in state:
         state = {"target_encoder": state, "encoder": state}
-    notes = []
+    notes, asked = [], (options.image_size, options.num_attention_heads, options.heads_by_width)
     if "predictor" in state:
-        model = from_ijepa_checkpoint(state, options.image_size, options.num_attention_heads)
+        model = from_ijepa_checkpoint(state, *asked)
     else:
         part = _ENCODERS[options.encoder]
         if part not in state:
             raise InputError(f"{source.name} has no {part!r} (found: {', '.join(state)}); give the other --encoder.")
-        model = _from_encoder(state[part], options.image_size, options.num_attention_heads)
+        model = _from_encoder(state[part], *asked)
         state = {"target_encoder": state[part]}
         notes.append("The file has no predictor, so that this is an encoder alone; a predictor starts anew.")
     check = _check(model, state)
@@ -110,7 +110,10 @@ def notes_of_authors(model: CJepaForPreTraining | CJepaModel) -> list[str]:
 
 
 def from_ijepa_checkpoint(
-    state: dict[str, dict[str, torch.Tensor]], image_size: int | None = None, num_attention_heads: int | None = None
+    state: dict[str, dict[str, torch.Tensor]],
+    image_size: int | None = None,
+    num_attention_heads: int | None = None,
+    heads_by_width: dict[int, int] | None = None,
 ) -> CJepaForPreTraining:
     """
     Builds a model from a checkpoint of the authors' I-JEPA code (facebookresearch/ijepa).
@@ -124,6 +127,7 @@ def from_ijepa_checkpoint(
         image_size (`int`, *optional*): Pixels of a training image's side; as the positions say when not given.
         num_attention_heads (`int`, *optional*): Heads of encoder and predictor; needed where the encoder's width is
             none of the published ones.
+        heads_by_width (`dict[int, int]`, *optional*): The same for encoders of these widths, if not published.
 
     Returns:
         [`CJepaForPreTraining`] with context encoder, target encoder and predictor.
@@ -135,7 +139,7 @@ def from_ijepa_checkpoint(
         if not isinstance(state.get(part), dict):
             raise InputError(f"The checkpoint has no {part!r} (found: {', '.join(state)}); it is not I-JEPA's layout.")
     context, target, predictor = (_rename(state[part]) for part in ("encoder", "target_encoder", "predictor"))
-    config = _read_config(target, image_size, num_attention_heads, predictor)
+    config = _read_config(target, image_size, num_attention_heads, heads_by_width, predictor)
     _check_positions(target.get("embeddings.position_embeddings"), config.grid_size, "target_encoder.pos_embed")
     _check_positions(context.get("embeddings.position_embeddings"), config.grid_size, "encoder.pos_embed")
     _check_positions(predictor.get("position_embeddings"), config.grid_size, "predictor.predictor_pos_embed")
@@ -147,9 +151,9 @@ def from_ijepa_checkpoint(
     return build(CJepaForPreTraining, config, tensors, "The checkpoint")
 
 
-def _from_encoder(tensors, image_size, num_attention_heads) -> CJepaModel:
+def _from_encoder(tensors, image_size, num_attention_heads, heads_by_width) -> CJepaModel:
     tensors = _rename(tensors)
-    config = _read_config(tensors, image_size, num_attention_heads)
+    config = _read_config(tensors, image_size, num_attention_heads, heads_by_width)
     _check_positions(tensors.get("embeddings.position_embeddings"), config.grid_size, "pos_embed")
     return build(CJepaModel, config, tensors, "The checkpoint")
 
@@ -165,7 +169,7 @@ def _plain_names(tensors: dict) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
-def _read_config(tensors, image_size, num_attention_heads, predictor=None) -> CJepaConfig:
+def _read_config(tensors, image_size, num_attention_heads, heads_by_width, predictor=None) -> CJepaConfig:
     try:
         projection = tensors["embeddings.patch_embeddings.projection.weight"]
         sizes = {"intermediate_size": len(tensors["layers.0.mlp.fc1.weight"])}
@@ -178,7 +182,7 @@ def _read_config(tensors, image_size, num_attention_heads, predictor=None) -> CJ
         raise InputError(f"The checkpoint has no tensor for {error}; it is not I-JEPA's layout.") from error
     except (TypeError, ValueError) as error:
         raise InputError(f"The checkpoint has weights of other shapes ({first_line(error)}).") from error
-    heads = num_attention_heads or PUBLISHED_HEADS.get(width)
+    heads = num_attention_heads or ((heads_by_width or {}) | PUBLISHED_HEADS).get(width)
     if heads is None:
         raise InputError(f"Width {width} is none of the published ones; say num_attention_heads.")
     positions = tensors.get("embeddings.position_embeddings")

@@ -75,7 +75,7 @@ def from_vicreg_checkpoint(
         check = compare(
             "torchvision's ResNet on 2 random images", [model.sjea(images).pooler_output], [reference(images)]
         )
-    return Converted(model, notes, check)
+    return Converted(model, notes, check, anew=("expanders.",))
 
 
 def unwrapped(tensors: dict) -> tuple[dict[str, torch.Tensor], list[str]]:
