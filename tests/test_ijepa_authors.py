@@ -91,8 +91,8 @@ def test_what_was_written_is_compared_not_what_is_in_memory(tmp_path, monkeypatc
     save = torch.save
 
     def broken(state, path):
-        state["target_encoder"]["module.norm.bias"] = state["target_encoder"]["module.norm.bias"] + 1e-6
-        save(state, path)
+        target = state["target_encoder"]
+        save(state | {"target_encoder": target | {"module.norm.bias": target["module.norm.bias"] + 1e-6}}, path)
 
     source = save_ours(tiny_model(), tmp_path / "ours")
     monkeypatch.setattr(torch, "save", broken)
