@@ -294,7 +294,7 @@ def half(source, folder, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("to", ["ijepa", "timm", "authors"])
+@pytest.mark.parametrize("to", ["cjepa", "ijepa", "timm", "authors"])
 def test_half_precision_comes_in_as_float32_with_exact_positions(folder, to, dtype, tmp_path):
     suffix = ".pth.tar" if to == "authors" else ""
     convert(str(folder), tmp_path / f"float{suffix}", to=to)
