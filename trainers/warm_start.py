@@ -13,6 +13,7 @@ from modeling_cjepa import CJepaConfig, CJepaForPreTraining, SJeaForPreTraining
 from trainers.conversion.checks import Converted
 from trainers.conversion.converting import load_start
 from trainers.conversion.formats import ReadOptions
+from trainers.conversion.ours import mean_of
 from trainers.errors import InputError
 from trainers.recipes import Recipe
 
@@ -51,7 +52,7 @@ def read_start(recipe: Recipe) -> Converted:
         InputError: They cannot be read, are of the other way of pre-training or of images without colours, or
             contradict a key of the command line.
     """
-    source, said = recipe.run.start_from, recipe.model
+    source = recipe.run.start_from
     start = load_start(source, _read_options(recipe))
     config = start.model.config
     if not isinstance(config, recipe.objective.config_class):
@@ -62,20 +63,13 @@ def read_start(recipe: Recipe) -> Converted:
             f"start_from={source} reads images of {config.num_channels} channels, and training reads them as RGB; "
             "start from a model of 3 channels."
         )
-    fields = _fields(start, said)
-    fields = _with_another_predictor(fields, recipe)
-    differ = []
-    for name in sorted(fields.keys() & said.keys()):
-        found = _differences(name, fields[name], said[name])
-        if found and name in recipe.given:
-            raise InputError(
-                f"--{name} {said[name]} contradicts start_from={source}, whose {name} is {fields[name]}; leave it out."
-            )
-        differ += found
+    fields = _with_another_predictor(_fields(start, recipe.model), recipe)
+    differ = _differing(fields, recipe)
     notes = [*start.notes, *([f"its sizes are taken: {', '.join(differ)}"] if differ else [])]
-    mean = list(getattr(start.processor, "image_mean", recipe.data.image_mean))
-    if mean != list(recipe.data.image_mean):
-        notes.append(f"images are normalised by the recipe's mean {recipe.data.image_mean}, and were by {mean}")
+    ours = list(recipe.data.image_mean)
+    mean = mean_of(start.processor, ours)
+    if mean != ours:
+        notes.append(f"images are normalised by the recipe's mean {ours}, and were by {mean}")
     recipe.model |= fields
     recipe.values |= fields
     return replace(start, notes=notes)
@@ -135,6 +129,20 @@ def _with_another_predictor(fields: dict, recipe: Recipe) -> dict:
     if other["predictor_hidden_size"] != fields["predictor_hidden_size"]:
         other = {name: value for name, value in other.items() if name not in _DERIVED_FIELDS or name in said}
     return other
+
+
+def _differing(fields: dict, recipe: Recipe) -> list[str]:
+    """What is taken in the place of what the recipe says; the command line is not overruled, but contradicted."""
+    differ = []
+    for name in sorted(fields.keys() & recipe.model.keys()):
+        said, found = recipe.model[name], _differences(name, fields[name], recipe.model[name])
+        if found and name in recipe.given:
+            raise InputError(
+                f"--{name} {said} contradicts start_from={recipe.run.start_from}, whose {name} is {fields[name]}; "
+                "leave it out."
+            )
+        differ += found
+    return differ
 
 
 def _differences(name: str, taken, said) -> list[str]:

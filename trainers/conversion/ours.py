@@ -139,3 +139,9 @@ def load_processor(name: str):
     if getattr(processor, "auto_map", None):
         raise InputError(f"preprocessor_config.json of {name} names code of its own (auto_map), which is not run.")
     return processor
+
+
+def mean_of(processor, default: list[float]):
+    """What an image processor subtracts: a list where it is one for each channel; `default` where there is none."""
+    mean = getattr(processor, "image_mean", default)
+    return list(mean) if isinstance(mean, list | tuple) else mean
