@@ -83,6 +83,8 @@ def write_ijepa_model(model: CJepaModel, processor, folder: Path, shard_size: in
 @torch.no_grad()
 def _check(model: CJepaModel, original: IJepaModel) -> Check:
     images = random_images(model.config, dtype=torch.float64)
-    with in_float64(model, original):
-        ours, theirs = (each(images).last_hidden_state for each in (model.eval(), original))
+    with in_float64(model):
+        ours = model.eval()(images).last_hidden_state
+    with in_float64(original):
+        theirs = original(images).last_hidden_state
     return compare("transformers' IJepaModel on 2 random images", [ours], [theirs])

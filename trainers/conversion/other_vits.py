@@ -92,10 +92,12 @@ def _fold_layer_scale(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 @torch.no_grad()
 def _check(model: CJepaModel, original: PreTrainedModel, limit: float | None) -> Check:
     images = random_images(model.config, dtype=torch.float64)
-    with in_float64(model, original):
+    with in_float64(model):
+        ours = model(images).last_hidden_state
+    with in_float64(original):
         tokens = original.embeddings.patch_embeddings(images) + model.embeddings.position_embeddings
         for layer in original.encoder.layer if hasattr(original, "encoder") else original.layers:
             tokens = layer(tokens)
-        theirs, ours = original.layernorm(tokens), model(images).last_hidden_state
+        theirs = original.layernorm(tokens)
     what = f"{type(original).__name__}'s own layers on the patches of 2 random images"
     return compare(what, [ours], [theirs], limit)

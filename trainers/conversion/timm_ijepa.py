@@ -239,7 +239,8 @@ def _size(size) -> int | list[int]:
 @torch.no_grad()
 def _check(model: CJepaModel, original) -> Check:
     images = random_images(model.config, dtype=torch.float64)
-    with in_float64(model, original):
+    with in_float64(model):
         ours = model.eval()(images)
+    with in_float64(original):
         theirs = [original.forward_features(images), original(images)]
     return compare("timm's VisionTransformer on 2 random images", [ours.last_hidden_state, ours.pooler_output], theirs)
