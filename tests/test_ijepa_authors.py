@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from formats import save_ours
 from safetensors.torch import load_file
 from test_golden import GOLDEN, parts
+from tiny import tiny_model
 
+from trainers.conversion import converting, ijepa_authors
+from trainers.conversion.converting import load_start
+from trainers.conversion.formats import ReadOptions
 from trainers.conversion.ijepa_authors import from_ijepa_checkpoint
 from trainers.errors import InputError
 
@@ -46,6 +51,68 @@ def test_mlps_of_encoder_and_predictor_have_ratios_of_their_own(state):
                 state[part][name] = torch.cat([tensor, tensor.narrow(dim, 0, 16)], dim=dim)
     config = convert(state).config
     assert (config.intermediate_size, config.predictor_intermediate_size) == (208, 96)
+
+
+def read(state, path):
+    torch.save(state, path)
+    return load_start(str(path), ReadOptions(num_attention_heads=3))
+
+
+def test_other_parts_and_float64_are_said(state, tmp_path):
+    state["encoder"] = {name: tensor.double() + 1e-12 for name, tensor in state["encoder"].items()}
+    notes = read(state | {"ema": {"weight": torch.zeros(2)}, "epoch": 1}, tmp_path / "a.pth.tar").notes
+    assert "Beside encoders and predictor there was ema, which is left out." in notes
+    assert any("float64" in note for note in notes)
+
+
+def test_a_name_with_the_prefix_and_without_is_refused(state, tmp_path):
+    state["encoder"]["module.norm.weight"] = state["encoder"]["norm.weight"] + 1
+    with pytest.raises(InputError, match="both module.norm.weight and norm.weight"):
+        read(state, tmp_path / "a.pth.tar")
+
+
+@pytest.mark.parametrize("part", ["encoder", "predictor"])
+def test_every_part_is_compared_with_the_file(state, part, tmp_path, monkeypatch):
+    """A reader that changes one of them, as the numbers tell."""
+    build = ijepa_authors.build
+
+    def broken(*args):
+        model = build(*args)
+        module = model.context_encoder if part == "encoder" else model.predictor
+        module.layernorm.bias.data += 1e-6
+        return model
+
+    monkeypatch.setattr(ijepa_authors, "build", broken)
+    with pytest.raises(InputError, match="does not hold.*both encoders and predictor"):
+        read(state, tmp_path / "a.pth.tar")
+
+
+def test_what_was_written_is_compared_not_what_is_in_memory(tmp_path, monkeypatch):
+    save = torch.save
+
+    def broken(state, path):
+        target = state["target_encoder"]
+        save(state | {"target_encoder": target | {"module.norm.bias": target["module.norm.bias"] + 1e-6}}, path)
+
+    source = save_ours(tiny_model(), tmp_path / "ours")
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(InputError, match="does not hold"):
+        converting.convert(str(source), tmp_path / "a.pth.tar", to="authors")
+    assert not (tmp_path / "a.pth.tar").exists()
+
+
+def test_what_the_authors_constructors_do_not_build_is_said(tmp_path):
+    usual = {"intermediate_size": 128, "predictor_intermediate_size": 64}
+    for changes, said in (
+        (usual, None),
+        (usual | {"qkv_bias": False}, "no place for qkv_bias=False:"),
+        ({}, "no place for intermediate_size=64:"),
+        (usual | {"predictor_intermediate_size": 40}, "no place for predictor_intermediate_size=40:"),
+        ({"intermediate_size": 128, "num_channels": 1}, "no place for num_channels=1:"),
+    ):
+        notes = ijepa_authors.notes_of_authors(tiny_model(**changes))
+        assert [note for note in notes if "constructors" in note] == [note for note in notes if said and said in note]
+        assert bool(said) == any("constructors" in note for note in notes)
 
 
 @pytest.mark.parametrize(

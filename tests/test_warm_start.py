@@ -5,16 +5,19 @@ import shutil
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file
 from tiny import FLAGS, seeded, sjea_level, tiny_config, tiny_model, tiny_sjea
 from transformers import IJepaConfig, IJepaModel, ViTConfig, ViTModel
 
 from modeling_cjepa import CJepaModel
 from trainers.cli import main
+from trainers.conversion.converting import convert
 from trainers.errors import InputError
 from trainers.pretraining import build_model, training_arguments
 from trainers.publishing import save_model
 from trainers.recipes import read_recipe
+from trainers.resources import recipe_path
 from trainers.transforms import image_processor
 
 RUN = {"use_cpu": True, "precision": "float32"}
@@ -117,6 +120,114 @@ def test_a_lower_level_is_the_start_of_a_stack(tmp_path, capsys):
     assert "- sjea.levels.1, expanders.1 start anew\n" in capsys.readouterr().out
 
 
+def stack_recipe(tmp_path, *levels):
+    path = tmp_path / "levels.yaml"
+    path.write_text(f"model_type: sjea\nimage_size: 32\nlevels: {json.dumps(levels)}\n")
+    return str(path)
+
+
+def test_of_a_resnet_s_file_the_backbone_is_taken_and_the_expander_is_the_recipe_s(tmp_path, capsys):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    recipe = stack_recipe(tmp_path, {"backbone": {"model_type": "resnet"}, "stem": "small", "expander_sizes": [24, 8]})
+    model, read = build(tmp_path / "resnet18.pth", tmp_path, recipe)
+    assert model.config.levels[0]["expander_sizes"] == [24, 8]
+    said = capsys.readouterr().out
+    assert "levels[0].stem standard (the recipe says small)" in said and "- expanders.0 starts anew\n" in said
+    again, _ = build(tmp_path / "resnet18.pth", tmp_path, recipe)
+    assert same(model.state_dict(), again.state_dict())  # by the recipe's seed
+
+
+def test_an_s_jea_encoder_alone_leaves_the_expander_to_the_recipe(tmp_path):
+    recipe = stack_recipe(tmp_path, sjea_level(expander_sizes=[7]), sjea_level(expander_sizes=[5]))
+    start = save(tiny_sjea(sjea_level(), sjea_level(reads="expanded", expander_sizes=[9])).sjea, tmp_path / "start")
+    model, _ = build(start, tmp_path, recipe)
+    # the lower one is part of the encoder, as the level above reads it
+    assert [level["expander_sizes"] for level in model.config.levels] == [[24, 24, 24], [5]]
+
+
+@pytest.mark.parametrize(("said", "wide"), [({}, 96), ({"predictor_intermediate_size": 40}, 40)])
+def test_another_width_of_the_predictor_is_that_of_its_mlps_too(tmp_path, said, wide):
+    model, _ = build(save(tiny_model(), tmp_path / "start"), tmp_path, predictor_hidden_size=24, **said)
+    config = model.config
+    assert (config.predictor_hidden_size, config.predictor_intermediate_size) == (24, wide)
+
+
+def test_the_size_the_predictor_has_makes_no_other(tmp_path):
+    start = tiny_model()
+    model, _ = build(save(start, tmp_path / "start"), tmp_path, predictor_hidden_size=16)
+    assert same(model.predictor.state_dict(), start.predictor.state_dict())
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_i_jepa_goes_on_with_an_expander_and_keeps_its_predictor(tmp_path, capsys, in_file):
+    start = tiny_model()
+    recipe, changes = "cjepa_scenes", {"expander_hidden_size": 24}
+    if in_file:
+        recipe, changes = str(tmp_path / "recipe.yaml"), {}
+        text = recipe_path("cjepa_scenes").read_text(encoding="utf-8")
+        (tmp_path / "recipe.yaml").write_text(f"{text}\nexpander_hidden_size: 24\n")
+    model, _ = build(save(start, tmp_path / "start"), tmp_path, recipe, **changes)
+    assert same(model.predictor.state_dict(), start.predictor.state_dict())
+    assert model.config.expander_hidden_size == 24
+    assert "- expander starts anew\n" in capsys.readouterr().out
+
+
+def test_an_expander_that_the_recipe_has_not_is_left_out(tmp_path, capsys):
+    model, _ = build(save(tiny_model(expander_hidden_size=24), tmp_path / "start"), tmp_path)
+    assert model.config.expander_hidden_size is None
+    assert "- expander of the start is left out\n" in capsys.readouterr().out
+
+
+def test_levels_above_those_of_the_start_start_anew(tmp_path, capsys):
+    start = tiny_model()
+    upper = [{"num_hidden_layers": 1, "stop_gradient": True}, {"num_hidden_layers": 1}]
+    model, _ = build(save(start, tmp_path / "one"), tmp_path, upper_levels=upper, image_size=64)
+    assert same(model.cjepa.layers.state_dict(), start.cjepa.layers.state_dict())
+    assert model.config.num_levels == 3 and model.config.upper_levels[0]["stop_gradient"]
+    assert "context_encoder.upper_levels.1, upper_predictors.0, upper_predictors.1" in capsys.readouterr().out
+    two = tiny_model(upper_levels=[{"num_hidden_layers": 2, "regularizer_weight": 9.0}])
+    recipe = tmp_path / "stack.yaml"
+    text = recipe_path("cjepa_scenes").read_text(encoding="utf-8")
+    recipe.write_text(f"{text}\nupper_levels: {json.dumps(upper)}\n")
+    model, _ = build(save(two, tmp_path / "two"), tmp_path, str(recipe), image_size=64)
+    # sizes of the start, loss of the recipe
+    assert model.config.num_levels == 3
+    assert model.config.upper_levels[0] == {"num_hidden_layers": 2, "stop_gradient": True}
+    assert same(model.cjepa.upper_levels[0].layers.state_dict(), two.cjepa.upper_levels[0].layers.state_dict())
+    assert "upper_levels[0].num_hidden_layers 2 (the recipe says 1)" in capsys.readouterr().out
+
+
+def test_heads_of_an_authors_file_are_those_of_a_recipe_as_wide(tmp_path):
+    start = tiny_model()
+    convert(str(save(start, tmp_path / "start")), tmp_path / "a.pth.tar", to="authors")
+    recipe = tmp_path / "own.yaml"
+    for width, fits in ((32, True), (48, False)):
+        recipe.write_text(f"hidden_size: {width}\nnum_attention_heads: 2\nimage_size: 32\ndataset: scenes\n")
+        if fits:
+            model, _ = build(tmp_path / "a.pth.tar", tmp_path, str(recipe))
+            assert model.config.num_attention_heads == 2 and same(model.state_dict(), start.state_dict())
+        else:
+            with pytest.raises(InputError, match="Width 32 is none of the published ones; say num_attention_heads"):
+                build(tmp_path / "a.pth.tar", tmp_path, str(recipe))
+
+
+def test_what_the_weights_compute_with_is_taken_and_how_images_were_normalised_is_said(tmp_path, capsys):
+    model, _ = build(save(tiny_model(layer_norm_eps=1e-3), tmp_path / "start"), tmp_path)
+    assert model.config.layer_norm_eps == 1e-3 and model.cjepa.layernorm.eps == 1e-3
+    said = capsys.readouterr().out
+    assert "normalised by the recipe's mean" in said and "and were by [0.5, 0.5, 0.5]" in said
+
+
+@pytest.mark.parametrize("to", ["cjepa", "ijepa"])
+def test_an_image_processor_whose_mean_is_none_is_said(tmp_path, capsys, to):
+    convert(str(save(tiny_model(), tmp_path / "ours")), tmp_path / "start", to=to)
+    start = tmp_path / "start"
+    path = start / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": 0.5}))
+    build(start, tmp_path)
+    assert "and were by 0.5" in capsys.readouterr().out
+
+
 def test_it_trains_resumes_and_tells_where_it_started(tmp_path):
     start = save(tiny_model(), tmp_path / "start")
     flags = ["pretrain", "cjepa_scenes", "--num_train_images", "64", "--num_eval_images", "48", "--use_cpu",
@@ -141,9 +252,12 @@ def test_it_trains_resumes_and_tells_where_it_started(tmp_path):
         ),
         ({"recipe": "sjea_cifar10"}, "is a model of type 'cjepa'; give a recipe of model_type cjepa"),
         ({"start_from": "nowhere/at/all"}, "nowhere/at/all is no file"),
+        ({"start_from": "gray"}, "gray reads images of 1 channels, .* start from a model of 3"),
     ],
 )
-def test_what_cannot_start_is_one_sentence(tmp_path, changes, message):
+def test_what_cannot_start_is_one_sentence(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    ViTModel(ViTConfig(**VIT, num_channels=1)).save_pretrained("gray")
     start = save(tiny_model(), tmp_path / "start")
     with pytest.raises(InputError, match=message):
         build(start, tmp_path, **changes)

@@ -11,7 +11,8 @@ from modeling_cjepa import CJepaForPreTraining
 from modeling_cjepa.configuration_cjepa import pair
 from trainers.cards import card_kind, write_card
 from trainers.conversion.checks import Check, Converted, Written
-from trainers.conversion.formats import Format, ReadOptions, format_named, function, open_source
+from trainers.conversion.formats import Format, ReadOptions, Source, format_named, function, open_source
+from trainers.conversion.names import ROUNDED_NOTE, rounding_notes
 from trainers.conversion.ours import encoder_of, plain_encoder_only
 from trainers.errors import InputError, first_line
 from trainers.files import full_disk_named, whole_file, write_json
@@ -141,7 +142,8 @@ def _read(source: str, options: ReadOptions) -> tuple[Format, Converted]:
         if value is not None and value < 1:
             raise InputError(f"--{name} {value} must be 1 or more.")
     try:
-        return source_format, function(source_format.reader)(opened, options)
+        converted = function(source_format.reader)(opened, options)
+        return source_format, dataclasses.replace(converted, notes=converted.notes + _rounding_notes(opened))
     except InputError:
         raise
     except Exception as error:  # a file of others can be wrong in any way, and each is the file's mistake
@@ -149,6 +151,11 @@ def _read(source: str, options: ReadOptions) -> tuple[Format, Converted]:
         raise InputError(
             f"{source} cannot be read as {source_format.what} ({what}); copy or save it again."
         ) from error
+
+
+def _rounding_notes(opened: Source) -> list[str]:
+    is_double = "float64" in ((opened.config or {}).get(name) for name in ("dtype", "torch_dtype"))
+    return [ROUNDED_NOTE] if is_double else rounding_notes(opened.tensors or {})
 
 
 def _part_to_write(model: PreTrainedModel, target: Format, encoder: str | None) -> tuple[PreTrainedModel, list[str]]:

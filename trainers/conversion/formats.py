@@ -67,11 +67,13 @@ class ReadOptions:
     Args:
         encoder (`"target"` or `"context"`, defaults to `"target"`): The encoder to take of a file without predictor.
         image_size, num_attention_heads (`int`, *optional*): Where the format has no place for them.
+        heads_by_width (`dict[int, int]`, *optional*): Attention heads by the width of encoders, if not published.
     """
 
     encoder: str = "target"
     image_size: int | None = None
     num_attention_heads: int | None = None
+    heads_by_width: dict[int, int] | None = None
 
 
 _START = "other_vits.read_start"
@@ -100,9 +102,10 @@ FORMATS = (
     Format("dinov2", "transformers' DINOv2, as a start", _START, model_types=("dinov2", "dinov2_with_registers")),
     Format("vit_mae", "transformers' ViT-MAE, as a start", _START, model_types=("vit_mae",)),
     Format("vit", "transformers' ViT, DeiT or ViT-MSN, as a start", _START, model_types=("vit", "deit", "vit_msn")),
-    Format("onnx", "an ONNX graph, for batches and images of any size", writer="graphs.export_onnx", writes_any=True),
-    Format("program", "a program of torch.export, for batches and images of any size", writer="graphs.export_program",
-           writes_any=True),
+    Format("onnx", "an ONNX graph, for any batch and images of multiples of the patch",
+           writer="graphs.export_onnx", writes_any=True),
+    Format("program", "a program of torch.export, for any batch and images of multiples of the patch",
+           writer="graphs.export_program", writes_any=True),
     Format("int8", "8-bit weights by torchao, as a folder of ours", writer="int8.export_int8", writes_any=True),
     Format("int8-activations", "8-bit weights and activations by torchao", writer="int8.export_int8_activations",
            writes_any=True),

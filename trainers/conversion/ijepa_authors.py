@@ -12,17 +12,29 @@ import torch
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining, CJepaModel
 from modeling_cjepa.configuration_cjepa import pair
-from trainers.conversion.checks import Check, Converted, Written, compare, random_images
+from trainers.conversion.checks import Check, Converted, Written, compare, in_float64, random_images
 from trainers.conversion.formats import ReadOptions, Source
 from trainers.conversion.ijepa_forward import LAYER_NORM_EPS, encode, predict
-from trainers.conversion.names import FUSED_ENCODER, FUSED_PREDICTOR, build, count_layers, has_fixed_positions
+from trainers.conversion.names import (
+    FUSED_ENCODER,
+    FUSED_PREDICTOR,
+    build,
+    count_layers,
+    exact_positions,
+    has_fixed_positions,
+    without_prefix,
+)
+from trainers.conversion.transformers_models import predictor_heads
 from trainers.conversion.weight_files import read_weight_file
 from trainers.errors import InputError, first_line
 
 # width of the authors' vision transformers -> attention heads (tiny, small, base, large, huge, giant)
 PUBLISHED_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
 _ENCODERS = {"target": "target_encoder", "context": "encoder"}
+_POSITIONS = {"pos_embed", "predictor_pos_embed"}
 _IMAGE_SIZE = 224
+# what the constructors of the authors' code build; ViT-g's MLPs are wider
+_CHANNELS, _MLP_RATIO, _MLP_RATIOS = 3, 4, {1408: 48 / 11}
 
 
 def holds_authors(tensors: dict) -> bool:
@@ -49,18 +61,36 @@ def read_authors(source: Source, options: ReadOptions) -> Converted:
     state = source.tensors
     if "encoder" not in state and "target_encoder" not in state:
         state = {"target_encoder": state, "encoder": state}
-    notes = []
+    state, notes = _known_parts(state)
+    asked = (options.image_size, options.num_attention_heads, options.heads_by_width)
     if "predictor" in state:
-        model = from_ijepa_checkpoint(state, options.image_size, options.num_attention_heads)
+        model = from_ijepa_checkpoint(state, *asked)
     else:
         part = _ENCODERS[options.encoder]
         if part not in state:
             raise InputError(f"{source.name} has no {part!r} (found: {', '.join(state)}); give the other --encoder.")
-        model = _from_encoder(state[part], options.image_size, options.num_attention_heads)
+        model = _from_encoder(state[part], *asked)
         state = {"target_encoder": state[part]}
         notes.append("The file has no predictor, so that this is an encoder alone; a predictor starts anew.")
-    check = _check(model, state)
-    return Converted(model, notes, check)
+    notes += _put_exact_positions(state, model.config.grid_size)
+    return Converted(model, notes, _check(model, state))
+
+
+def _known_parts(state: dict) -> tuple[dict[str, dict], list[str]]:
+    """Encoders and predictor by plain names, and a sentence on what else there is."""
+    others = sorted(set(state) - {*_ENCODERS.values(), "predictor"})
+    notes = [f"Beside encoders and predictor there was {', '.join(others)}, which is left out."] if others else []
+    return {part: without_prefix(tensors) for part, tensors in state.items() if part not in others}, notes
+
+
+def _put_exact_positions(state: dict[str, dict], grid_size: tuple[int, int]) -> list[str]:
+    """Changes the tables of positions in place; a sentence where one was rounded."""
+    notes = []
+    for tensors in state.values():
+        for name in _POSITIONS & tensors.keys():
+            tensors[name], rounded = exact_positions(grid_size, tensors[name])
+            notes += rounded
+    return notes[:1]
 
 
 def write_authors(model: CJepaForPreTraining | CJepaModel, processor, path: Path) -> Written:
@@ -91,7 +121,7 @@ def write_authors(model: CJepaForPreTraining | CJepaModel, processor, path: Path
         if module is not None
     }
     torch.save(state | {"epoch": 0}, path)
-    return Written(_check(model, read_weight_file(path)))
+    return Written(_check(model, _known_parts(read_weight_file(path))[0]))
 
 
 def notes_of_authors(model: CJepaForPreTraining | CJepaModel) -> list[str]:
@@ -102,6 +132,11 @@ def notes_of_authors(model: CJepaForPreTraining | CJepaModel) -> list[str]:
             f"The layout does not say the number of heads: read it with --num_attention_heads "
             f"{config.num_attention_heads}."
         )
+    unknown = _beyond_constructors(config, isinstance(model, CJepaForPreTraining))
+    if unknown:
+        notes.append(
+            f"The authors' own constructors have no place for {', '.join(unknown)}: the file is for other readers."
+        )
     if isinstance(model, CJepaModel):
         notes.append("There is no predictor to write; the file holds the encoder as both encoders.")
     elif config.expander_hidden_size:
@@ -109,8 +144,25 @@ def notes_of_authors(model: CJepaForPreTraining | CJepaModel) -> list[str]:
     return notes
 
 
+def _beyond_constructors(config: CJepaConfig, with_predictor: bool) -> list[str]:
+    """Fields in which a model is none of those that the authors' code builds, though it would compute the same."""
+    width, predictor_width = config.hidden_size, config.predictor_hidden_size
+    built = {
+        "qkv_bias": True,
+        "num_channels": _CHANNELS,
+        "intermediate_size": int(width * _MLP_RATIOS.get(width, _MLP_RATIO)),
+    }
+    if with_predictor:
+        built["predictor_intermediate_size"] = _MLP_RATIO * predictor_width
+    fields = {name: getattr(config, name) for name in built}
+    return [f"{name}={value}" for name, value in fields.items() if value != built[name]]
+
+
 def from_ijepa_checkpoint(
-    state: dict[str, dict[str, torch.Tensor]], image_size: int | None = None, num_attention_heads: int | None = None
+    state: dict[str, dict[str, torch.Tensor]],
+    image_size: int | None = None,
+    num_attention_heads: int | None = None,
+    heads_by_width: dict[int, int] | None = None,
 ) -> CJepaForPreTraining:
     """
     Builds a model from a checkpoint of the authors' I-JEPA code (facebookresearch/ijepa).
@@ -124,6 +176,7 @@ def from_ijepa_checkpoint(
         image_size (`int`, *optional*): Pixels of a training image's side; as the positions say when not given.
         num_attention_heads (`int`, *optional*): Heads of encoder and predictor; needed where the encoder's width is
             none of the published ones.
+        heads_by_width (`dict[int, int]`, *optional*): The same for encoders of these widths, if not published.
 
     Returns:
         [`CJepaForPreTraining`] with context encoder, target encoder and predictor.
@@ -135,7 +188,7 @@ def from_ijepa_checkpoint(
         if not isinstance(state.get(part), dict):
             raise InputError(f"The checkpoint has no {part!r} (found: {', '.join(state)}); it is not I-JEPA's layout.")
     context, target, predictor = (_rename(state[part]) for part in ("encoder", "target_encoder", "predictor"))
-    config = _read_config(target, image_size, num_attention_heads, predictor)
+    config = _read_config(target, image_size, num_attention_heads, heads_by_width, predictor)
     _check_positions(target.get("embeddings.position_embeddings"), config.grid_size, "target_encoder.pos_embed")
     _check_positions(context.get("embeddings.position_embeddings"), config.grid_size, "encoder.pos_embed")
     _check_positions(predictor.get("position_embeddings"), config.grid_size, "predictor.predictor_pos_embed")
@@ -147,25 +200,21 @@ def from_ijepa_checkpoint(
     return build(CJepaForPreTraining, config, tensors, "The checkpoint")
 
 
-def _from_encoder(tensors, image_size, num_attention_heads) -> CJepaModel:
+def _from_encoder(tensors, image_size, num_attention_heads, heads_by_width) -> CJepaModel:
     tensors = _rename(tensors)
-    config = _read_config(tensors, image_size, num_attention_heads)
+    config = _read_config(tensors, image_size, num_attention_heads, heads_by_width)
     _check_positions(tensors.get("embeddings.position_embeddings"), config.grid_size, "pos_embed")
     return build(CJepaModel, config, tensors, "The checkpoint")
 
 
 def _rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The authors' names in ours, those of encoder or predictor, the fused qkv projections split in three."""
-    tensors = _plain_names(tensors)
+    tensors = without_prefix(tensors)
     table = FUSED_PREDICTOR if any(name.startswith("predictor_") for name in tensors) else FUSED_ENCODER
     return table.to_ours(tensors)
 
 
-def _plain_names(tensors: dict) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-
-
-def _read_config(tensors, image_size, num_attention_heads, predictor=None) -> CJepaConfig:
+def _read_config(tensors, image_size, num_attention_heads, heads_by_width, predictor=None) -> CJepaConfig:
     try:
         projection = tensors["embeddings.patch_embeddings.projection.weight"]
         sizes = {"intermediate_size": len(tensors["layers.0.mlp.fc1.weight"])}
@@ -178,12 +227,14 @@ def _read_config(tensors, image_size, num_attention_heads, predictor=None) -> CJ
         raise InputError(f"The checkpoint has no tensor for {error}; it is not I-JEPA's layout.") from error
     except (TypeError, ValueError) as error:
         raise InputError(f"The checkpoint has weights of other shapes ({first_line(error)}).") from error
-    heads = num_attention_heads or PUBLISHED_HEADS.get(width)
+    heads = num_attention_heads or ((heads_by_width or {}) | PUBLISHED_HEADS).get(width)
     if heads is None:
         raise InputError(f"Width {width} is none of the published ones; say num_attention_heads.")
     positions = tensors.get("embeddings.position_embeddings")
     if image_size is None:
         image_size = _IMAGE_SIZE if positions is None else _image_size(positions, (height, patch_width))
+    if predictor is None:
+        sizes |= predictor_heads(heads)
     try:
         return CJepaConfig(
             hidden_size=width,
@@ -242,19 +293,22 @@ def _check_authors_have(config: CJepaConfig, with_predictor: bool):
 
 @torch.no_grad()
 def _check(model: CJepaForPreTraining | CJepaModel, state: dict) -> Check:
-    """Compares a model with the forward pass of the authors' tensors, under their own names."""
-    state = {part: _plain_names(tensors) for part, tensors in state.items() if isinstance(tensors, dict)}
-    images, config = random_images(model.config), model.config
+    """Compares a model with the forward pass of the authors' tensors, under their own names without prefix."""
+    images, config = random_images(model.config, dtype=torch.float64), model.config
     heads, whole = config.num_attention_heads, isinstance(model, CJepaForPreTraining)
     encoder = model.cjepa if whole else model
-    ours = [encoder(images).last_hidden_state]
+    with in_float64(encoder):
+        ours = [encoder(images).last_hidden_state]
     theirs = [encode(state["target_encoder"], images, heads, config.grid_size)]
     if whole:
         num_patches = ours[0].shape[1]
         order = torch.rand(len(images), num_patches, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
         seen, hidden = order[:, : (num_patches + 1) // 2], order[:, num_patches // 2 :]
-        context = model.context_encoder(images, seen).last_hidden_state
-        ours += [context, model.predictor(context, seen, hidden.unsqueeze(1), config.grid_size).squeeze(1)]
+        with in_float64(model.context_encoder):
+            context = model.context_encoder(images, seen).last_hidden_state
+        with in_float64(model.predictor):
+            predicted = model.predictor(context, seen, hidden.unsqueeze(1), config.grid_size).squeeze(1)
+        ours += [context, predicted]
         tokens = encode(state["encoder"], images, heads, config.grid_size, seen)
         theirs += [tokens, predict(state["predictor"], tokens, heads, config.grid_size, seen, hidden)]
     parts = "both encoders and predictor" if whole else "the encoder"

@@ -27,9 +27,10 @@ def encode(tensors: Tensors, images: torch.Tensor, heads: int, grid_size, ids: t
     Returns:
         `torch.Tensor` of shape `(B, N or Nc, D)`.
     """
-    weight = tensors["patch_embed.proj.weight"].float()
-    patches = functional.conv2d(images, weight, tensors["patch_embed.proj.bias"].float(), stride=weight.shape[2:])
-    tokens = patches.flatten(2).transpose(1, 2) + _positions(tensors, "pos_embed", grid_size, len(weight))
+    weight = _like(images, tensors["patch_embed.proj.weight"])
+    bias = _like(images, tensors["patch_embed.proj.bias"])
+    tokens = functional.conv2d(images, weight, bias, stride=weight.shape[2:]).flatten(2).transpose(1, 2)
+    tokens = tokens + _positions(tensors, "pos_embed", grid_size, tokens)
     if ids is not None:
         tokens = _take(tokens, ids)
     return _norm(tensors, "norm", _blocks(tensors, "blocks", tokens, heads))
@@ -50,8 +51,8 @@ def predict(tensors: Tensors, context: torch.Tensor, heads: int, grid_size, seen
         `torch.Tensor` of shape `(B, K, D)`.
     """
     tokens = _linear(tensors, "predictor_embed", context)
-    positions = _positions(tensors, "predictor_pos_embed", grid_size, tokens.shape[-1]).expand(len(tokens), -1, -1)
-    queries = tensors["mask_token"].float() + _take(positions, hidden)
+    positions = _positions(tensors, "predictor_pos_embed", grid_size, tokens).expand(len(tokens), -1, -1)
+    queries = _like(tokens, tensors["mask_token"]) + _take(positions, hidden)
     tokens = torch.cat([tokens + _take(positions, seen), queries], dim=1)
     tokens = _norm(tensors, "predictor_norm", _blocks(tensors, "predictor_blocks", tokens, heads))
     return _linear(tensors, "predictor_proj", tokens[:, seen.shape[1] :])
@@ -76,17 +77,25 @@ def _attention(tensors: Tensors, name: str, tokens: torch.Tensor, heads: int) ->
 
 def _linear(tensors: Tensors, name: str, tokens: torch.Tensor) -> torch.Tensor:
     bias = tensors.get(f"{name}.bias")
-    return functional.linear(tokens, tensors[f"{name}.weight"].float(), None if bias is None else bias.float())
+    weight = _like(tokens, tensors[f"{name}.weight"])
+    return functional.linear(tokens, weight, None if bias is None else _like(tokens, bias))
 
 
 def _norm(tensors: Tensors, name: str, tokens: torch.Tensor) -> torch.Tensor:
-    weight, bias = tensors[f"{name}.weight"].float(), tensors[f"{name}.bias"].float()
+    weight, bias = (_like(tokens, tensors[f"{name}.{part}"]) for part in ("weight", "bias"))
     return functional.layer_norm(tokens, tokens.shape[-1:], weight, bias, LAYER_NORM_EPS)
 
 
-def _positions(tensors: Tensors, name: str, grid_size, width: int) -> torch.Tensor:
+def _positions(tensors: Tensors, name: str, grid_size, tokens: torch.Tensor) -> torch.Tensor:
     table = tensors.get(name)
-    return sincos_positions(grid_size, width).unsqueeze(0) if table is None else table.float()
+    if table is None:
+        table = sincos_positions(grid_size, tokens.shape[-1]).unsqueeze(0)
+    return _like(tokens, table)
+
+
+def _like(tokens: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the file, as float32 holds it, in the precision that is computed in."""
+    return tensor.float().to(tokens.dtype)
 
 
 def _take(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,10 @@ import torch
 from transformers import AutoModel, IJepaConfig, IJepaModel
 
 from modeling_cjepa import CJepaModel
-from trainers.conversion.checks import Check, Converted, Written, compare, random_images
+from trainers.conversion.checks import Check, Converted, Written, compare, in_float64, random_images
 from trainers.conversion.formats import ReadOptions, Source
-from trainers.conversion.names import build, has_fixed_positions
-from trainers.conversion.ours import load_processor, plain_encoder_only
+from trainers.conversion.names import build, exact_positions, has_fixed_positions
+from trainers.conversion.ours import load_processor, mean_of, plain_encoder_only
 from trainers.conversion.transformers_models import encoder_config, ijepa_fields, left_out, load_transformers
 from trainers.errors import InputError
 
@@ -37,19 +37,19 @@ def read_ijepa(source: Source, options: ReadOptions) -> Converted:
         raise InputError(
             f"{source.name} has learned positions, not the fixed 2-D sin-cos table of I-JEPA; they do not map to ours."
         )
+    positions = original.embeddings.position_embeddings
+    positions.data, rounded = exact_positions(config.grid_size, positions)
     model = build(CJepaModel, config, original.state_dict(), source.name)
     notes = ["There is no predictor in it: an encoder comes in."]
-    notes += left_out(unused)
+    notes += rounded + left_out(unused, original.base_model_prefix)
     if source.name.startswith("facebook/ijepa"):
         notes.append(
             "The weights on the Hub are those of the context encoder; the authors' checkpoint has the target encoder."
         )
     processor = load_processor(source.name)
-    if processor is not None and list(processor.image_mean or []) != _IMAGENET_MEAN:
-        notes.append(
-            f"Its image processor is taken over with mean {processor.image_mean}; the authors' code has "
-            f"{_IMAGENET_MEAN}."
-        )
+    mean = mean_of(processor, _IMAGENET_MEAN)
+    if mean != _IMAGENET_MEAN:
+        notes.append(f"Its image processor is taken over with mean {mean}; the authors' code has {_IMAGENET_MEAN}.")
     return Converted(model, notes, _check(model, original), processor)
 
 
@@ -82,6 +82,9 @@ def write_ijepa_model(model: CJepaModel, processor, folder: Path, shard_size: in
 
 @torch.no_grad()
 def _check(model: CJepaModel, original: IJepaModel) -> Check:
-    images = random_images(model.config)
-    ours, theirs = (each(images).last_hidden_state for each in (model.eval(), original))
+    images = random_images(model.config, dtype=torch.float64)
+    with in_float64(model):
+        ours = model.eval()(images).last_hidden_state
+    with in_float64(original):
+        theirs = original(images).last_hidden_state
     return compare("transformers' IJepaModel on 2 random images", [ours], [theirs])

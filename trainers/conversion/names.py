@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from modeling_cjepa.encoders_cjepa import sincos_positions
+from trainers.conversion.weight_files import flat
 from trainers.errors import InputError
 
+ROUNDED_NOTE = "Its weights are float64 and are rounded to float32."
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _JOINED = "attention.qkv."
+_POSITIONS = "position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def build(model_class, config, tensors: dict[str, torch.Tensor], where: str) -> 
     """
     with torch.device("meta"):  # nothing of the sizes a file claims is made before they are known to be its tensors'
         expected = model_class(config).state_dict()
-    missing = [name for name in expected if name not in tensors and not name.endswith("position_embeddings")]
+    missing = [name for name in expected if name not in tensors and not name.endswith(_POSITIONS)]
     unknown = [name for name in tensors if name not in expected]
     if missing or unknown:
         raise InputError(
@@ -147,7 +150,9 @@ def build(model_class, config, tensors: dict[str, torch.Tensor], where: str) -> 
                 f"{where} does not fit: {name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}."
             )
     model = model_class(config)
-    model.load_state_dict(tensors, strict=False)
+    # positions are the table that ours computes, which that of a file may be rounded from
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(_POSITIONS)}
+    model.load_state_dict(weights, strict=False)
     return model.eval()
 
 
@@ -164,6 +169,41 @@ def has_fixed_positions(grid_size: tuple[int, int], table: torch.Tensor) -> bool
     fixed = sincos_positions(grid_size, table.shape[2]).unsqueeze(0)
     stored = (fixed.to(dtype).float() for dtype in (torch.float32, torch.float16, torch.bfloat16))
     return any(torch.allclose(table.float(), each, atol=1e-4) for each in stored)
+
+
+def exact_positions(grid_size: tuple[int, int], table: torch.Tensor) -> tuple[torch.Tensor, list[str]]:
+    """
+    The fixed table in the place of one that was rounded, so that an image of any size has the positions of one table.
+
+    Args:
+        grid_size, table: As of [`has_fixed_positions`], which holds for them.
+
+    Returns:
+        `(table, notes)`: In float32, and a sentence where it is another one than was given.
+    """
+    exact = sincos_positions(grid_size, table.shape[2]).unsqueeze(0)
+    note = "Its table of positions was rounded: the exact one takes its place, here and in the check."
+    return exact, [] if torch.equal(exact, table.float()) else [note]
+
+
+def without_prefix(tensors: dict, prefix: str = "module.") -> dict:
+    """
+    Tensors by their names without a prefix, such as that of DDP.
+
+    Raises:
+        InputError: Two of them have the same name then.
+    """
+    plain = {name.removeprefix(prefix): each for name, each in tensors.items()}
+    twice = [name for name in plain if name in tensors and f"{prefix}{name}" in tensors]
+    if twice:
+        raise InputError(f"There is both {prefix}{twice[0]} and {twice[0]}, of which one is right; remove the other.")
+    return plain
+
+
+def rounding_notes(tensors: dict) -> list[str]:
+    """A sentence on numbers that ours has no place for; none where there are none."""
+    is_double = any(tensor.dtype == torch.float64 for _, tensor in flat(tensors))
+    return [ROUNDED_NOTE] if is_double else []
 
 
 def some_names(names: list[str]) -> str:

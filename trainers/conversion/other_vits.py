@@ -8,13 +8,15 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 
 from modeling_cjepa import CJepaModel
-from trainers.conversion.checks import Check, Converted, compare, random_images
+from trainers.conversion.checks import FEATURE_LIMITS, Check, Converted, compare, in_float64, random_images
 from trainers.conversion.formats import ReadOptions, Source
 from trainers.conversion.names import DINOV2, build, has_fixed_positions
 from trainers.conversion.ours import load_processor
 from trainers.conversion.transformers_models import encoder_config, left_out, load_transformers
 from trainers.errors import InputError
 
+# layer scale that is folded into weights is rounded with them
+_FOLDED_LIMIT = FEATURE_LIMITS[torch.float32]
 # parts outside of the layers, by the beginning of their names, and what is said of each
 _LEFT_BEHIND = {
     "embeddings.cls_token": "The class token does not map: our features are the mean of the patch tokens.",
@@ -50,18 +52,22 @@ def read_start(source: Source, options: ReadOptions) -> Converted:
         changes["drop_path_rate"] = float(original.config.drop_path_rate)
     config = encoder_config(original.config, source.name, **changes)
     tensors, notes = original.state_dict(), []
+    prefix = f"{original.base_model_prefix}."
+    there = [name.removeprefix(prefix) for name in unused] + [name for name in tensors if name not in missing]
     for beginning, sentence in _LEFT_BEHIND.items():
-        if any(name.startswith(beginning) for name in tensors if name not in missing):
+        if any(name.startswith(beginning) for name in there):
             notes.append(sentence)
     notes.append(_positions_note(config, tensors))
     if is_dino:
         tensors = _fold_layer_scale(DINOV2.to_ours(tensors))
         notes.append("Layer scale is folded into o_proj and fc2, which it multiplies; it is no parameter any more.")
-    notes += left_out(unused)
+    unsaid = [name for name in unused if not name.removeprefix(prefix).startswith(tuple(_LEFT_BEHIND))]
+    notes += left_out(unsaid, original.base_model_prefix)
     notes.append("There is no predictor in it: an encoder comes in.")
     kept = {name: tensor for name, tensor in tensors.items() if name.startswith((_EMBEDDED, "layers.", "layernorm."))}
     model = build(CJepaModel, config, kept, source.name)
-    return Converted(model, notes, _check(model, original), load_processor(source.name))
+    check = _check(model, original, _FOLDED_LIMIT if is_dino else None)
+    return Converted(model, notes, check, load_processor(source.name))
 
 
 def _positions_note(config, tensors: dict[str, torch.Tensor]) -> str:
@@ -84,11 +90,14 @@ def _fold_layer_scale(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 @torch.no_grad()
-def _check(model: CJepaModel, original: PreTrainedModel) -> Check:
-    images = random_images(model.config)
-    tokens = original.embeddings.patch_embeddings(images) + model.embeddings.position_embeddings
-    for layer in original.encoder.layer if hasattr(original, "encoder") else original.layers:
-        tokens = layer(tokens)
-    theirs = original.layernorm(tokens)
+def _check(model: CJepaModel, original: PreTrainedModel, limit: float | None) -> Check:
+    images = random_images(model.config, dtype=torch.float64)
+    with in_float64(model):
+        ours = model(images).last_hidden_state
+    with in_float64(original):
+        tokens = original.embeddings.patch_embeddings(images) + model.embeddings.position_embeddings
+        for layer in original.encoder.layer if hasattr(original, "encoder") else original.layers:
+            tokens = layer(tokens)
+        theirs = original.layernorm(tokens)
     what = f"{type(original).__name__}'s own layers on the patches of 2 random images"
-    return compare(what, [model(images).last_hidden_state], [theirs])
+    return compare(what, [ours], [theirs], limit)

@@ -9,11 +9,14 @@ from transformers.utils import has_file
 from modeling_cjepa import CJepaForPreTraining, SJeaForPreTraining, SJeaModel
 from trainers.conversion.checks import Check, Converted, Written, compare, random_images
 from trainers.conversion.formats import ReadOptions, Source
+from trainers.conversion.names import exact_positions
 from trainers.conversion.weight_files import check_tensors
 from trainers.errors import InputError, first_line
 from trainers.loading import load_model
 from trainers.model_facts import is_classifier
 from trainers.publishing import save_model
+
+_POSITIONS = "position_embeddings"
 
 
 def read_ours(source: Source, options: ReadOptions) -> Converted:
@@ -34,7 +37,19 @@ def read_ours(source: Source, options: ReadOptions) -> Converted:
         raise InputError(f"{source.name} has 8-bit weights, which only go out; convert the model it was made from.")
     model = load_model(source.name, with_classifier=True).eval()
     check_tensors(model.state_dict(), source.name)
-    return Converted(model, [], processor=load_processor(source.name))
+    notes = _put_exact_positions(model)
+    return Converted(model, notes, processor=load_processor(source.name))
+
+
+def _put_exact_positions(model: PreTrainedModel) -> list[str]:
+    """Changes the tables of positions in place; a sentence where one was rounded, as by saving in half precision."""
+    notes = []
+    for module in model.modules():
+        if _POSITIONS in dict(module.named_buffers(recurse=False)):
+            exact, rounded = exact_positions(module.config.grid_size, module.position_embeddings)
+            module.position_embeddings.copy_(exact)
+            notes += rounded
+    return notes[:1]
 
 
 def write_ours(model: PreTrainedModel, processor, folder: Path) -> Written:
@@ -124,3 +139,9 @@ def load_processor(name: str):
     if getattr(processor, "auto_map", None):
         raise InputError(f"preprocessor_config.json of {name} names code of its own (auto_map), which is not run.")
     return processor
+
+
+def mean_of(processor, default: list[float]):
+    """What an image processor subtracts: a list where it is one for each channel; `default` where there is none."""
+    mean = getattr(processor, "image_mean", default)
+    return list(mean) if isinstance(mean, list | tuple) else mean

@@ -13,10 +13,11 @@ from transformers.utils import cached_file, has_file
 
 from modeling_cjepa import CJepaConfig, CJepaModel
 from modeling_cjepa.configuration_cjepa import pair
-from trainers.conversion.checks import Check, Converted, Written, compare, random_images
+from trainers.conversion.checks import Check, Converted, Written, compare, in_float64, random_images
 from trainers.conversion.formats import ReadOptions, Source
-from trainers.conversion.names import FUSED_ENCODER, build, has_fixed_positions
+from trainers.conversion.names import FUSED_ENCODER, build, exact_positions, has_fixed_positions, rounding_notes
 from trainers.conversion.outputs import require
+from trainers.conversion.transformers_models import predictor_heads
 from trainers.conversion.weight_files import check_tensors, read_weight_file
 from trainers.errors import InputError, first_line
 
@@ -51,7 +52,7 @@ def read_timm(source: Source, options: ReadOptions) -> Converted:
     """
     (timm,) = require("timm", "timm")
     name = source.name.removeprefix("timm:")
-    original = _from_registry(timm, name) if source.config is None else _from_folder(timm, source)
+    original, left = (_from_registry(timm, name), []) if source.config is None else _from_folder(timm, source)
     if type(original) is not timm.models.vision_transformer.VisionTransformer or original.num_prefix_tokens:
         raise InputError(f"{name} is a {type(original).__name__} with other tokens than patches; ours has none.")
     config = _our_config(original, name)
@@ -60,8 +61,10 @@ def read_timm(source: Source, options: ReadOptions) -> Converted:
         raise InputError(
             f"{name} has learned positions, not the fixed 2-D sin-cos table of I-JEPA; they do not map to ours."
         )
+    original.pos_embed.data, rounded = exact_positions(config.grid_size, original.pos_embed)
+    tensors["embeddings.position_embeddings"] = original.pos_embed.data
     model = build(CJepaModel, config, tensors, name)
-    notes = ["There is no predictor in it: an encoder comes in."]
+    notes = ["There is no predictor in it: an encoder comes in.", *left, *rounded]
     if "ijepa" in name:
         notes.append("timm takes the context encoder of the authors' checkpoint, which has the target encoder, too.")
     return Converted(model, notes, _check(model, original), _processor(original, config))
@@ -102,7 +105,7 @@ def _from_registry(timm, name: str):
 
 
 def _from_folder(timm, source: Source):
-    """timm's class with the weights of a folder, which are read by us, not by timm."""
+    """timm's class with the weights of a folder, which are read by us, not by timm, and what is not taken of them."""
     arguments = source.config.get("model_args") or {}
     weights = next((file for file in _WEIGHTS if has_file(source.name, file)), None)
     if weights is None:
@@ -121,7 +124,8 @@ def _from_folder(timm, source: Source):
     except Exception as error:  # timm's assertions, torch's RuntimeError of names and shapes
         raise InputError(f"{source.name} is no whole model of timm ({first_line(error)}).") from error
     model.pretrained_cfg.update(source.config.get("pretrained_cfg") or {})
-    return model.eval()
+    left = ["Its classifier head is left out."] if len(kept) < len(tensors) else []
+    return model.eval(), left + rounding_notes(tensors)
 
 
 def _our_config(original, name: str) -> CJepaConfig:
@@ -147,6 +151,7 @@ def _our_config(original, name: str) -> CJepaConfig:
             patch_size=_size(stem.patch_size),
             num_channels=original.in_chans,
             qkv_bias=block.attn.qkv.bias is not None,
+            **predictor_heads(block.attn.num_heads),
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{name} makes no model of ours ({first_line(error)}).") from error
@@ -233,7 +238,9 @@ def _size(size) -> int | list[int]:
 
 @torch.no_grad()
 def _check(model: CJepaModel, original) -> Check:
-    images = random_images(model.config)
-    ours = model.eval()(images)
-    theirs = [original.forward_features(images), original(images)]
+    images = random_images(model.config, dtype=torch.float64)
+    with in_float64(model):
+        ours = model.eval()(images)
+    with in_float64(original):
+        theirs = [original.forward_features(images), original(images)]
     return compare("timm's VisionTransformer on 2 random images", [ours.last_hidden_state, ours.pooler_output], theirs)

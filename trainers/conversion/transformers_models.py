@@ -56,9 +56,16 @@ def load_transformers(model_class, name: str, unneeded=()) -> tuple[PreTrainedMo
     return model.eval(), sorted(info["unexpected_keys"]), missing
 
 
-def left_out(unused: list[str]) -> list[str]:
-    """A sentence on weights that have no place, by the parts they belong to; none where there are none."""
-    parts = sorted({name.partition(".")[0] for name in unused})
+def left_out(unused: list[str], prefix: str = "") -> list[str]:
+    """
+    A sentence on weights that have no place, by the parts they belong to; none where there are none.
+
+    Args:
+        unused (`list[str]`): Their names.
+        prefix (`str`): What the encoder is called in the model they are of; its own parts are named in full.
+    """
+    inside = {name.removeprefix(f"{prefix}.") for name in unused if name.startswith(f"{prefix}.")}
+    parts = sorted(inside | {name.partition(".")[0] for name in unused if not name.startswith(f"{prefix}.")})
     return [f"Without a place in the encoder, and left out: {', '.join(parts)}."] if parts else []
 
 
@@ -79,8 +86,7 @@ def encoder_config(config, name: str, **changes) -> CJepaConfig:
     """
     fields = {field: getattr(config, field) for field in _SHARED if hasattr(config, field)} | changes
     heads = fields["num_attention_heads"]
-    if CJepaConfig.predictor_hidden_size % heads:
-        fields["predictor_num_attention_heads"] = _PREDICTOR_HEADS
+    fields |= predictor_heads(heads)
     head_dim = getattr(config, "head_dim", None)
     if head_dim not in (None, fields["hidden_size"] // heads):
         raise InputError(f"{name} has head_dim={head_dim}, not its width by its heads, which does not map.")
@@ -88,6 +94,12 @@ def encoder_config(config, name: str, **changes) -> CJepaConfig:
         return CJepaConfig(**fields)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise InputError(f"The configuration of {name} makes no model of ours ({first_line(error)}).") from error
+
+
+def predictor_heads(heads: int) -> dict[str, int]:
+    """The field of an encoder's configuration whose heads are none of a predictor of the default width."""
+    is_odd = CJepaConfig.predictor_hidden_size % heads
+    return {"predictor_num_attention_heads": _PREDICTOR_HEADS} if is_odd else {}
 
 
 def ijepa_fields(config: CJepaConfig) -> dict:

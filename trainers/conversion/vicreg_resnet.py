@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from modeling_cjepa import SJeaConfig, SJeaForPreTraining
 from trainers.conversion.checks import Converted, compare, random_images
 from trainers.conversion.formats import ReadOptions, Source
-from trainers.conversion.names import NameTable, some_names
+from trainers.conversion.names import NameTable, some_names, without_prefix
 from trainers.conversion.weight_files import check_tensors
 from trainers.errors import InputError
 
@@ -75,7 +75,7 @@ def from_vicreg_checkpoint(
         check = compare(
             "torchvision's ResNet on 2 random images", [model.sjea(images).pooler_output], [reference(images)]
         )
-    return Converted(model, notes, check)
+    return Converted(model, notes, check, anew=("expanders.",))
 
 
 def unwrapped(tensors: dict) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -87,7 +87,7 @@ def unwrapped(tensors: dict) -> tuple[dict[str, torch.Tensor], list[str]]:
             the prefixes of DDP (`module.`) and of VICReg's training (`backbone.`) or without.
     """
     inner = next((tensors[name] for name in ("state_dict", "model") if isinstance(tensors.get(name), dict)), tensors)
-    plain = {name.removeprefix("module."): tensor for name, tensor in inner.items()}
+    plain = without_prefix(inner)
     backbone = {name.removeprefix("backbone."): each for name, each in plain.items() if name.startswith("backbone.")}
     if not backbone:
         return plain, []
