@@ -9,10 +9,11 @@ from formats import same_weights, save_native
 from test_refused_sources import HEADS, refused
 from transformers import IJepaConfig, IJepaModel
 
+from trainers.backbones import _read_weights, describe_backbones
 from trainers.conversion.converting import convert
 from trainers.conversion.formats import ReadOptions
 from trainers.errors import InputError
-from trainers.loading import load_model
+from trainers.loading import load_image_statistics, load_model
 
 SIZES = [
     ("num_hidden_layers", 10**9), ("hidden_size", 10**7), ("image_size", 10**7), ("patch_size", 0),
@@ -29,6 +30,81 @@ def test_sizes_that_no_encoder_has_are_refused_before_it_is_begun(kind, field, v
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {field: value}))
     refused(f"{field}=.*no size of an encoder", str(folder), output=tmp_path / "out")
+
+
+DEEP = [
+    {"upper_levels": [{"num_hidden_layers": 100_000}]}, {"upper_levels": [{"hidden_size": 10**9}]},
+    {"upper_levels": [[{"hidden_size": 1e9}]]}, {"upper_levels": [{}] * 101},
+    {"upper_levels": [{"num_hidden_layers": 1_000}] * 2}, {"image_size": 10_000}, {"image_size": [4_000, 4_000]},
+    {"num_register_tokens": 10**8}, {"pooler_output_size": 10**8}, {"levels": [{"backbone": {"depths": [10**6] * 3}}]},
+    {"levels": [{"backbone": {"hidden_sizes": [10**6] * 3}}]}, {"levels": [{"backbone": {"embedding_size": 10**6}}]},
+    {"levels": [{"expander_sizes": [10**6, 10**6]}]}, {"hidden_size": float("nan")},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", DEEP, ids=str)
+def test_sizes_are_looked_for_in_every_part_of_a_configuration(changes, folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    refused("no size of an encoder", str(folder), output=tmp_path / "out")
+    for load in (load_model, describe):
+        with pytest.raises(InputError, match="no size of an encoder"):
+            load(str(folder))
+
+
+def describe(folder):
+    return describe_backbones([{"backbone": folder}])
+
+
+@pytest.mark.parametrize("kind", ["ours", "ijepa"])
+@pytest.mark.parametrize("field", ["configuration_files", "transformers_weights", "attn_implementation"])
+def test_configurations_that_lead_elsewhere_are_refused_and_nothing_is_asked(
+    kind, field, folder, tmp_path, monkeypatch
+):
+    trace = tmp_path / "trace"
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    if kind == "ijepa":
+        save_native(IJepaModel, IJepaConfig, tmp_path / "ijepa")
+        folder = tmp_path / "ijepa"
+    (folder / "evil.py").write_text(
+        f"open({str(trace)!r}, 'w')\nfrom transformers import PreTrainedConfig as C\nC.model_type = 'evil'\n"
+    )
+    (folder / "config.4.0.0.json").write_text('{"model_type": "evil", "auto_map": {"AutoConfig": "evil.C"}}')
+    config = json.loads((folder / "config.json").read_text())
+    config[field] = ["config.4.0.0.json"] if field == "configuration_files" else "other/kernel"
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(f"has {field}", str(folder), output=tmp_path / "out")
+    for load in (load_model, describe):
+        with pytest.raises(InputError, match=f"has {field}"):
+            load(str(folder))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("load", [load_model, load_image_statistics, lambda folder: describe(folder)])
+def test_whoever_loads_a_folder_is_not_asked_to_run_its_code(load, folder, tmp_path, monkeypatch):
+    trace = tmp_path / "trace"
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\n")
+    wanted = {"model_type": "evil", "image_processor_type": "Evil"}
+    wanted["auto_map"] = {"AutoConfig": "evil.C", "AutoImageProcessor": "evil.C"}
+    for name in ("config.json", "preprocessor_config.json"):
+        (folder / name).write_text(json.dumps(wanted))
+    with pytest.raises(InputError):
+        load(str(folder))
+    assert not trace.exists()
+
+
+def test_a_backbone_of_a_recipe_is_read_as_carefully(tmp_path):
+    model = save_native(IJepaModel, IJepaConfig, tmp_path / "ijepa")
+    tensors = model.state_dict()
+    (tmp_path / "ijepa/model.safetensors").unlink()
+    for added, message in (
+        ({"a": torch.ones(1).expand(10**12)}, "claims"),
+        ({"a": torch.tensor([0, float("nan")])}, "finite"),
+    ):
+        torch.save(tensors | added, tmp_path / "ijepa/pytorch_model.bin")
+        with pytest.raises(InputError, match=message):
+            _read_weights(str(tmp_path / "ijepa"))
 
 
 @pytest.mark.parametrize(

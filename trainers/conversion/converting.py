@@ -14,6 +14,7 @@ from trainers.conversion.formats import Format, ReadOptions, format_named, funct
 from trainers.conversion.ours import encoder_of, plain_encoder_only
 from trainers.errors import InputError, first_line
 from trainers.files import full_disk_named, whole_file
+from trainers.loading import check_processor
 from trainers.model_facts import is_classifier
 from trainers.publishing import whole_folder
 from trainers.resources import render_template
@@ -97,7 +98,7 @@ def convert(
         processor = _default_processor(model.config)
         if not target_format.suffix:
             notes.append("The source has no image processor; ImageNet's mean and standard deviation are assumed.")
-    _check_processor(processor, model.config, source)
+    check_processor(processor, model.config.num_channels, source)
     checks = [converted.check] if converted.check else []
     with full_disk_named(output.parent):
         _write(target_format, model, processor, output, source, source_format, checks, notes)
@@ -116,18 +117,6 @@ def _check_output(output: Path, target: Format):
     above = next(folder for folder in output.absolute().parents if folder.exists())
     if not above.is_dir():
         raise InputError(f"{output} lies in {above}, which is a file; choose another OUTPUT.")
-
-
-def _check_processor(processor, config, source: str):
-    """Refuses an image processor whose mean and standard deviation are not those of a model's channels."""
-    for name in ("image_mean", "image_std"):
-        values = getattr(processor, name, None)
-        is_list = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
-        if not is_list or len(values) != config.num_channels:
-            raise InputError(
-                f"The image processor of {source} says {name}={values!r}, and the model has {config.num_channels} "
-                "channels; mend preprocessor_config.json."
-            )
 
 
 def _read(source: str, options: ReadOptions) -> tuple[Format, Converted]:
