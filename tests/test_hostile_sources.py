@@ -10,10 +10,11 @@ from test_refused_sources import HEADS, refused
 from transformers import IJepaConfig, IJepaModel
 
 from trainers.backbones import _read_weights, describe_backbones
-from trainers.conversion.converting import convert
+from trainers.conversion.converting import convert, load_start
 from trainers.conversion.formats import ReadOptions
 from trainers.errors import InputError
 from trainers.loading import load_image_statistics, load_model
+from trainers.publication import Publication
 
 SIZES = [
     ("num_hidden_layers", 10**9), ("hidden_size", 10**7), ("image_size", 10**7), ("patch_size", 0),
@@ -175,4 +176,50 @@ def test_the_encoder_that_is_asked_for_comes_in_and_goes_out_alone(folder, ours,
 def test_a_folder_of_8_bits_is_no_source(folder, tmp_path):
     pytest.importorskip("torchao")
     convert(str(folder), tmp_path / "int8", to="int8")
-    refused("has 8-bit weights", str(tmp_path / "int8"), output=tmp_path / "out")
+    refused_everywhere("has 8-bit weights|of 8 bits", tmp_path / "int8", tmp_path / "out")
+
+
+def refused_everywhere(message, folder, output):
+    """By the command that converts, by the one that publishes, and where a training starts from it."""
+    refused(message, str(folder), output=output)
+    for call in (lambda: Publication(str(folder), "me/x").write(output), lambda: load_start(str(folder))):
+        with pytest.raises(InputError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_mean": None}, "image_mean=None"), ({"image_std": [0.1, 0.0, 0.1]}, "image_std="),
+        ({"image_mean": [0.5]}, "the model has 3 channels"), ({"image_mean": [0.5, float("nan"), 0.5]}, "image_mean="),
+        ({"auto_map": {"AutoImageProcessor": "evil.P"}}, "code of its own"), (None, "cannot be loaded"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_image_processors_that_no_image_can_go_through_are_refused(changes, message, folder, tmp_path):
+    path = folder / "preprocessor_config.json"
+    path.write_text("[1]" if changes is None else json.dumps(json.loads(path.read_text()) | changes))
+    refused_everywhere(message, folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", "[" * 200_000, '{"weight_map": {"a": "../../x.safetensors"}}'])
+def test_lists_of_shards_that_are_none_are_refused(text, folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+    refused_everywhere("model.safetensors.index.json of", folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_a_shard_that_is_not_there_is_named(suffix, ours, folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(ours.state_dict(), f"{stem}-00001-of-00001.{suffix}")}
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    refused_everywhere(f"has no {stem}-00001-of-00001.{suffix}", folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, '{"model_type": "cjepa", "architectures": 3}'])
+def test_configurations_that_cannot_be_read_are_refused(text, folder, tmp_path):
+    (folder / "config.json").write_text(text)
+    refused_everywhere("is no file, no folder|is neither a folder|architectures=3", folder, tmp_path / "out")

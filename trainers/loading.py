@@ -21,6 +21,7 @@ from modeling_cjepa import (
     SJeaModel,
 )
 from trainers.checkpoint_files import MANIFEST, broken_part
+from trainers.conversion.weight_files import check_folder
 from trainers.errors import InputError, first_line
 from trainers.source_configs import no_model_named, read_config
 
@@ -74,6 +75,7 @@ def load_model(path: str | Path, with_classifier: bool = False) -> PreTrainedMod
     broken = Path(path, MANIFEST).is_file() and broken_part(Path(path), "model*.safetensors")
     if broken:
         raise InputError(f"{path} is a broken checkpoint ({broken}); take another one.")
+    check_folder(path)
     pretraining, encoder = _CLASSES[type(config)]
     choices = (pretraining, *([_CLASSIFIERS[type(config)]] if with_classifier else []))
     cls = next((choice for choice in choices if choice.__name__ in (config.architectures or [])), encoder)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,9 +99,9 @@ def convert(
         processor = _default_processor(model.config)
         if not target_format.suffix:
             notes.append("The source has no image processor; ImageNet's mean and standard deviation are assumed.")
-    check_processor(processor, model.config.num_channels, source)
     checks = [converted.check] if converted.check else []
-    with full_disk_named(output.parent):
+    named = _mistakes_named(f"{output} cannot be written", "name another OUTPUT, or another --to")
+    with named, full_disk_named(output.parent):
         _write(target_format, model, processor, output, source, source_format, checks, notes)
     return Conversion(source_format, target_format, checks, notes)
 
@@ -120,22 +121,30 @@ def _check_output(output: Path, target: Format):
 
 
 def _read(source: str, options: ReadOptions) -> tuple[Format, Converted]:
-    source_format, opened = open_source(source)
+    with _mistakes_named(f"{source} cannot be read", "copy or save it again"):
+        source_format, opened = open_source(source)
     for name in ("image_size", "num_attention_heads"):
         value = getattr(options, name)
         if value is not None and name not in source_format.asks:
             raise InputError(f"--{name} {value}: {source} says so itself ({source_format.what}); leave it out.")
         if value is not None and value < 1:
             raise InputError(f"--{name} {value} must be 1 or more.")
+    with _mistakes_named(f"{source} cannot be read as {source_format.what}", "copy or save it again"):
+        converted = function(source_format.reader)(opened, options)
+    if converted.processor is not None:
+        check_processor(converted.processor, converted.model.config.num_channels, source)
+    return source_format, converted
+
+
+@contextmanager
+def _mistakes_named(what: str, advice: str):
+    """Whatever is raised as one sentence: a file of others can be wrong in any way, and each is the file's mistake."""
     try:
-        return source_format, function(source_format.reader)(opened, options)
+        yield
     except InputError:
         raise
-    except Exception as error:  # a file of others can be wrong in any way, and each is the file's mistake
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(
-            f"{source} cannot be read as {source_format.what} ({what}); copy or save it again."
-        ) from error
+    except Exception as error:
+        raise InputError(f"{what} ({type(error).__name__}: {first_line(error)}); {advice}.") from error
 
 
 def _part_to_write(model: PreTrainedModel, target: Format, encoder: str | None) -> tuple[PreTrainedModel, list[str]]:

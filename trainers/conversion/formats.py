@@ -160,9 +160,6 @@ def open_source(name: str) -> tuple[Format, Source]:
     if found is None:
         known = ", ".join(each for formats in FORMATS for each in formats.model_types)
         raise InputError(f"{name} is a model of type {model_type!r}; known are {known}, and models of timm.")
-    from trainers.conversion.weight_files import check_folder
-
-    check_folder(name)
     return found, Source(name, config=config)
 
 
