@@ -1,10 +1,13 @@
 """Sources that are made to hang, to run over or to reach elsewhere, and places that cannot be written to."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+from command_worker import ended_process
 from formats import same_weights, save_native
 from test_refused_sources import HEADS, refused
 from transformers import IJepaConfig, IJepaModel
@@ -13,6 +16,7 @@ from trainers.backbones import _read_weights, describe_backbones
 from trainers.conversion.converting import convert, load_start
 from trainers.conversion.formats import ReadOptions
 from trainers.errors import InputError
+from trainers.files import full_disk_named
 from trainers.loading import load_image_statistics, load_model
 from trainers.publication import Publication
 
@@ -223,3 +227,62 @@ def test_a_shard_that_is_not_there_is_named(suffix, ours, folder, tmp_path):
 def test_configurations_that_cannot_be_read_are_refused(text, folder, tmp_path):
     (folder / "config.json").write_text(text)
     refused_everywhere("is no file, no folder|is neither a folder|architectures=3", folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("place", ["local-dir:{}", "hf-hub:me/x", "local_dir:{}"])
+def test_timm_s_own_ways_to_a_folder_are_refused(place, folder, tmp_path):
+    convert(str(folder), tmp_path / "timm", to="timm")
+    name = place.format(tmp_path / "timm")
+    refused("itself: " + name.partition(":")[2], f"timm:{name}", output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("arguments", ["abc", 5, ["x"]])
+def test_arguments_of_timm_that_are_no_mapping_are_refused(arguments, folder, tmp_path):
+    convert(str(folder), tmp_path / "timm", to="timm")
+    config = json.loads((tmp_path / "timm/config.json").read_text()) | {"model_args": arguments}
+    (tmp_path / "timm/config.json").write_text(json.dumps(config))
+    refused("model_args=.*no mapping", str(tmp_path / "timm"), output=tmp_path / "out")
+
+
+def test_names_that_are_too_long_are_one_sentence(folder, tmp_path):
+    refused("is no file, no folder", "a" * 5000, output=tmp_path / "out")
+    with pytest.raises(InputError, match="is no file, no folder"):
+        load_start("a" * 5000)
+    for output, to in (
+        (tmp_path / ("a" * 300) / "x", "cjepa"), (tmp_path / f"{'a' * 245}.pth.tar", "authors"),
+        (Path("/proc/x/y.pth.tar"), "authors"), (Path("/proc/y.pth.tar"), "authors"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="cannot be (made|written)") as caught:
+            convert(str(folder), output, to=to)
+        assert "disk" not in str(caught.value) and "\n" not in str(caught.value)
+    assert not [path for path in tmp_path.iterdir() if path != folder]
+
+
+def test_a_full_disk_is_told_from_a_place_that_cannot_be():
+    for path, error in (("/dev/full", InputError), ("/proc/x", RuntimeError)):
+        with pytest.raises(error) as caught, full_disk_named(Path("out")):
+            torch.save({"weight": torch.zeros(300_000)}, path)
+        assert type(caught.value) is error
+
+
+def test_what_a_killed_convert_left_is_removed_and_another_s_file_is_not(folder, tmp_path):
+    (tmp_path / f".a.pth.tar.{ended_process()}.tmp").touch()
+    other = tmp_path / f".a.pth.tar.{os.getppid()}.tmp"
+    other.touch()
+    convert(str(folder), tmp_path / "a.pth.tar", to="authors")
+    assert {path.name for path in tmp_path.iterdir()} == {"ours", "a.pth.tar", other.name}
+
+
+def test_an_encoder_that_a_file_has_not_is_refused(folder, tmp_path):
+    convert(str(folder), tmp_path / "a.pth.tar", to="authors")
+    alone = torch.load(tmp_path / "a.pth.tar", weights_only=True)["target_encoder"]
+    torch.save(alone, tmp_path / "alone.pth.tar")
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
+    options = {"output": tmp_path / "out", "encoder": "context"}
+    refused("one encoder.*leave it out", str(tmp_path / "alone.pth.tar"), options=HEADS, **options)
+    refused("one encoder.*leave it out", str(tmp_path / "resnet18.pth"), **options)
+
+
+def test_an_adapter_to_another_model_is_refused(folder, tmp_path):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
+    refused_everywhere("adapter_config.json", folder, tmp_path / "out")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from trainers.conversion.checks import Check, Converted, Written
 from trainers.conversion.formats import Format, ReadOptions, format_named, function, open_source
 from trainers.conversion.ours import encoder_of, plain_encoder_only
 from trainers.errors import InputError, first_line
-from trainers.files import full_disk_named, whole_file
+from trainers.files import full_disk_named, leftovers, whole_file
 from trainers.loading import check_processor
 from trainers.model_facts import is_classifier
 from trainers.publishing import whole_folder
@@ -88,7 +89,7 @@ def convert(
     _check_output(output, target_format)
     options = dataclasses.replace(options or ReadOptions(), encoder=encoder or "target")
     source_format, converted = _read(source, options)
-    if source_format.holds and not isinstance(converted.model, CJepaForPreTraining):
+    if source_format.name == "authors" and not isinstance(converted.model, CJepaForPreTraining):
         encoder = None  # of a file without predictor the reader has taken the one that was asked for
     model, notes = _part_to_write(converted.model, target_format, encoder)
     notes = [*converted.notes, *notes]
@@ -115,7 +116,7 @@ def _check_output(output: Path, target: Format):
     suffix = next((suffix for suffix in _FILE_SUFFIXES if output.name.endswith(suffix)), None)
     if suffix and not target.suffix:
         raise InputError(f"{output} is to be a folder, of {target.what}; give a name without {suffix}.")
-    above = next(folder for folder in output.absolute().parents if folder.exists())
+    above = next(folder for folder in output.absolute().parents if os.path.exists(folder))
     if not above.is_dir():
         raise InputError(f"{output} lies in {above}, which is a file; choose another OUTPUT.")
 
@@ -170,6 +171,8 @@ def _write(target: Format, model, processor, output: Path, source: str, source_f
     if target.suffix:
         if not output.name.endswith(target.suffix):
             raise InputError(f"{output} is to be a file of {target.what}; give a name that ends in {target.suffix}.")
+        for leftover in leftovers(output, rf"\.{re.escape(output.name)}\.(?P<pid>\d+)\.tmp"):
+            leftover.unlink()
         with whole_file(output) as unfinished:
             _tell(writer(model, processor, unfinished), checks, notes)
         return

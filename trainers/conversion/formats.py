@@ -1,9 +1,9 @@
 """The formats a model can come in and go out by, and which of them a source is in."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 
 from trainers.doctor_runs import newest_model
 from trainers.errors import InputError
@@ -141,9 +141,9 @@ def open_source(name: str) -> tuple[Format, Source]:
         raise InputError("SOURCE is empty; name a file, a folder, an id on the Hub, or a name of timm's.")
     if name.startswith("timm:"):
         return by_name["timm"], Source(name)
-    if Path(name).is_file():
+    if os.path.isfile(name):  # which has no name too long, as Path has
         return _open_file(name)
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         name = newest_model(name)
     missing = f"{name} is no file, no folder with a config.json and no id of a model on the Hub"
     with no_model_named(missing, "name one of these"):

@@ -48,6 +48,10 @@ def read_authors(source: Source, options: ReadOptions) -> Converted:
     """
     state = source.tensors
     if "encoder" not in state and "target_encoder" not in state:
+        if options.encoder == "context":
+            raise InputError(
+                f"--encoder context: {source.name} has one encoder, which is read as target; leave it out."
+            )
         state = {"target_encoder": state, "encoder": state}
     notes = []
     if "predictor" in state:

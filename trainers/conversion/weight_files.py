@@ -60,6 +60,8 @@ def check_folder(name: str):
     Raises:
         InputError: A file of weights is elsewhere, or one that torch wrote is refused by [`read_weight_file`].
     """
+    if has_file(name, "adapter_config.json"):
+        raise InputError(f"{name} has adapter_config.json, by which another model would be read; take that file out.")
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if has_file(name, whole):
             files = [whole]
