@@ -75,7 +75,7 @@ def load_model(path: str | Path, with_classifier: bool = False) -> PreTrainedMod
     broken = Path(path, MANIFEST).is_file() and broken_part(Path(path), "model*.safetensors")
     if broken:
         raise InputError(f"{path} is a broken checkpoint ({broken}); take another one.")
-    check_folder(path)
+    check_folder(str(path))
     pretraining, encoder = _CLASSES[type(config)]
     choices = (pretraining, *([_CLASSIFIERS[type(config)]] if with_classifier else []))
     cls = next((choice for choice in choices if choice.__name__ in (config.architectures or [])), encoder)
@@ -103,7 +103,7 @@ def load_processor(path: str | Path):
     Raises:
         InputError: It cannot be loaded, or needs code of its own.
     """
-    if not has_file(path, "preprocessor_config.json"):
+    if not has_file(str(path), "preprocessor_config.json"):
         return None
     with no_model_named(f"The image processor of {path} cannot be loaded", "mend preprocessor_config.json"):
         processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)

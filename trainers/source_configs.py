@@ -60,7 +60,7 @@ def read_config(name: str | Path) -> dict:
         InputError: It holds no mapping, points elsewhere, or has sizes that no encoder has.
         Exception: There is none, or it is no JSON; see [`no_model_named`].
     """
-    path = cached_file(name, "config.json")
+    path = cached_file(str(name), "config.json")
     if path is None:
         raise FileNotFoundError("there is no config.json")
     config = json.loads(Path(path).read_text(encoding="utf-8"))
