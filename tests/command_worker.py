@@ -8,6 +8,14 @@ import subprocess
 import sys
 import traceback
 
+
+def ended_process() -> int:
+    """The number of a process that is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
 if __name__ != "__main__":
 
     class Commands:

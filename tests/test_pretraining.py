@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_worker import ended_process
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import FLAGS, tiny_model
@@ -474,8 +475,9 @@ def test_full_disk_is_said_and_leaves_no_half_folder(run, tmp_path, capsys, monk
 
 
 def test_whole_folder_may_be_read_by_others_and_clears_what_a_killed_run_left(tmp_path):
-    (tmp_path / ".final-unfinished-killed").mkdir()
-    (tmp_path / ".final-unfinished-killed" / "weights").touch()
+    killed = tmp_path / f".final-unfinished-{ended_process()}-x"
+    killed.mkdir()
+    (killed / "weights").touch()
     before = os.umask(0o027)
     try:
         with whole_folder(tmp_path / "final") as unfinished:
@@ -487,11 +489,13 @@ def test_whole_folder_may_be_read_by_others_and_clears_what_a_killed_run_left(tm
     assert modes == [0o750, 0o640]
 
 
-def test_whole_folder_leaves_what_is_not_of_a_run(tmp_path):
-    (tmp_path / ".final-notes").mkdir()
+def test_whole_folder_leaves_what_is_not_of_a_run_or_still_written(tmp_path):
+    others = [".final-notes", f".final-unfinished-{os.getppid()}-x"]
+    for name in others:
+        (tmp_path / name).mkdir()
     with whole_folder(tmp_path / "final"):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".final-notes", "final"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*others, "final"]
 
 
 def test_whole_folder_appears_at_the_end_only(tmp_path):

@@ -5,6 +5,7 @@ import pickle
 import struct
 import tarfile
 import zipfile
+import zlib
 
 import pytest
 import torch
@@ -106,6 +107,117 @@ def test_members_that_lie_over_each_other_are_refused(path):
         info = archive.infolist()[0]
         archive.filelist += [info] * 999
     refused(path, "unpacks to 10,000,000 bytes, more than it has")
+
+
+def several(path, members):
+    """An archive with two directories: where its end says that one starts, the members are compressed there."""
+    content, honest, other = b"", b"", b""
+    for name, data in members.items():
+        packed = zlib.compress(data, wbits=-15) if len(data) > 100 else data
+        method, crc, name = 8 * (len(data) > 100), zlib.crc32(data), name.encode()
+        place, sizes = len(content), (len(packed), len(data), len(name))
+        content += struct.pack("<IHHHHHIIIHH", 0x04034B50, 20, 0, method, 0, 33, crc, *sizes, 0) + name + packed
+        for flag in (True, False):
+            stated = (
+                (method, 0, 33, crc, len(packed), sizes[flag], len(name))
+                if flag
+                else (0, 0, 33, crc, len(packed), len(packed), len(name))
+            )
+            entry = struct.pack("<IHHHHHHIIIHHHHHII", 0x02014B50, 20, 20, 0, *stated, 0, 0, 0, 0, 0, place) + name
+            honest, other = (honest + entry, other) if flag else (honest, other + entry)
+    end = struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, len(members), len(members), len(other), len(content), 0)
+    path.write_bytes(content + honest + other + end)
+
+
+def members_of(path):
+    with zipfile.ZipFile(path) as archive:
+        return {info.filename: archive.read(info) for info in archive.infolist()}
+
+
+def test_an_archive_of_two_directories_is_refused(path):
+    torch.save(TENSORS | {"zeros": torch.zeros(10**6)}, path)
+    several(path, members_of(path))
+    assert torch.load(path, weights_only=True)["zeros"].shape == (10**6,) and path.stat().st_size < 10**4
+    refused(path, "several archives in one")
+
+
+@pytest.mark.parametrize("change", ["comment", "before", "twice", "case"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_archives_that_torch_does_not_write_are_refused(path, change):
+    torch.save(TENSORS, path)
+    if change == "before":
+        path.write_bytes(b"PK\3\4" + path.read_bytes())
+    else:
+        with zipfile.ZipFile(path, "a") as archive:
+            name = archive.namelist()[0]
+            if change == "comment":
+                archive.comment = b"more"
+            else:
+                archive.writestr(name if change == "twice" else name.upper(), b"x")
+    refused(path, "several archives in one")
+
+
+def test_members_that_are_larger_than_they_are_packed_are_refused(path):
+    torch.save(TENSORS, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("file/more", "x")
+        archive.infolist()[0].file_size += 1
+    refused(path, "compressed member")
+
+
+def test_a_storage_of_which_a_part_is_missing_is_refused(path):
+    torch.save({"weight": torch.ones(2048), "more": torch.ones(4096)}, path)
+    members = members_of(path)
+    name = next(name for name in members if name.endswith("data/0"))
+    with zipfile.ZipFile(path, "w") as archive:
+        for each, content in members.items():
+            archive.writestr(each, content[:4096] if each == name else content)
+    refused(path, "has less of storage '0' than the 8,192 bytes")
+    torch.save({"weight": torch.ones(2048)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:-8000])
+    refused(path, "has less of storage")
+
+
+def text(content):
+    return b"X" + struct.pack("<I", len(content)) + content
+
+
+ENCODED = b"c_codecs\nencode\n" + text(b"ab" * 50) + text(b"hex") + b"\x86R"
+AGAIN = b"ccollections\nOrderedDict\nh\x01\x85R"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"(" + ENCODED + b"t", r"needs pickled code \(_codecs.encode\)"),
+        (b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R", r"needs pickled code \(builtins.bytearray\)"),
+        (b"(]q\x01(" + b"K\x01" * 10**5 + b"e" + AGAIN * 11 + b"t", "without end"),
+    ],
+    ids=["codecs", "bytearray", "copies"],
+)
+def test_pickles_that_grow_are_refused(path, zipped, content, message):
+    content = b"\x80\x02" + content + b"."
+    torch.save(TENSORS, path)
+    if zipped:
+        name = next(name for name in members_of(path) if name.endswith("data.pkl"))
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(name, content)
+    else:
+        path.write_bytes(content)
+    refused(path, message)
+
+
+def test_empty_dictionaries_count(path, monkeypatch):
+    monkeypatch.setattr("trainers.conversion.weight_files._MOST_ENTRIES", 100)
+    empty = {}
+    torch.save({str(number): empty for number in range(60)} | TENSORS, path)
+    refused(path, "without end")
+
+
+def test_names_that_would_break_the_sentence_are_written_out(path):
+    torch.save({"a\n\x1b[31mALL IS WELL": torch.tensor(float("nan"))}, path)
+    refused(path, r"'a\\n\\x1b\[31mALL IS WELL' holds numbers")
 
 
 def test_a_tensor_larger_than_what_is_stored_is_refused(path):

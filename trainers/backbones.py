@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModel
 
 from modeling_cjepa import SJeaForPreTraining
 from trainers.conversion.vicreg_resnet import RESNET, resnet_fields, torchvision_resnet, unwrapped, without_classifier
-from trainers.conversion.weight_files import read_weight_file
-from trainers.errors import InputError, first_line
+from trainers.conversion.weight_files import check_folder, check_tensors, read_weight_file
+from trainers.source_configs import no_model_named, read_config
 
 # files, where others are models of transformers
 _FILE_ENDINGS = (".pth", ".pt")
@@ -47,13 +47,12 @@ def _fields(name: str, number: int) -> dict:
     """The fields of a named model's configuration that make its architecture."""
     if name.endswith(_FILE_ENDINGS):
         return resnet_fields(_read_resnet(name))[0]
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"levels[{number}]: backbone {name!r} is neither a folder with a model nor the id of one on the Hub "
-            f"({first_line(error)}); mend it, or describe one by its model_type."
-        ) from error
+    with no_model_named(
+        f"levels[{number}]: backbone {name!r} is neither a folder with a model nor the id of one on the Hub",
+        "mend it, or describe one by its model_type",
+    ):
+        read_config(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     own = [field for field in inspect.get_annotations(type(config)) if field not in _SET_BY_INPUT]
     saved = config.to_dict()
     return {"model_type": config.model_type, **{field: saved[field] for field in own if field in saved}}
@@ -69,10 +68,11 @@ def _read_weights(name: str) -> dict:
     """The tensors of a named model by transformers' names."""
     if name.endswith(_FILE_ENDINGS):
         return RESNET.to_ours(torchvision_resnet(_read_resnet(name)).state_dict())
-    try:
-        return AutoModel.from_pretrained(name).state_dict()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"The weights of {name} cannot be loaded ({first_line(error)}).") from error
+    check_folder(name)
+    with no_model_named(f"The weights of {name} cannot be loaded", "copy or save them again"):
+        tensors = AutoModel.from_pretrained(name, trust_remote_code=False, weights_only=True).state_dict()
+    check_tensors(tensors, name)
+    return tensors
 
 
 def load_backbones(model: SJeaForPreTraining, names: dict[int, str]) -> list[str]:

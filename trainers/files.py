@@ -4,9 +4,11 @@ import errno
 import json
 import math
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError
 
 from trainers.errors import InputError, first_line
@@ -45,6 +47,24 @@ def write_text_atomically(path: str | Path, text: str):
         unfinished.write_text(text, encoding="utf-8")
 
 
+def leftovers(path: Path, name: str) -> list[Path]:
+    """
+    What killed processes have left beside a file or folder that they were to write.
+
+    Args:
+        path (`Path`): The file or folder.
+        name (`str`): What their names are like: a regular expression, with the process in its group `pid`.
+
+    Returns:
+        `list[Path]`: Those of processes that are no more, or have the number of this one.
+    """
+    if not path.parent.is_dir():
+        return []
+    matches = ((each, re.fullmatch(name, each.name)) for each in path.parent.iterdir())
+    pids = ((each, int(match["pid"])) for each, match in matches if match)
+    return [each for each, pid in pids if pid == os.getpid() or not psutil.pid_exists(pid)]
+
+
 @contextmanager
 def full_disk_named(folder: Path):
     """
@@ -67,7 +87,7 @@ def full_disk_named(folder: Path):
 
 def is_disk_full(error: Exception) -> bool:
     """Whether a write failed for want of space, in the words of Python, safetensors or torch."""
-    words = ("No space left", "os error 28", "Disk quota exceeded", "File too large", "inline_container")
+    words = ("No space left", "os error 28", "Disk quota exceeded", "File too large", "unexpected pos")
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return getattr(error, "errno", None) in codes or any(word in str(error) for word in words)
 

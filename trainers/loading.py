@@ -1,6 +1,7 @@
 """Saved models as a user names them, a folder or an id of the Hub: whole, or refused with the reason."""
 
 import json
+import math
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -20,7 +21,9 @@ from modeling_cjepa import (
     SJeaModel,
 )
 from trainers.checkpoint_files import MANIFEST, broken_part
+from trainers.conversion.weight_files import check_folder
 from trainers.errors import InputError, first_line
+from trainers.source_configs import no_model_named, read_config
 
 # what is saved with all of its weights; of a classifier only the encoder is loaded, unless it is asked for
 _CLASSES = {CJepaConfig: (CJepaForPreTraining, CJepaModel), SJeaConfig: (SJeaForPreTraining, SJeaModel)}
@@ -40,13 +43,12 @@ def load_encoder_config(path: str | Path) -> CJepaConfig | SJeaConfig:
     Raises:
         InputError: There is no model of this package.
     """
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} is neither a folder with a C-JEPA or S-JEA model nor the id of one on the Hub "
-            f"({first_line(error)}); give a folder such as runs/mine/final."
-        ) from error
+    with no_model_named(
+        f"{path} is neither a folder with a C-JEPA or S-JEA model nor the id of one on the Hub",
+        "give a folder such as runs/mine/final",
+    ):
+        read_config(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if type(config) not in _CLASSES:
         raise InputError(
             f"{path} is a model of type {config.model_type!r}, not 'cjepa' or 'sjea'; give a C-JEPA or S-JEA model."
@@ -73,6 +75,7 @@ def load_model(path: str | Path, with_classifier: bool = False) -> PreTrainedMod
     broken = Path(path, MANIFEST).is_file() and broken_part(Path(path), "model*.safetensors")
     if broken:
         raise InputError(f"{path} is a broken checkpoint ({broken}); take another one.")
+    check_folder(str(path))
     pretraining, encoder = _CLASSES[type(config)]
     choices = (pretraining, *([_CLASSIFIERS[type(config)]] if with_classifier else []))
     cls = next((choice for choice in choices if choice.__name__ in (config.architectures or [])), encoder)
@@ -87,14 +90,61 @@ def load_model(path: str | Path, with_classifier: bool = False) -> PreTrainedMod
     return model
 
 
+def load_processor(path: str | Path):
+    """
+    The image processor beside a model; no code of its own is run.
+
+    Args:
+        path (`str` or `Path`): The model's folder, or its id on the Hub.
+
+    Returns:
+        The processor; `None` where there is none.
+
+    Raises:
+        InputError: It cannot be loaded, or needs code of its own.
+    """
+    if not has_file(str(path), "preprocessor_config.json"):
+        return None
+    with no_model_named(f"The image processor of {path} cannot be loaded", "mend preprocessor_config.json"):
+        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+    if getattr(processor, "auto_map", None):
+        raise InputError(f"preprocessor_config.json of {path} names code of its own (auto_map), which is not run.")
+    return processor
+
+
+def check_processor(processor, num_channels: int | None, path: str | Path):
+    """
+    Refuses an image processor whose mean and standard deviation are not those of channels.
+
+    Args:
+        processor: An image processor.
+        num_channels (`int`, *optional*): Of the model; of any number when not given.
+        path (`str` or `Path`): Where it is from, for the sentence.
+
+    Raises:
+        InputError: They are no lists of finite numbers, one a channel, or a standard deviation is not above 0.
+    """
+    for name in ("image_mean", "image_std"):
+        values = getattr(processor, name, None)
+        is_list = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
+        if not is_list or not all(math.isfinite(value) and (value > 0 or name == "image_mean") for value in values):
+            raise InputError(
+                f"The image processor of {path} says {name}={values!r}, which is none of channels; mend "
+                "preprocessor_config.json."
+            )
+        if num_channels is not None and len(values) != num_channels:
+            raise InputError(
+                f"The image processor of {path} says {name}={values!r}, and the model has {num_channels} "
+                "channels; mend preprocessor_config.json."
+            )
+
+
 def load_image_statistics(path: str | Path) -> tuple[list[float], list[float]] | None:
     """Mean and standard deviation of the channels that a model's image processor says, if it has one."""
-    if not has_file(path, "preprocessor_config.json"):
+    processor = load_processor(path)
+    if processor is None:
         return None
-    try:
-        processor = AutoImageProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"The image processor of {path} cannot be loaded ({first_line(error)}).") from error
+    check_processor(processor, None, path)
     return list(processor.image_mean), list(processor.image_std)
 
 

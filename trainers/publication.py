@@ -21,7 +21,7 @@ from trainers.errors import InputError, first_line
 from trainers.files import write_json
 from trainers.hub import Destination, upload
 from trainers.known_facts import known_facts
-from trainers.loading import load_model
+from trainers.loading import check_processor, load_model
 from trainers.model_facts import is_classifier, parameters_by_part
 from trainers.public_facts import public_facts
 from trainers.publication_pictures import draw_pictures
@@ -90,6 +90,7 @@ class Publication:
         """Refuses what cannot be published, before anything is written."""
         if processor is None:
             raise InputError(f"{place} has no preprocessor_config.json; save its image processor beside the model.")
+        check_processor(processor, model.config.num_channels, place)
         check_tensors(model.state_dict(), str(place))
         if is_classifier(model) and (self.encoder_only or self.native):
             flag = "--native" if self.native else "--encoder-only"

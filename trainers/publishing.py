@@ -5,6 +5,7 @@ package is not installed.
 """
 
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_cjepa
 from trainers.errors import InputError
+from trainers.files import leftovers
 
 AUTO_MAPS = {
     "cjepa": {
@@ -60,10 +62,9 @@ def _unfinished_folder(folder: Path) -> Path:
     prefix = f".{folder.name}-unfinished-"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.parent.iterdir():
-            if leftover.name.startswith(prefix):
-                shutil.rmtree(leftover)
-        return Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+        for leftover in leftovers(folder, rf"{re.escape(prefix)}(?P<pid>\d+)-\w+"):
+            shutil.rmtree(leftover)
+        return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder.parent))
     except OSError as error:
         raise InputError(f"{folder} cannot be made ({error.strerror}); name another folder.") from error
 

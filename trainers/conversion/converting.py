@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from trainers.conversion.formats import Format, ReadOptions, Source, format_name
 from trainers.conversion.names import ROUNDED_NOTE, rounding_notes
 from trainers.conversion.ours import encoder_of, plain_encoder_only
 from trainers.errors import InputError, first_line
-from trainers.files import full_disk_named, whole_file, write_json
+from trainers.files import full_disk_named, leftovers, whole_file, write_json
 from trainers.known_facts import CONVERSION, known_facts
+from trainers.loading import check_processor
 from trainers.model_facts import is_classifier
 from trainers.public_facts import public_facts
 from trainers.publishing import whole_folder
@@ -89,7 +92,7 @@ def convert(
     _check_output(output, target_format)
     options = dataclasses.replace(options or ReadOptions(), encoder=encoder or "target")
     source_format, converted = _read(source, options)
-    if source_format.holds and not isinstance(converted.model, CJepaForPreTraining):
+    if source_format.name == "authors" and not isinstance(converted.model, CJepaForPreTraining):
         encoder = None  # of a file without predictor the reader has taken the one that was asked for
     model, notes = _part_to_write(converted.model, target_format, encoder)
     notes = [*converted.notes, *notes]
@@ -100,9 +103,9 @@ def convert(
         processor = _default_processor(model.config)
         if not target_format.suffix:
             notes.append("The source has no image processor; ImageNet's mean and standard deviation are assumed.")
-    _check_processor(processor, model.config, source)
     checks = [converted.check] if converted.check else []
-    with full_disk_named(output.parent):
+    named = _mistakes_named(f"{output} cannot be written", "name another OUTPUT, or another --to")
+    with named, full_disk_named(output.parent):
         _write(target_format, model, processor, output, source, source_format, checks, notes)
     return Conversion(source_format, target_format, checks, notes)
 
@@ -116,41 +119,37 @@ def _check_output(output: Path, target: Format):
     suffix = next((suffix for suffix in _FILE_SUFFIXES if output.name.endswith(suffix)), None)
     if suffix and not target.suffix:
         raise InputError(f"{output} is to be a folder, of {target.what}; give a name without {suffix}.")
-    above = next(folder for folder in output.absolute().parents if folder.exists())
+    above = next(folder for folder in output.absolute().parents if os.path.exists(folder))
     if not above.is_dir():
         raise InputError(f"{output} lies in {above}, which is a file; choose another OUTPUT.")
 
 
-def _check_processor(processor, config, source: str):
-    """Refuses an image processor whose mean and standard deviation are not those of a model's channels."""
-    for name in ("image_mean", "image_std"):
-        values = getattr(processor, name, None)
-        is_list = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
-        if not is_list or len(values) != config.num_channels:
-            raise InputError(
-                f"The image processor of {source} says {name}={values!r}, and the model has {config.num_channels} "
-                "channels; mend preprocessor_config.json."
-            )
-
-
 def _read(source: str, options: ReadOptions) -> tuple[Format, Converted]:
-    source_format, opened = open_source(source)
+    with _mistakes_named(f"{source} cannot be read", "copy or save it again"):
+        source_format, opened = open_source(source)
     for name in ("image_size", "num_attention_heads"):
         value = getattr(options, name)
         if value is not None and name not in source_format.asks:
             raise InputError(f"--{name} {value}: {source} says so itself ({source_format.what}); leave it out.")
         if value is not None and value < 1:
             raise InputError(f"--{name} {value} must be 1 or more.")
-    try:
+    with _mistakes_named(f"{source} cannot be read as {source_format.what}", "copy or save it again"):
         converted = function(source_format.reader)(opened, options)
-        return source_format, dataclasses.replace(converted, notes=converted.notes + _rounding_notes(opened))
+    converted = dataclasses.replace(converted, notes=converted.notes + _rounding_notes(opened))
+    if converted.processor is not None:
+        check_processor(converted.processor, converted.model.config.num_channels, source)
+    return source_format, converted
+
+
+@contextmanager
+def _mistakes_named(what: str, advice: str):
+    """Whatever is raised as one sentence: a file of others can be wrong in any way, and each is the file's mistake."""
+    try:
+        yield
     except InputError:
         raise
-    except Exception as error:  # a file of others can be wrong in any way, and each is the file's mistake
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(
-            f"{source} cannot be read as {source_format.what} ({what}); copy or save it again."
-        ) from error
+    except Exception as error:
+        raise InputError(f"{what} ({type(error).__name__}: {first_line(error)}); {advice}.") from error
 
 
 def _rounding_notes(opened: Source) -> list[str]:
@@ -181,6 +180,8 @@ def _write(target: Format, model, processor, output: Path, source: str, source_f
     if target.suffix:
         if not output.name.endswith(target.suffix):
             raise InputError(f"{output} is to be a file of {target.what}; give a name that ends in {target.suffix}.")
+        for leftover in leftovers(output, rf"\.{re.escape(output.name)}\.(?P<pid>\d+)\.tmp"):
+            leftover.unlink()
         with whole_file(output) as unfinished:
             _tell(writer(model, processor, unfinished), checks, notes)
         return

@@ -1,13 +1,13 @@
 """The formats a model can come in and go out by, and which of them a source is in."""
 
-import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 
 from trainers.doctor_runs import newest_model
-from trainers.errors import InputError, first_line
+from trainers.errors import InputError
+from trainers.source_configs import no_model_named, read_config
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,6 @@ class ReadOptions:
 
 
 _START = "other_vits.read_start"
-# by words in the names of a configuration's fields, the largest value that is believed
-_LARGEST = {
-    "num_hidden_layers": 1_000, "depth": 1_000, "num_heads": 1_000, "attention_heads": 1_000, "hidden_size": 100_000,
-    "embed_dim": 100_000, "intermediate_size": 1_000_000, "image_size": 100_000, "img_size": 100_000,
-    "patch_size": 10_000, "num_channels": 10_000, "in_chans": 10_000,
-}  # fmt: skip
 
 # fmt: off
 FORMATS = (
@@ -150,12 +144,13 @@ def open_source(name: str) -> tuple[Format, Source]:
         raise InputError("SOURCE is empty; name a file, a folder, an id on the Hub, or a name of timm's.")
     if name.startswith("timm:"):
         return by_name["timm"], Source(name)
-    if Path(name).is_file():
+    if os.path.isfile(name):  # which has no name too long, as Path has
         return _open_file(name)
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         name = newest_model(name)
-    config = _read_config(name)
-    _check_sizes(config, name)
+    missing = f"{name} is no file, no folder with a config.json and no id of a model on the Hub"
+    with no_model_named(missing, "name one of these"):
+        config = read_config(name)
     model_type = config.get("model_type")
     found = next((each for each in FORMATS if model_type in each.model_types), None)
     if config.get("auto_map") and not (found and found.name == "cjepa"):
@@ -168,9 +163,6 @@ def open_source(name: str) -> tuple[Format, Source]:
     if found is None:
         known = ", ".join(each for formats in FORMATS for each in formats.model_types)
         raise InputError(f"{name} is a model of type {model_type!r}; known are {known}, and models of timm.")
-    from trainers.conversion.weight_files import check_folder
-
-    check_folder(name)
     return found, Source(name, config=config)
 
 
@@ -183,33 +175,3 @@ def _open_file(name: str) -> tuple[Format, Source]:
             return each, Source(name, tensors=tensors)
     known = "; ".join(each.what for each in FORMATS if each.holds)
     raise InputError(f"{name} is in no layout that is known (first: {', '.join(list(tensors)[:3])}); give {known}.")
-
-
-def _read_config(name: str) -> dict:
-    from transformers.utils import cached_file
-
-    try:
-        path = cached_file(name, "config.json")
-        if path is None:
-            raise FileNotFoundError("there is no config.json")
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{name} is no file, no folder with a config.json and no id of a model on the Hub ({first_line(error)}); "
-            "name one of these."
-        ) from error
-    if not isinstance(config, dict):
-        raise InputError(f"config.json of {name} holds no mapping; it is no model.")
-    return config
-
-
-def _check_sizes(config: dict, name: str):
-    """Refuses sizes that no encoder has, before a model of them is begun."""
-    for field, value in [*config.items(), *dict(config.get("model_args") or {}).items()]:
-        values = value if isinstance(value, list | tuple) else [value]
-        most = next((most for word, most in _LARGEST.items() if word in field), None)
-        for number in values if most is not None else ():
-            if isinstance(number, int) and not 0 < number <= most:
-                raise InputError(
-                    f"config.json of {name} says {field}={value}, which is no size of an encoder; mend it."
-                )

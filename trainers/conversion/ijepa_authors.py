@@ -60,6 +60,10 @@ def read_authors(source: Source, options: ReadOptions) -> Converted:
     """
     state = source.tensors
     if "encoder" not in state and "target_encoder" not in state:
+        if options.encoder == "context":
+            raise InputError(
+                f"--encoder context: {source.name} has one encoder, which is read as target; leave it out."
+            )
         state = {"target_encoder": state, "encoder": state}
     state, notes = _known_parts(state)
     asked = (options.image_size, options.num_attention_heads, options.heads_by_width)

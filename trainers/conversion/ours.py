@@ -3,16 +3,15 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor, PreTrainedModel
-from transformers.utils import has_file
+from transformers import PreTrainedModel
 
 from modeling_cjepa import CJepaForPreTraining, SJeaForPreTraining, SJeaModel
 from trainers.conversion.checks import Check, Converted, Written, compare, random_images
 from trainers.conversion.formats import ReadOptions, Source
 from trainers.conversion.names import exact_positions
 from trainers.conversion.weight_files import check_tensors
-from trainers.errors import InputError, first_line
-from trainers.loading import load_model
+from trainers.errors import InputError
+from trainers.loading import load_model, load_processor
 from trainers.model_facts import is_classifier
 from trainers.publishing import save_model
 
@@ -126,19 +125,6 @@ def plain_encoder_only(model: PreTrainedModel, what: str):
             f"A stack of {model.config.num_levels} levels does not fit {what}, which has one; use `--to cjepa`, "
             "`onnx`, `program` or `int8`."
         )
-
-
-def load_processor(name: str):
-    """The image processor beside a model, without running code of its own; `None` where there is none."""
-    if not has_file(name, "preprocessor_config.json"):
-        return None
-    try:
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"The image processor of {name} cannot be loaded ({first_line(error)}).") from error
-    if getattr(processor, "auto_map", None):
-        raise InputError(f"preprocessor_config.json of {name} names code of its own (auto_map), which is not run.")
-    return processor
 
 
 def mean_of(processor, default: list[float]):

@@ -52,6 +52,11 @@ def read_timm(source: Source, options: ReadOptions) -> Converted:
     """
     (timm,) = require("timm", "timm")
     name = source.name.removeprefix("timm:")
+    if source.config is None and ":" in name:
+        place = name.partition(":")[2]
+        raise InputError(
+            f"{source.name} is no name of timm's; give the folder, or the id on the Hub, itself: {place}."
+        )
     original, left = (_from_registry(timm, name), []) if source.config is None else _from_folder(timm, source)
     if type(original) is not timm.models.vision_transformer.VisionTransformer or original.num_prefix_tokens:
         raise InputError(f"{name} is a {type(original).__name__} with other tokens than patches; ours has none.")
@@ -107,6 +112,8 @@ def _from_registry(timm, name: str):
 def _from_folder(timm, source: Source):
     """timm's class with the weights of a folder, which are read by us, not by timm, and what is not taken of them."""
     arguments = source.config.get("model_args") or {}
+    if not isinstance(arguments, dict):
+        raise InputError(f"config.json of {source.name} says model_args={arguments!r}, no mapping; mend it.")
     weights = next((file for file in _WEIGHTS if has_file(source.name, file)), None)
     if weights is None:
         raise InputError(f"{source.name} has no {' and no '.join(_WEIGHTS)}; it is no folder of timm's.")

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from modeling_cjepa import CJepaConfig
-from trainers.conversion.weight_files import check_tensors
+from trainers.conversion.weight_files import check_folder, check_tensors
 from trainers.errors import InputError, first_line
 
 # fields of a configuration that mean the same in ours
@@ -34,6 +34,7 @@ def load_transformers(model_class, name: str, unneeded=()) -> tuple[PreTrainedMo
     Raises:
         InputError: It cannot be loaded, lacks weights, or has some that are not finite.
     """
+    check_folder(name)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its report of weights without a place is ours to give
     try:

@@ -2,8 +2,6 @@
 
 import json
 import pickle
-import re
-import zipfile
 from pathlib import Path
 
 import psutil
@@ -12,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.utils import cached_file, has_file
 
+from trainers.conversion.torch_files import ADVICE, check_torch_file
 from trainers.errors import InputError, first_line
 
 # dictionaries in one another, and what they hold together
 _MOST_NESTED, _MOST_ENTRIES = 10, 1_000_000
-_ADVICE = "ask for the weights as safetensors, or save them again by torch.save(model.state_dict(), FILE)"
 
 
 def read_weight_file(path: str | Path) -> dict:
@@ -43,11 +41,9 @@ def read_weight_file(path: str | Path) -> dict:
     if beginning[8:] == b"{":
         tensors = _read_safetensors(path)
     else:
-        is_zip = beginning.startswith(b"PK")
-        if is_zip:
-            _check_archive(path)
-        _check_sizes(path, _named_tensors(_load(path, map_location="meta")))
-        tensors = _named_tensors(_load(path, map_location="cpu", mmap=is_zip))
+        check_torch_file(path)
+        _check_sizes(path, _named_tensors(path, _load(path, map_location="meta")))
+        tensors = _named_tensors(path, _load(path, map_location="cpu", mmap=beginning.startswith(b"PK")))
     if not tensors:
         raise InputError(f"{path} holds no named tensors; give a file of weights.")
     check_tensors(tensors, str(path))
@@ -64,6 +60,8 @@ def check_folder(name: str):
     Raises:
         InputError: A file of weights is elsewhere, or one that torch wrote is refused by [`read_weight_file`].
     """
+    if has_file(name, "adapter_config.json"):
+        raise InputError(f"{name} has adapter_config.json, by which another model would be read; take that file out.")
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if has_file(name, whole):
             files = [whole]
@@ -72,16 +70,24 @@ def check_folder(name: str):
         else:
             continue
         for file in files:
+            path = _shard(name, file)
             if not file.endswith(".safetensors"):  # which has no code, and a header that is checked
-                read_weight_file(cached_file(name, file))
+                read_weight_file(path)
         return
+
+
+def _shard(name: str, file: str) -> str:
+    try:
+        return cached_file(name, file)
+    except OSError as error:
+        raise InputError(f"{name} has no {file}, which its list of weights names; copy the model again.") from error
 
 
 def _files_of_index(name: str, index: str) -> list[str]:
     try:
         files = sorted(set(json.loads(Path(cached_file(name, index)).read_text())["weight_map"].values()))
         outside = [file for file in files if Path(file).name != file]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index} of {name} cannot be read ({first_line(error)}); copy the model again.") from error
     if outside:
         raise InputError(f"{index} of {name} names a file outside of it ({outside[0]}); do not trust it.")
@@ -101,16 +107,26 @@ def check_tensors(tensors: dict, where: str):
             are not finite.
     """
     for name, tensor in flat(tensors):
+        what = f"{where}: {_shown(name)}"
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            raise InputError(
+                f"{what} is a {type(tensor).__name__}, of 8 bits or otherwise packed; give what it was made from."
+            )
         if tensor.layout != torch.strided or tensor.is_meta:
-            raise InputError(f"{where}: {name} is a {tensor.layout} tensor without plain numbers; save it dense.")
+            raise InputError(f"{what} is a {tensor.layout} tensor without plain numbers; save it dense.")
         if tensor.is_complex() or tensor.is_floating_point() and tensor.element_size() == 1:
-            raise InputError(f"{where}: {name} is of {tensor.dtype}; save it in float32, float16 or bfloat16.")
+            raise InputError(f"{what} is of {tensor.dtype}; save it in float32, float16 or bfloat16.")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(
-                f"{where}: {name} claims {tensor.numel():,} numbers and stores fewer; the file is not to be trusted."
+                f"{what} claims {tensor.numel():,} numbers and stores fewer; the file is not to be trusted."
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"{where}: {name} holds numbers that are not finite; take weights of before they broke.")
+            raise InputError(f"{what} holds numbers that are not finite; take weights of before they broke.")
+
+
+def _shown(name: str) -> str:
+    """A tensor's name, on one line however it is written."""
+    return name if name.isprintable() else repr(name)
 
 
 def flat(tensors: dict, prefix: str = ""):
@@ -133,51 +149,22 @@ def _load(path: Path, **options):
     try:
         return torch.load(path, weights_only=True, **options)
     except pickle.UnpicklingError as error:
-        needed = re.search(r"GLOBAL (\S+)", str(error))
-        if needed:
-            raise InputError(
-                f"{path} needs pickled code ({needed[1]}) to be read, which could do anything here; {_ADVICE}."
-            ) from error
-        raise InputError(f"{path} is no file of weights that torch reads without running code; {_ADVICE}.") from error
+        raise InputError(f"{path} is no file of weights that torch reads without running code; {ADVICE}.") from error
     except Exception as error:  # whatever torch's reader comes upon in bytes that are not its own
-        if "legacy .tar" in str(error):
-            raise InputError(f"{path} is in torch's old tar format, which needs pickled code; {_ADVICE}.") from error
         raise InputError(f"{path} is no torch file, or a damaged one ({first_line(error)}); copy it again.") from error
 
 
-def _check_archive(path: Path):
-    """Refuses archives that torch does not write: what they unpack to must be what they hold."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise InputError(f"{path} is cut off or damaged ({first_line(error)}); copy it again.") from error
-    if any(member.filename.endswith("/constants.pkl") for member in members):
-        raise InputError(f"{path} is a TorchScript program, which is not run; {_ADVICE}.")
-    for member in members:
-        name = member.orig_filename.replace("\\", "/")
-        if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in name.split("/"):
-            raise InputError(f"{path} holds a member called {member.orig_filename!r}, outside of it; do not trust it.")
-        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
-            raise InputError(f"{path} holds a compressed member ({name}), which torch never writes; {_ADVICE}.")
-    total = sum(member.file_size for member in members)
-    if total > path.stat().st_size:
-        raise InputError(f"{path} unpacks to {total:,} bytes, more than it has; the file is not to be trusted.")
-    if not any(member.filename.endswith("data.pkl") for member in members):
-        raise InputError(f"{path} is a zip archive, no torch file; give the file of weights itself.")
-
-
-def _named_tensors(obj, depth: int = 0, seen: list | None = None) -> dict:
+def _named_tensors(path: Path, obj, depth: int = 0, seen: list[int] | None = None) -> dict:
     """The tensors that have names, in dictionaries as they were, of which there are few, one in the other."""
     if not isinstance(obj, dict):
         return {}
-    seen = [] if seen is None else seen
-    seen.append(len(obj))
-    if depth > _MOST_NESTED or sum(seen) > _MOST_ENTRIES:
-        raise InputError("The file of weights holds dictionaries in each other without end; it is not to be trusted.")
+    seen = [0] if seen is None else seen
+    seen[0] += 1 + len(obj)
+    if depth > _MOST_NESTED or seen[0] > _MOST_ENTRIES:
+        raise InputError(f"{path} holds dictionaries in each other without end; it is not to be trusted.")
     named = {}
     for name, value in obj.items():
-        value = _named_tensors(value, depth + 1, seen) if isinstance(value, dict) else value
+        value = _named_tensors(path, value, depth + 1, seen) if isinstance(value, dict) else value
         if isinstance(name, str) and (isinstance(value, torch.Tensor) or isinstance(value, dict) and value):
             named[name] = value.detach() if isinstance(value, torch.Tensor) else value
     return named
@@ -190,7 +177,8 @@ def _check_sizes(path: Path, tensors: dict):
         size = tensor.numel() * tensor.element_size()
         if size > stored:
             raise InputError(
-                f"{path}: {name} claims {tensor.numel():,} numbers, more than the file has; it is not to be trusted."
+                f"{path}: {_shown(name)} claims {tensor.numel():,} numbers, more than the file has; it is not "
+                "to be trusted."
             )
         total += size
     available = psutil.virtual_memory().available
