@@ -156,7 +156,6 @@ def test_the_card_tells_what_was_recorded_and_nothing_else(hub, commands, run, t
             ["--repo", "someone/full"],
             "storage",
         ),
-        (("POST", "validate-yaml", 400, "bad metadata", ""), {}, ["--repo", "someone/meta"], "Invalid metadata"),
     ],
 )
 def test_a_refusal_is_one_sentence_and_leaves_nothing_half_published(
