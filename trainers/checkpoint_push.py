@@ -8,9 +8,10 @@ from huggingface_hub import CommitOperationAdd
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
+from trainers.cards import CARD
 from trainers.checkpoint_files import MANIFEST, checkpoint_step
 from trainers.errors import InputError, first_line
-from trainers.hub import additions, check_name, num_files_of, patient_api, refusals_named, removals
+from trainers.hub import additions, check_name, check_private, num_files_of, patient_api, refusals_named, removals
 
 # what of a checkpoint only goes on training
 _TRAINING_FILES = ("optimizer.*", "scheduler.json", "trainer_state.json", "progress.json", MANIFEST)
@@ -26,6 +27,8 @@ class CheckpointPush:
 
     Attributes:
         repo (`str`): `user/name`; without a user until the Hub was reached, if the arguments name none.
+        may_hold_a_model (`bool`): Whether a repository that holds something is taken: where `hub_update` is set, a run
+            is resumed, or this one has begun to fill it.
         newest (`Path`, *optional*): The checkpoint whose upload was begun last.
 
     Raises:
@@ -36,6 +39,7 @@ class CheckpointPush:
         self.args = args
         self.repo = args.hub_model_id or Path(args.output_dir).absolute().name
         check_name(self.repo, "--hub_model_id")
+        self.may_hold_a_model = getattr(args, "hub_update", False) or bool(args.resume_from_checkpoint)
         self.newest: Path | None = None
         self._executor = ThreadPoolExecutor(1, "push")
         self._uploads: list[tuple[Path, Future]] = []
@@ -46,20 +50,19 @@ class CheckpointPush:
         """The checkpoints that are being uploaded or wait for it, and must stay."""
         return [checkpoint for checkpoint, upload in self._uploads if not upload.done()]
 
-    def open(self, may_hold_a_model: bool = True):
+    def open(self):
         """
         Makes the repository if it is not there.
 
-        Args:
-            may_hold_a_model (`bool`): Whether a repository that holds something is taken.
-
         Raises:
-            InputError: The Hub refuses or cannot be reached, or the repository holds something.
+            InputError: The Hub refuses or cannot be reached, or the repository holds something, or is not private.
         """
         api, args = patient_api(self.args.hub_token), self.args
         with refusals_named(f"Nothing can be pushed to {self.repo}"):
             self.repo = api.create_repo(self.repo, private=args.hub_private_repo, exist_ok=True).repo_id
-            num_files = 0 if may_hold_a_model else num_files_of(api, self.repo, args.hub_revision)
+            if args.hub_private_repo:
+                check_private(api, self.repo, "--hub_private_repo")
+            num_files = 0 if self.may_hold_a_model else num_files_of(api, self.repo, args.hub_revision)
             if num_files:
                 raise InputError(
                     f"{self.repo} exists and holds {num_files} files; give another --hub_model_id, or --hub_update "
@@ -109,10 +112,11 @@ class CheckpointPush:
             added = self._additions(checkpoint, card)
             removed = removals(api, self.repo, self.args.hub_revision, {file.path_in_repo for file in added})
             message = f"Training in progress, step {checkpoint_step(checkpoint)}"
+            self.may_hold_a_model = True  # one of this run, from now on
             api.create_commit(self.repo, added + removed, commit_message=message, revision=self.args.hub_revision)
 
     def _additions(self, checkpoint: Path, card: str | None) -> list[CommitOperationAdd]:
-        files = additions(checkpoint)
+        files = [file for file in additions(checkpoint) if Path(file.path_in_repo).name != CARD]  # none of peft's
         if not files:
             raise InputError(f"{self._what(checkpoint)}: {checkpoint} is not there any more.")
         added = [
@@ -121,7 +125,7 @@ class CheckpointPush:
             if not any(Path(file.path_in_repo).match(pattern) for pattern in _TRAINING_FILES)
         ]  # fmt: skip
         if card is not None:
-            added.append(CommitOperationAdd("README.md", card.encode("utf-8")))
+            added.append(CommitOperationAdd(CARD, card.encode("utf-8")))
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             place = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
             added += [CommitOperationAdd(f"{place}/{file.path_in_repo}", file.path_or_fileobj) for file in files]
@@ -132,4 +136,4 @@ class CheckpointPush:
         words = ["cjepa", "publish", str(folder), "--repo", self.repo if "/" in self.repo else f"YOU/{self.repo}"]
         words += ["--private"] if self.args.hub_private_repo else []
         words += ["--revision", self.args.hub_revision] if self.args.hub_revision else []
-        return shlex.join([*words, "--update"])
+        return shlex.join([*words, *(["--update"] if self.may_hold_a_model else [])])

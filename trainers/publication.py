@@ -150,7 +150,7 @@ def push_finished(folder: Path, push: CheckpointPush):
         push ([`CheckpointPush`]): What pushed the checkpoints.
     """
     try:
-        push.open()
+        push.open()  # once more: it may not have been reached yet
         destination = Destination(push.repo, revision=push.args.hub_revision, update=True, token=push.args.hub_token)
         with tempfile.TemporaryDirectory() as temporary:
             Publication(str(folder), push.repo).write(Path(temporary), progress=False)

@@ -7,6 +7,7 @@ from transformers.trainer_utils import HubStrategy
 from trainers.checkpoint_files import present_checkpoints
 from trainers.checkpoint_push import CheckpointPush
 from trainers.checkpointed_trainer import CheckpointedTrainer
+from trainers.errors import first_line
 from trainers.hub import UnreachableError
 from trainers.processes import in_main_process
 
@@ -16,6 +17,8 @@ class PushedTrainer(CheckpointedTrainer):
     A [`CheckpointedTrainer`] that pushes every checkpoint (`push_to_hub`, `hub_strategy` other than `end`) by one
     commit from which the Auto classes load the model. A push that fails is said, training goes on, and the newest
     checkpoint is pushed at the end.
+
+    Of a model with adapters no checkpoint is pushed: without the model that they adapt, it would not load.
 
     Attributes:
         push ([`CheckpointPush`], *optional*): What uploads; None where nothing is pushed.
@@ -40,12 +43,17 @@ class PushedTrainer(CheckpointedTrainer):
         self.hub_model_id = in_main_process(self._open)
 
     def _open(self) -> str:
-        may_hold_a_model = getattr(self.args, "hub_update", False) or bool(self.args.resume_from_checkpoint)
+        if self._has_adapters:
+            print("Adapters alone load nowhere: no checkpoint is pushed, but the merged model at the end.", flush=True)
         try:
-            self.push.open(may_hold_a_model)
+            self.push.open()
         except UnreachableError as error:
             print(f"{error} Training goes on, and the first checkpoint will try again.", flush=True)
         return self.push.repo
+
+    @property
+    def _has_adapters(self) -> bool:
+        return hasattr(self._plain_model(), "peft_config")
 
     def checkpoints_to_keep(self, output: Path) -> set[str]:
         """As of [`CheckpointedTrainer`], and what is being uploaded or waits for it."""
@@ -54,13 +62,22 @@ class PushedTrainer(CheckpointedTrainer):
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """Begins to push a checkpoint, unless one is being pushed and `hub_always_push` is not set."""
-        if self.push is None or self.args.hub_strategy == HubStrategy.END:
+        if self.push is None or self._has_adapters or self.args.hub_strategy == HubStrategy.END:
             return
         if self.push.pending and not self.args.hub_always_push:
             return
         self._say(self.push.settle(), "training goes on, and a later checkpoint will be pushed")
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.push.start(Path(checkpoint_folder), self.card_text())
+        self.push.start(Path(checkpoint_folder), self._card())
+
+    def _card(self) -> str | None:
+        """The card, or None where there is none: no error of one, whatever it is, may end a training."""
+        try:
+            return self.card_text()
+        except Exception as error:
+            failure = f"The card cannot be made ({type(error).__name__}: {first_line(error)})"
+            self._say([failure], "the checkpoint is pushed without a new one")
+            return None
 
     def _finish_current_push(self):
         """Waits for the uploads under way, and pushes the newest checkpoint if it is not the one that has arrived."""
@@ -70,7 +87,7 @@ class PushedTrainer(CheckpointedTrainer):
         newest = next(iter(present_checkpoints(Path(self.args.output_dir))), None)
         if newest is not None and (failures or newest != self.push.newest):
             self._say(failures, "the newest checkpoint is pushed once more")
-            self.push.start(newest, self.card_text())
+            self.push.start(newest, self._card())
             failures = self.push.wait()
         self._say(failures, f"publish it later by `{self.push.command(self.args.output_dir)}`")
 
