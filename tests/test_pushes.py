@@ -1,6 +1,10 @@
 """Checkpoints that a run pushes while it trains, against a server on loopback that speaks the Hub's endpoints."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +13,8 @@ from command_worker import Commands
 from hub_runs import LOAD, files_of, without_package
 from tiny import FLAGS, tiny_model
 
+from trainers import pushed_trainer
+from trainers.checkpoint_push import CheckpointPush
 from trainers.loading import load_model
 from trainers.publishing import save_model
 from trainers.trainer_cjepa import CJepaTrainer
@@ -65,7 +71,7 @@ def test_slow_pushes_keep_their_checkpoints_and_failures_are_all_told(hub, comma
     assert [message for message, _ in commits[:3]] == [f"Training in progress, step {n}" for n in (2, 3, 4)]
     for _, files in commits:
         assert "model.safetensors" in files and "last-checkpoint/optimizer.safetensors" in files
-        assert not any(b"hf_valid" in data for data in files.values())
+        assert not any(b"hf_valid" in data or str(tmp_path).encode() in data for data in files.values())
     assert b"hf_valid" not in b"".join(files_of(tmp_path / "run").values())
 
 
@@ -131,6 +137,48 @@ def test_a_card_that_cannot_be_made_stops_nothing(tmp_path, capsys):
         "The card cannot be made (KeyError: 'training'): the checkpoint is pushed without a new"
         in capsys.readouterr().out
     )
+
+
+def test_no_process_waits_long_for_another_s_pushes(tmp_path, monkeypatch):
+    monkeypatch.setattr(pushed_trainer, "_TURN", 0.05)
+    asked, in_main_process = [], pushed_trainer.in_main_process
+    monkeypatch.setattr(pushed_trainer, "in_main_process", lambda *call: asked.append(call) or in_main_process(*call))
+    args = CJepaTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    trainer = CJepaTrainer(tiny_model(), args)
+    trainer.push, trainer.hub_model_id = CheckpointPush(args), "someone/x"
+    monkeypatch.setattr(trainer.push, "_upload", lambda *_: time.sleep(0.5))
+    (tmp_path / "checkpoint-1").mkdir()
+    trainer._push_from_checkpoint(tmp_path / "checkpoint-1")
+    trainer._finish_current_push()
+    assert len(asked) > 3 and not trainer.push.pending
+
+
+API = """
+import sys
+from tiny import tiny_model
+from trainers.trainer_cjepa import CJepaTrainer
+from trainers.training_args import CJepaTrainingArguments
+from trainers.transforms import image_processor
+
+args = CJepaTrainingArguments(output_dir=sys.argv[1], report_to="none", use_cpu=True, hub_model_id="someone/api")
+processor = image_processor((32, 32), [0.5] * 3, [0.5] * 3)
+trainer = CJepaTrainer(tiny_model(), args, processing_class=processor)
+print(trainer.push_to_hub("Once"))
+trainer.model.cjepa.layernorm.bias.data += 1
+trainer.push_to_hub("Twice")
+"""
+
+
+def test_a_trainer_s_own_push_is_of_the_model_alone(hub, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    environment = {**os.environ, **hub.environment(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", API, tmp_path], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == f"{hub.url}/someone/api", done.stderr
+    commits = hub.repositories["someone/api"].branches["main"]
+    assert [message for message, _ in commits] == ["initial commit", "Once", "Twice"]
+    names = commits[-1][1].keys()
+    assert "notes.txt" not in names and not any(name.endswith(".bin") for name in names)
+    assert {"README.md", "config.json", "model.safetensors", "modeling_cjepa.py", "preprocessor_config.json"} <= names
 
 
 def finetune_flags(model, folder, repo):

@@ -1,7 +1,7 @@
 """Checkpoints on the Hub: what a run uploads of them while it goes on, and what it says when that fails."""
 
 import shlex
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd
@@ -11,7 +11,17 @@ from transformers.trainer_utils import HubStrategy
 from trainers.cards import CARD
 from trainers.checkpoint_files import MANIFEST, checkpoint_step
 from trainers.errors import InputError, first_line
-from trainers.hub import additions, check_name, check_private, num_files_of, patient_api, refusals_named, removals
+from trainers.hub import (
+    Destination,
+    additions,
+    check_name,
+    check_private,
+    num_files_of,
+    patient_api,
+    refusals_named,
+    removals,
+    upload,
+)
 
 # what of a checkpoint only goes on training
 _TRAINING_FILES = ("optimizer.*", "scheduler.json", "trainer_state.json", "progress.json", MANIFEST)
@@ -48,7 +58,7 @@ class CheckpointPush:
     @property
     def pending(self) -> list[Path]:
         """The checkpoints that are being uploaded or wait for it, and must stay."""
-        return [checkpoint for checkpoint, upload in self._uploads if not upload.done()]
+        return [checkpoint for checkpoint, future in self._uploads if not future.done()]
 
     def open(self):
         """
@@ -85,15 +95,32 @@ class CheckpointPush:
 
     def settle(self) -> list[str]:
         """Why uploads that are done have failed, each told once."""
-        done = [(checkpoint, upload) for checkpoint, upload in self._uploads if upload.done()]
+        done = [(checkpoint, future) for checkpoint, future in self._uploads if future.done()]
         self._uploads = [entry for entry in self._uploads if entry not in done]
-        return [self._told(checkpoint, error) for checkpoint, upload in done if (error := upload.exception())]
+        return [self._told(checkpoint, error) for checkpoint, future in done if (error := future.exception())]
 
-    def wait(self) -> list[str]:
-        """As [`~settle`], when all uploads are done."""
-        for _, upload in self._uploads:
-            upload.exception()
-        return self.settle()
+    def wait(self, seconds: float) -> bool:
+        """Waits some seconds at most for the uploads under way; whether there are any then."""
+        return bool(wait([future for _, future in self._uploads], seconds).not_done)
+
+    def fill(self, folder: Path, message: str) -> str:
+        """
+        Fills the repository, which is open, with a model's folder.
+
+        Args:
+            folder (`Path`): Whose files to send, and no others.
+            message (`str`): Of the commit.
+
+        Returns:
+            `str`: The repository's address.
+
+        Raises:
+            InputError: The Hub refuses or cannot be reached.
+        """
+        destination = Destination(self.repo, revision=self.args.hub_revision, update=True, token=self.args.hub_token)
+        url = upload(folder, destination, message)
+        self.may_hold_a_model = True
+        return url
 
     def _told(self, checkpoint: Path, error: BaseException) -> str:
         """A failure in a sentence: no error of an upload, whatever it is, may end a training."""

@@ -89,7 +89,7 @@ class CheckpointedTrainer(SeededTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             self._write_model(folder, weights)
         if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            self.push_to_hub(commit_message="Model save")
 
     def wait_for_checkpoint(self):
         """
