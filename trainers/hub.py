@@ -25,7 +25,7 @@ _OF_THE_HUB = {".gitattributes"}
 # what a model leaves at the root of a repository, and another one must not find there
 _OF_A_MODEL = (
     "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
-    "adapter_config.json", "adapter_model*", "*_cjepa.py", "*_sjea.py", "results.json",
+    "adapter_config.json", "adapter_model.*", "*_cjepa.py", "*_sjea.py", "results.json",
     "curves.png", "masks.png", "views.png", "attention.png", "tsne.png",
 )  # fmt: skip
 # what comes of answers that are not JSON, or not what was asked for: those of a network that wants a log-in first
