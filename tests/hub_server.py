@@ -59,7 +59,7 @@ class HubServer(ThreadingHTTPServer):
         large (`dict`): Bytes of uploaded large files by their SHA-256, whether or not they were committed.
         requests (`list`): `(method, path)` of every request.
         faults (`list`): `(method, pattern, status, message, error code)`: what the next such request
-            gets instead of an answer, once each; status None breaks the connection off.
+            gets instead of an answer, once each; status None breaks the connection off, 200 sends the message.
         longest_file (`int`): Bytes of the largest file that is within the quota.
         slow (`tuple`): `(method, pattern, seconds)`: what such requests wait for.
         datasets (`dict`): The metadata of data sets' cards by `user/name`.
@@ -118,6 +118,10 @@ class _Refused(Exception):
         self.status, self.code = status, code
 
 
+class _Answered(Exception):
+    """What is sent instead of the Hub's answer."""
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: HubServer
@@ -139,6 +143,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(404, f"no such endpoint: {self.command} {path}")
         except _Refused as refusal:
             self._send(refusal.status, {"error": str(refusal)}, {"X-Error-Code": refusal.code} if refusal.code else {})
+        except _Answered as answer:
+            self._send(200, *answer.args)
         except ConnectionAbortedError:
             self.close_connection = True
             self.connection.close()
@@ -156,6 +162,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.faults.remove(fault)
                 if status is None:
                     raise ConnectionAbortedError
+                if status == 200:
+                    raise _Answered(message)
                 raise _Refused(status, message, code)
 
     def _send(self, status: int, content, headers: dict | None = None):

@@ -199,6 +199,9 @@ def test_energy_is_the_sum_of_a_run_s_calls(tmp_path):
     assert energy_facts(tmp_path) == {}
     (tmp_path / "emissions.csv").write_text("timestamp,energy_consumed,other\na,0.5,x\nb,0.25,y\n")
     assert energy_facts(tmp_path) == {"energy_kwh": 0.75}
+    with open(tmp_path / "emissions.csv", "a") as file:
+        file.write("c,?,x\nd")  # a row that is not written to its end
+    assert energy_facts(tmp_path) == {"energy_kwh": 0.75}
 
 
 def test_settings_of_plain_values_have_a_line_each():

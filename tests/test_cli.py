@@ -34,3 +34,11 @@ def test_help_says_how_to_go_on_from_the_newest_checkpoint(capsys, command):
         main([command, "--help"])
     _, _, text = capsys.readouterr().out.partition("--resume_from_checkpoint [X ...]")
     assert "`last`" in text.partition("\n  --")[0]
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_help_names_the_flags_of_pushes(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name} " in text for name in ("push_to_hub", "hub_model_id", "hub_private_repo", "hub_update"))

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from modeling_cjepa import CJepaForImageClassification, CJepaModel
 from trainers import finetuning
+from trainers.checkpoints import load_state
 from trainers.classifiers import build_classifier, classifier_config, freeze_encoder
 from trainers.cli import main
 from trainers.datasets import ImageDataset, ImageSource, sample_seed
@@ -156,6 +157,14 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(encoder, ph
     assert resumed == losses
     start = load_file(Path(encoder) / "model.safetensors")
     assert not torch.equal(whole["cjepa.layers.0.mlp.fc1.weight"], start["cjepa.layers.0.mlp.fc1.weight"])
+
+
+def test_the_best_checkpoint_is_found_where_a_run_was_moved(run, tmp_path):
+    shutil.copytree(run, tmp_path / "moved")
+    last = max((tmp_path / "moved").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state = load_state(str(last))
+    assert state.best_model_checkpoint == str(tmp_path / "moved" / f"checkpoint-{state.best_global_step}")
+    assert str(run) not in (last / "trainer_state.json").read_text()
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(run, encoder, photos, tmp_path, capsys):

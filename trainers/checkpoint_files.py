@@ -64,6 +64,22 @@ def set_aside_later(checkpoint: Path):
             print(f"{path} is later than {checkpoint.name}: it is called {place.name} from now on.", flush=True)
 
 
+def best_beside(checkpoint: Path, step: int | None) -> str | None:
+    """
+    The best checkpoint of the run that wrote one. Only its step is kept in the state of a run: folders move, and a
+    pushed checkpoint tells of no place on the machine.
+
+    Args:
+        checkpoint (`Path`): A checkpoint of the run.
+        step (`int`, *optional*): The best one's, `best_global_step` of the state.
+
+    Returns:
+        `str`: Its folder; None where it is not there.
+    """
+    best = checkpoint.with_name(f"checkpoint-{step}")
+    return str(best) if step and best.is_dir() else None
+
+
 def choose_checkpoint(output: Path, asked: str) -> str:
     """
     A whole checkpoint to resume from.

@@ -1,5 +1,6 @@
 """transformers' `Trainer` with checkpoints that are whole or not there, without pickles, for any processes."""
 
+import dataclasses
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from trainers.checkpoint_files import (
     LAST,
     MANIFEST,
     all_checkpoints,
+    best_beside,
     choose_checkpoint,
     finish_checkpoint,
     removed_on_error,
@@ -87,7 +89,7 @@ class CheckpointedTrainer(SeededTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             self._write_model(folder, weights)
         if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            self.push_to_hub(commit_message="Model save")
 
     def wait_for_checkpoint(self):
         """
@@ -173,7 +175,7 @@ class CheckpointedTrainer(SeededTrainer):
             for callback in (*self.callback_handler.callbacks, self.control):
                 if isinstance(callback, ExportableState):
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-            self.state.save_to_json(str(folder / STATE))
+            dataclasses.replace(self.state, best_model_checkpoint=None).save_to_json(str(folder / STATE))
             if not self.args.save_only_model:
                 (folder / SCHEDULER).write_text(json.dumps(self.lr_scheduler.state_dict()) + "\n", encoding="utf-8")
             self.write_extra_files(folder)
@@ -242,10 +244,12 @@ class CheckpointedTrainer(SeededTrainer):
                 in_main_process(set_aside_later, Path(checkpoint))
         return super().train(checkpoint, *args, **kwargs)
 
-    def _init_training_state(self, max_steps, *args):
-        found = super()._init_training_state(max_steps, *args)
+    def _init_training_state(self, max_steps, steps_per_epoch, num_epochs, checkpoint, trial):
+        found = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
         # those of this call, and not of the one that wrote the checkpoint
         self.state.compute_steps(self.args, max_steps)
+        if checkpoint is not None:
+            self.state.best_model_checkpoint = best_beside(Path(checkpoint), self.state.best_global_step)
         self._saved_best = self._best()
         return found
 

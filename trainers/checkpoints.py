@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedConfig, TrainerState
 
-from trainers.checkpoint_files import LAST, all_checkpoints, choose_checkpoint
+from trainers.checkpoint_files import LAST, all_checkpoints, best_beside, choose_checkpoint
 from trainers.errors import InputError
 from trainers.evaluation import EvaluationArguments
 from trainers.flags import type_hints
@@ -118,7 +118,9 @@ def _settings_before(checkpoint: str) -> dict | None:
 
 def load_state(checkpoint: str) -> TrainerState:
     """How far the run that wrote a checkpoint had come, and its log."""
-    return TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+    state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+    state.best_model_checkpoint = best_beside(Path(checkpoint), state.best_global_step)
+    return state
 
 
 def is_finished(checkpoint: str, args: JepaTrainingArguments) -> bool:

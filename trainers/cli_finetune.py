@@ -8,7 +8,7 @@ from trainers.cli_models import add_data_flags, model_parser
 _COMMON_TRAINING_FIELDS = {
     "output_dir", "max_steps", "gradient_accumulation_steps", "report_to", "seed", "dataloader_num_workers",
     "resume_from_checkpoint", "torch_compile", "use_cpu", "disable_tqdm", "max_grad_norm", "precision",
-    "max_hours",
+    "max_hours", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_update",
 }  # fmt: skip
 
 

@@ -3,8 +3,10 @@
 import math
 from contextlib import contextmanager
 
+from trainers.cards import card_text
 from trainers.errors import InputError
 from trainers.finetune_args import FinetuneTrainingArguments
+from trainers.model_facts import classifier_facts
 from trainers.stopping import StoppableTrainer
 
 _DIVERGED = (
@@ -18,6 +20,13 @@ class ClassifierTrainer(StoppableTrainer):
     A [`StoppableTrainer`] with two differences: `dataloader_drop_last` leaves out train images alone, where
     transformers' evaluates and predicts without the last, too; and a training loss that is not finite ends the run.
     """
+
+    def card_text(self) -> str:
+        """The card of the classifier as it is now."""
+        facts = {"model": classifier_facts(self._plain_model())}
+        if self.state.global_step < self.state.max_steps:
+            facts["unfinished"] = {"steps": self.state.global_step, "planned_steps": self.state.max_steps}
+        return card_text("classifier", facts, self.hub_model_id)
 
     @contextmanager
     def _every_image(self):

@@ -115,9 +115,9 @@ def _run(run: Finetuning, trainer: ClassifierTrainer, splits: Splits, checkpoint
     folder = Path(args.output_dir, "final")
     if trainer.is_world_process_zero():
         finish(run, trainer, splits, predicted.predictions, seconds, folder)
-        if trainer.push is not None:
-            push_finished(folder, trainer.push)
     trainer.accelerator.wait_for_everyone()
+    if trainer.push is not None:
+        push_finished(folder, trainer.push)  # in the main process; the others have nothing left to do
     return folder
 
 

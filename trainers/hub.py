@@ -4,17 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from json import JSONDecodeError
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
+    BadRequestError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
-from huggingface_hub.utils import get_session, validate_repo_id
+from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
 from trainers.errors import InputError, first_line
 
@@ -23,8 +25,11 @@ _OF_THE_HUB = {".gitattributes"}
 # what a model leaves at the root of a repository, and another one must not find there
 _OF_A_MODEL = (
     "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json",
-    "*_cjepa.py", "*_sjea.py", "results.json", "curves.png", "masks.png", "views.png", "attention.png", "tsne.png",
+    "adapter_config.json", "adapter_model.*", "*_cjepa.py", "*_sjea.py", "results.json",
+    "curves.png", "masks.png", "views.png", "attention.png", "tsne.png",
 )  # fmt: skip
+# what comes of answers that are not JSON, or not what was asked for: those of a network that wants a log-in first
+_NOT_OF_THE_HUB = JSONDecodeError | KeyError | TypeError
 # seconds in which the Hub must do something; without it a call would wait for ever
 _PATIENCE = 120
 _NAMED = "write user/name, of letters, digits, '-', '_' and '.'"
@@ -94,10 +99,8 @@ def check_destination(destination: Destination) -> str:
             raise InputError(f"{user} may not publish under {owner}; give --repo {user}/{name}.")
         if not api.repo_exists(repo):
             return user
-        if destination.private and not api.model_info(repo).private:
-            raise InputError(
-                f"{repo} is public, and --private was given; change its settings on the Hub, or leave --private out."
-            )
+        if destination.private:
+            check_private(api, repo, "--private")
         num_files = 0 if destination.update else num_files_of(api, repo, destination.revision)
         if num_files:
             raise InputError(
@@ -107,16 +110,29 @@ def check_destination(destination: Destination) -> str:
     return user
 
 
+def check_private(api: HfApi, repo: str, flag: str):
+    """Raises `InputError` where a repository that exists is public, and a flag wants it private."""
+    if not api.model_info(repo).private:
+        raise InputError(
+            f"{repo} is public, and {flag} was given; change its settings on the Hub, or leave {flag} out."
+        )
+
+
 def num_files_of(api: HfApi, repo: str, revision: str | None) -> int:
-    """How many files someone has put into a branch of a repository; none of a branch that is not there."""
-    if revision is not None and revision not in branches_of(api, repo):
-        return 0
+    """
+    How many files someone has put into a branch of a repository; none of a branch that is not there, or that was made
+    of `main` and not filled.
+    """
+    if revision not in (None, constants.DEFAULT_REVISION):
+        heads = branches_of(api, repo)
+        if heads.get(revision) in (None, heads.get(constants.DEFAULT_REVISION)):
+            return 0
     return len(set(api.list_repo_files(repo, revision=revision)) - _OF_THE_HUB)
 
 
-def branches_of(api: HfApi, repo: str) -> set[str]:
-    """The names of a repository's branches."""
-    return {branch.name for branch in api.list_repo_refs(repo).branches}
+def branches_of(api: HfApi, repo: str) -> dict[str, str]:
+    """The last commit of each of a repository's branches."""
+    return {branch.name: branch.target_commit for branch in api.list_repo_refs(repo).branches}
 
 
 def upload(folder: Path, destination: Destination, message: str) -> str:
@@ -140,11 +156,15 @@ def upload(folder: Path, destination: Destination, message: str) -> str:
     api = patient_api(destination.token)
     repo, branch = destination.repo, destination.revision
     added = additions(folder)
-    refused = f"{repo} was not published and is as it was"
-    with refusals_named(refused):
+    with refusals_named(f"{repo} was not published"):
+        check_metadata(api, folder / "README.md", repo)
+        is_new = not api.repo_exists(repo)
         url = str(api.create_repo(repo, private=destination.private or None, exist_ok=True))
-        api.preupload_lfs_files(repo, added)  # the long part, before a branch is made
+    refused = f"{repo} was not published and is {'new and empty' if is_new else 'as it was'}"
+    with refusals_named(refused):
         is_new_branch = branch is not None and branch not in branches_of(api, repo)
+        # the long part, before a branch is made; files that the branch has, or will have of main, are not sent
+        api.preupload_lfs_files(repo, added, revision=None if is_new_branch else branch)
         if is_new_branch:
             api.create_branch(repo, branch=branch)
     try:
@@ -160,6 +180,20 @@ def upload(folder: Path, destination: Destination, message: str) -> str:
                 api.delete_branch(repo, branch=branch)
         raise
     return url if branch is None else f"{url}/tree/{branch}"
+
+
+def check_metadata(api: HfApi, card: Path, repo: str):
+    """Has the Hub look at a card before it is sent; raises `InputError` where its metadata are refused."""
+    content = {"repoType": constants.REPO_TYPE_MODEL, "content": card.read_text(encoding="utf-8")}
+    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=content)
+    try:
+        hf_raise_for_status(answer)
+    except BadRequestError as error:
+        said = (error.server_message or first_line(error)).strip().rstrip(".")
+        raise InputError(
+            f"{repo} was not published: the Hub refuses the metadata of its card ({said}); give a --license that it "
+            "knows, or mend results.json."
+        ) from error
 
 
 def additions(folder: Path) -> list[CommitOperationAdd]:
@@ -210,7 +244,7 @@ def refusals_named(what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+    except (OSError, ValueError, RuntimeError, HTTPError, KeyError, TypeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         kind = UnreachableError if _is_for_now(cause) else InputError
         raise kind(f"{what}: {reason(cause)}.") from error
@@ -221,7 +255,7 @@ def _is_for_now(error: Exception) -> bool:
     response = getattr(error, "response", None)
     if response is not None:
         return response.status_code >= 500 or response.status_code == 429
-    return isinstance(error, HTTPError | OfflineModeIsEnabled)
+    return isinstance(error, HTTPError | OfflineModeIsEnabled | _NOT_OF_THE_HUB)
 
 
 def reason(error: Exception) -> str:
@@ -230,6 +264,10 @@ def reason(error: Exception) -> str:
         return "nobody is signed in; run `hf auth login`, or set HF_TOKEN"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it"
+    if isinstance(error, _NOT_OF_THE_HUB):
+        return f"{constants.ENDPOINT} does not answer as the Hub does; look at your network, and at HF_ENDPOINT"
+    if isinstance(error, UnicodeEncodeError):
+        return "the token holds a character that no token has; sign in anew by `hf auth login`, or mend HF_TOKEN"
     said = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         status = error.response.status_code

@@ -19,7 +19,6 @@ from trainers.conversion.weight_files import check_tensors
 from trainers.doctor_runs import newest_model
 from trainers.errors import InputError, first_line
 from trainers.files import write_json
-from trainers.hub import Destination, upload
 from trainers.known_facts import known_facts
 from trainers.loading import check_processor, load_model
 from trainers.model_facts import is_classifier, parameters_by_part
@@ -146,11 +145,10 @@ def push_finished(folder: Path, push: CheckpointPush):
         push ([`CheckpointPush`]): What pushed the checkpoints.
     """
     try:
-        push.open()
-        destination = Destination(push.repo, revision=push.args.hub_revision, update=True, token=push.args.hub_token)
+        push.open()  # once more: it may not have been reached yet
         with tempfile.TemporaryDirectory() as temporary:
             Publication(str(folder), push.repo).write(Path(temporary), progress=False)
-            url = upload(Path(temporary), destination, "End of training")
+            url = push.fill(Path(temporary), "End of training")
     except InputError as error:
         print(f"\n{error} The model is in {folder}; publish it by `{push.command(folder)}`.", flush=True)
     else:

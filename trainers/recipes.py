@@ -24,7 +24,8 @@ from trainers.training_args import PrecisionTrainingArguments
 # fields of transformers' TrainingArguments worth a line of `--help`; all others are accepted, too
 COMMON_TRAINING_FIELDS = {
     "output_dir", "max_steps", "gradient_accumulation_steps", "save_steps", "save_total_limit", "report_to", "seed",
-    "dataloader_num_workers", "resume_from_checkpoint", "torch_compile", "use_cpu",
+    "dataloader_num_workers", "resume_from_checkpoint", "torch_compile", "use_cpu", "push_to_hub", "hub_model_id",
+    "hub_private_repo",
 }  # fmt: skip
 
 

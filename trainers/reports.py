@@ -54,7 +54,15 @@ def energy_facts(output: Path) -> dict:
     if not emissions.is_file():
         return {}
     with open(emissions, newline="", encoding="utf-8") as file:
-        return {"energy_kwh": math.fsum(float(row["energy_consumed"]) for row in csv.DictReader(file))}
+        return {"energy_kwh": math.fsum(_energy(row) for row in csv.DictReader(file))}
+
+
+def _energy(row: dict[str, str | None]) -> float:
+    """Kilowatt-hours of a call; 0 where its row is not written to its end."""
+    try:
+        return float(row["energy_consumed"])
+    except (KeyError, TypeError, ValueError):
+        return 0.0
 
 
 def _processor() -> str:
