@@ -129,7 +129,7 @@ def check_processor(processor, num_channels: int | None, path: str | Path):
         is_list = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
         if not is_list or not all(math.isfinite(value) and (value > 0 or name == "image_mean") for value in values):
             raise InputError(
-                f"The image processor of {path} says {name}={values!r}, which is none of channels; mend "
+                f"The image processor of {path} says {name}={values!r}, by which no image is normalised; mend "
                 "preprocessor_config.json."
             )
         if num_channels is not None and len(values) != num_channels:
