@@ -218,16 +218,6 @@ def test_what_the_weights_compute_with_is_taken_and_how_images_were_normalised_i
     assert "normalised by the recipe's mean" in said and "and were by [0.5, 0.5, 0.5]" in said
 
 
-@pytest.mark.parametrize("to", ["cjepa", "ijepa"])
-def test_an_image_processor_whose_mean_is_none_is_said(tmp_path, capsys, to):
-    convert(str(save(tiny_model(), tmp_path / "ours")), tmp_path / "start", to=to)
-    start = tmp_path / "start"
-    path = start / "preprocessor_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": 0.5}))
-    build(start, tmp_path)
-    assert "and were by 0.5" in capsys.readouterr().out
-
-
 def test_it_trains_resumes_and_tells_where_it_started(tmp_path):
     start = save(tiny_model(), tmp_path / "start")
     flags = ["pretrain", "cjepa_scenes", "--num_train_images", "64", "--num_eval_images", "48", "--use_cpu",

@@ -101,7 +101,7 @@ def load_processor(path: str | Path):
         The processor; `None` where there is none.
 
     Raises:
-        InputError: It cannot be loaded, or needs code of its own.
+        InputError: It cannot be loaded, needs code of its own, or normalises no image.
     """
     if not has_file(str(path), "preprocessor_config.json"):
         return None
@@ -109,6 +109,7 @@ def load_processor(path: str | Path):
         processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
     if getattr(processor, "auto_map", None):
         raise InputError(f"preprocessor_config.json of {path} names code of its own (auto_map), which is not run.")
+    check_processor(processor, None, path)
     return processor
 
 

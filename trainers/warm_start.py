@@ -13,7 +13,6 @@ from modeling_cjepa import CJepaConfig, CJepaForPreTraining, SJeaForPreTraining
 from trainers.conversion.checks import Converted
 from trainers.conversion.converting import load_start
 from trainers.conversion.formats import ReadOptions
-from trainers.conversion.ours import mean_of
 from trainers.errors import InputError
 from trainers.recipes import Recipe
 
@@ -66,10 +65,9 @@ def read_start(recipe: Recipe) -> Converted:
     fields = _with_another_predictor(_fields(start, recipe.model), recipe)
     differ = _differing(fields, recipe)
     notes = [*start.notes, *([f"its sizes are taken: {', '.join(differ)}"] if differ else [])]
-    ours = list(recipe.data.image_mean)
-    mean = mean_of(start.processor, ours)
-    if mean != ours:
-        notes.append(f"images are normalised by the recipe's mean {ours}, and were by {mean}")
+    ours, processor = list(recipe.data.image_mean), start.processor
+    if processor is not None and list(processor.image_mean) != ours:
+        notes.append(f"images are normalised by the recipe's mean {ours}, and were by {list(processor.image_mean)}")
     recipe.model |= fields
     recipe.values |= fields
     return replace(start, notes=notes)

@@ -9,7 +9,7 @@ from modeling_cjepa import CJepaModel
 from trainers.conversion.checks import Check, Converted, Written, compare, in_float64, random_images
 from trainers.conversion.formats import ReadOptions, Source
 from trainers.conversion.names import build, exact_positions, has_fixed_positions
-from trainers.conversion.ours import load_processor, mean_of, plain_encoder_only
+from trainers.conversion.ours import load_processor, plain_encoder_only
 from trainers.conversion.transformers_models import encoder_config, ijepa_fields, left_out, load_transformers
 from trainers.errors import InputError
 
@@ -47,9 +47,11 @@ def read_ijepa(source: Source, options: ReadOptions) -> Converted:
             "The weights on the Hub are those of the context encoder; the authors' checkpoint has the target encoder."
         )
     processor = load_processor(source.name)
-    mean = mean_of(processor, _IMAGENET_MEAN)
-    if mean != _IMAGENET_MEAN:
-        notes.append(f"Its image processor is taken over with mean {mean}; the authors' code has {_IMAGENET_MEAN}.")
+    if processor is not None and list(processor.image_mean) != _IMAGENET_MEAN:
+        notes.append(
+            f"Its image processor is taken over with mean {list(processor.image_mean)}; the authors' code has "
+            f"{_IMAGENET_MEAN}."
+        )
     return Converted(model, notes, _check(model, original), processor)
 
 

@@ -125,9 +125,3 @@ def plain_encoder_only(model: PreTrainedModel, what: str):
             f"A stack of {model.config.num_levels} levels does not fit {what}, which has one; use `--to cjepa`, "
             "`onnx`, `program` or `int8`."
         )
-
-
-def mean_of(processor, default: list[float]):
-    """What an image processor subtracts: a list where it is one for each channel; `default` where there is none."""
-    mean = getattr(processor, "image_mean", default)
-    return list(mean) if isinstance(mean, list | tuple) else mean
