@@ -199,6 +199,10 @@ def test_what_is_known_of_a_conversion_lies_beside_the_model(tmp_path):
         "checks": [check.sentence() for check in done.checks],
     }
     assert f"`{tmp_path}" not in (tmp_path / "out/README.md").read_text()
+    again = convert(str(tmp_path / "out"), tmp_path / "again")
+    facts["notes"] += again.notes
+    facts["checks"] += [check.sentence() for check in again.checks]
+    assert json.loads((tmp_path / "again/conversion.json").read_text()) == facts
 
 
 @pytest.mark.parametrize(("make", "parts"), [(tiny_model, "context encoder, target"), (tiny_sjea, "the expanders")])

@@ -61,6 +61,13 @@ def describe(folder):
     return describe_backbones([{"backbone": folder}])
 
 
+def test_an_attention_of_transformers_own_may_be_named(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"_attn_implementation": "sdpa"}))
+    convert(str(folder), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 @pytest.mark.parametrize("kind", ["ours", "ijepa"])
 @pytest.mark.parametrize("field", ["configuration_files", "transformers_weights", "attn_implementation"])
 def test_configurations_that_lead_elsewhere_are_refused_and_nothing_is_asked(

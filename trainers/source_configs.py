@@ -9,8 +9,13 @@ from transformers.utils import cached_file
 
 from trainers.errors import InputError, first_line
 
-# fields by which transformers would read another file, or run another's code, than those that are looked over
-_ELSEWHERE = {"configuration_files", "transformers_weights", "attn_implementation", "_attn_implementation"}
+# fields by which transformers would read another file, or run another's code, than those that are looked over, with
+# the values that lead nowhere: other names of an attention are repositories of kernels
+_ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_ELSEWHERE = {
+    "configuration_files": (None,), "transformers_weights": (None,), "attn_implementation": _ATTENTIONS,
+    "_attn_implementation": _ATTENTIONS,
+}  # fmt: skip
 # by words in the names of fields, the largest value that is believed
 _LARGEST = {
     "num_hidden_layers": 1_000, "depth": 1_000, "num_heads": 1_000, "attention_heads": 1_000, "hidden_size": 20_000,
@@ -77,7 +82,7 @@ def _check_fields(config: dict, name: str):
     found, num_layers = [config], 0
     for mapping in found:
         for field, value in mapping.items():
-            if field in _ELSEWHERE and value is not None:
+            if value not in _ELSEWHERE.get(field, (value,)):
                 raise InputError(f"config.json of {name} has {field}, which leads elsewhere; take that field out.")
             if field in _LABELS:
                 continue

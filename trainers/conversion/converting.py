@@ -16,6 +16,7 @@ from trainers.conversion.checks import Check, Converted, Written
 from trainers.conversion.formats import Format, ReadOptions, Source, format_named, function, open_source
 from trainers.conversion.names import ROUNDED_NOTE, rounding_notes
 from trainers.conversion.ours import encoder_of, plain_encoder_only
+from trainers.doctor_runs import newest_model, read_json
 from trainers.errors import InputError, first_line
 from trainers.files import full_disk_named, leftovers, whole_file, write_json
 from trainers.known_facts import CONVERSION, known_facts
@@ -188,10 +189,18 @@ def _write(target: Format, model, processor, output: Path, source: str, source_f
     with whole_folder(output) as unfinished:
         _tell(writer(model, processor, unfinished), checks, notes)
         if target.name == "cjepa":
-            sentences = [check.sentence() for check in checks]
-            facts = {"source": source, "format": source_format.what, "notes": notes, "checks": sentences}
+            facts = {"source": source, "format": source_format.what, "notes": [], "checks": []}
+            facts |= _former_conversion(source) if source_format.name == "cjepa" else {}
+            facts["notes"] += notes
+            facts["checks"] += [check.sentence() for check in checks]
             write_json(unfinished / CONVERSION, public_facts(facts))
             write_card(unfinished, card_kind(model), known_facts(unfinished, model), str(output))
+
+
+def _former_conversion(source: str) -> dict:
+    """What is known of where a model of ours came from before it was ours."""
+    place = newest_model(source)
+    return read_json(place, CONVERSION) or read_json(place, "results.json").get("conversion", {})
 
 
 def _tell(written: Written, checks: list[Check], notes: list[str]):
