@@ -12,8 +12,40 @@ def add_benchmark(commands):
         "quartiles. `cjepa benchmark PART --help` explains each.",
     )
     parts = parser.add_subparsers(title="parts", required=True, metavar="PART")
-    for add in (add_masks, add_levels, add_features, add_training, add_loading):
+    for add in (add_step, add_masks, add_levels, add_features, add_training, add_loading):
         add(parts)
+
+
+def add_step(parts):
+    """`cjepa benchmark step`."""
+    parser = _add_part(
+        parts,
+        "step",
+        "a training step beside the authors'",
+        "A whole training step of C-JEPA beside one of I-JEPA's authors' code, re-stated, on the same batches and "
+        "masks, in turns: forward pass, backward pass, optimizer, moving average. That both are the same function is "
+        "looked at first. And the share of each part of ours.",
+        batch_size=64,
+        rounds=9,
+    )
+    sizes = "cifar, vit_t16, vit_s16, vit_b16, vit_l16 or vit_h14"
+    parser.add_argument("--size", default="cifar", help=f"{sizes} (default %(default)s)")
+    parser.add_argument("--precision", help="float32 or bf16, of both (default: what the device multiplies faster)")
+    parser.add_argument("--output", metavar="FILE", help="also write the figures there, as JSON")
+    parser.set_defaults(run=run_step)
+
+
+def run_step(namespace):
+    """Prints the medians."""
+    from pathlib import Path
+
+    from trainers.files import write_json
+    from trainers.step_cost import benchmark_step, format_step_cost
+
+    found = benchmark_step(namespace.size, namespace.batch_size, namespace.rounds, namespace.precision)
+    print(format_step_cost(found))
+    if namespace.output:
+        write_json(Path(namespace.output), found)
 
 
 def add_masks(parts):

@@ -307,12 +307,11 @@ def _check(model: CJepaForPreTraining | CJepaModel, state: dict) -> Check:
     if whole:
         num_patches = ours[0].shape[1]
         order = torch.rand(len(images), num_patches, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
-        seen, hidden = order[:, : (num_patches + 1) // 2], order[:, num_patches // 2 :]
+        seen, hidden = order[:, : (num_patches + 1) // 2], order[:, None, num_patches // 2 :]
         with in_float64(model.context_encoder):
             context = model.context_encoder(images, seen).last_hidden_state
         with in_float64(model.predictor):
-            predicted = model.predictor(context, seen, hidden.unsqueeze(1), config.grid_size).squeeze(1)
-        ours += [context, predicted]
+            ours += [context, model.predictor(context, seen, hidden, config.grid_size)]
         tokens = encode(state["encoder"], images, heads, config.grid_size, seen)
         theirs += [tokens, predict(state["predictor"], tokens, heads, config.grid_size, seen, hidden)]
     parts = "both encoders and predictor" if whole else "the encoder"

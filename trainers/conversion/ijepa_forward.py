@@ -1,6 +1,6 @@
 """The authors' I-JEPA written out from a file's own tensors: no class of ours, so that a mistake in ours shows.
 
-Shapes: B images, N patches, Nc context patches, K target patches, D width, P predictor width.
+Shapes: B images, N patches, Nc context patches, M target blocks, K patches a block, D width, P predictor width.
 """
 
 import torch
@@ -44,18 +44,19 @@ def predict(tensors: Tensors, context: torch.Tensor, heads: int, grid_size, seen
         tensors (`dict[str, torch.Tensor]`): The predictor's, under the authors' names.
         context (`torch.Tensor` of shape `(B, Nc, D)`): The context encoder's tokens.
         heads, grid_size: As in [`encode`].
-        seen (`torch.Tensor` of shape `(B, Nc)`), hidden (`torch.Tensor` of shape `(B, K)`): The positions of the
+        seen (`torch.Tensor` of shape `(B, Nc)`), hidden (`torch.Tensor` of shape `(B, M, K)`): The positions of the
             context, and those to predict.
 
     Returns:
-        `torch.Tensor` of shape `(B, K, D)`.
+        `torch.Tensor` of shape `(B, M, K, D)`.
     """
     tokens = _linear(tensors, "predictor_embed", context)
     positions = _positions(tensors, "predictor_pos_embed", grid_size, tokens).expand(len(tokens), -1, -1)
-    queries = _like(tokens, tensors["mask_token"]) + _take(positions, hidden)
-    tokens = torch.cat([tokens + _take(positions, seen), queries], dim=1)
+    queries = _like(tokens, tensors["mask_token"]) + _take(positions, hidden.flatten(1))
+    context = (tokens + _take(positions, seen)).unsqueeze(1).expand(-1, hidden.shape[1], -1, -1)
+    tokens = torch.cat([context, queries.unflatten(1, hidden.shape[1:])], dim=2).flatten(0, 1)  # (B * M, Nc + K, P)
     tokens = _norm(tensors, "predictor_norm", _blocks(tensors, "predictor_blocks", tokens, heads))
-    return _linear(tensors, "predictor_proj", tokens[:, seen.shape[1] :])
+    return _linear(tensors, "predictor_proj", tokens[:, seen.shape[1] :]).unflatten(0, hidden.shape[:2])
 
 
 def _blocks(tensors: Tensors, prefix: str, tokens: torch.Tensor, heads: int) -> torch.Tensor:
@@ -94,8 +95,8 @@ def _positions(tensors: Tensors, name: str, grid_size, tokens: torch.Tensor) -> 
 
 
 def _like(tokens: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the file, as float32 holds it, in the precision that is computed in."""
-    return tensor.float().to(tokens.dtype)
+    """A tensor of the file, as float32 holds it, in float64 where that is computed in."""
+    return tensor.float().to(torch.promote_types(tokens.dtype, torch.float32))
 
 
 def _take(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
