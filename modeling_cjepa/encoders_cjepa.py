@@ -152,12 +152,18 @@ class CJepaAttention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, width)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        shape = hidden_states.shape[:-1]
+    def forward(
+        self, hidden_states: torch.Tensor, first_query: int = 0, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of tokens (B, N, D) those from `first_query` on ask all: their outputs, and the weights where known."""
+        asking = hidden_states[:, first_query:]
+        shape = asking.shape[:-1]
         query, key, value = (
-            projection(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+            projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection, tokens in (
+                (self.q_proj, asking), (self.k_proj, hidden_states), (self.v_proj, hidden_states)
+            )
+        )  # fmt: skip
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         output, weights = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
@@ -191,9 +197,12 @@ class CJepaLayer(GradientCheckpointingLayer):
         self.mlp = CJepaMLP(config, width, intermediate_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
-        hidden_states = hidden_states + drop_path(self.dropout(attended), self.drop_path_rate, self.training)
+    def forward(self, hidden_states: torch.Tensor, first_query: int = 0, **kwargs) -> torch.Tensor:
+        """Tokens (B, N, D) to those from `first_query` on, which are all that is computed where no other is read."""
+        attended, _ = self.attention(self.layernorm_before(hidden_states), first_query, **kwargs)
+        hidden_states = hidden_states[:, first_query:] + drop_path(
+            self.dropout(attended), self.drop_path_rate, self.training
+        )
         transformed = self.dropout(self.mlp(self.layernorm_after(hidden_states)))
         return hidden_states + drop_path(transformed, self.drop_path_rate, self.training)
 

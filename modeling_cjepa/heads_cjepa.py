@@ -55,9 +55,10 @@ class CJepaPredictor(nn.Module):
         queries = self.mask_token + take(positions, target_ids)
         context = context.unsqueeze(1).expand(-1, num_blocks, -1, -1)
         tokens = torch.cat([context, queries.to(context.dtype)], dim=2).flatten(0, 1)  # (B * M, Nc + K, P)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             tokens = layer(tokens)
-        predictions = self.output_projection(self.layernorm(tokens[:, num_context:]))
+        tokens = self.layers[-1](tokens, num_context)  # of the last layer no context token is read
+        predictions = self.output_projection(self.layernorm(tokens))
         return predictions.view(num_images, num_blocks, block_length, -1)
 
 
