@@ -3,6 +3,7 @@
 import itertools
 import statistics
 import time
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -32,6 +33,29 @@ def benchmark_masks(batch_size: int = 256, num_rounds: int = 20) -> list[dict]:
         raise InputError(f"--batch_size {batch_size} must be 1 or more and --rounds {num_rounds} 2 or more.")
     with threads(1):
         return [_time_masks(grid, batch_size, num_rounds) for grid in GRIDS]
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """`low`, `median` and `high` of measurements, of which there are two or more."""
+    return dict(zip(("low", "median", "high"), statistics.quantiles(values, n=4), strict=True))
+
+
+def step_rows(found: dict, called: dict[str, str]) -> list[list[str]]:
+    """A table of steps by what each is called: `found` has the [`quartiles`] of their seconds, and `batch_size`."""
+    rows = [["a step", "ms (quartiles)", "images/s"]]
+    for name, title in called.items():
+        low, median, high = (found[name][place] * 1e3 for place in ("low", "median", "high"))
+        rows.append([title, f"{median:.1f} ({low:.1f} - {high:.1f})", f"{found['batch_size'] / median * 1e3:.1f}"])
+    return rows
+
+
+def decay_groups(parameters: Iterable[torch.Tensor], weight_decay: float) -> list[dict]:
+    """What an optimizer is given: the matrices, which decay, and all of one dimension, which do not."""
+    parameters = list(parameters)
+    return [
+        {"params": [each for each in parameters if (each.ndim > 1) == decays], "weight_decay": weight_decay * decays}
+        for decays in (True, False)
+    ]
 
 
 def loop_masks(batch_size: int, grid: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,10 +118,10 @@ def _time_masks(grid: int, batch_size: int, num_rounds: int) -> dict:
             started = time.perf_counter()
             sample(batch_size, grid, generator=generator)
             times[name].append((time.perf_counter() - started) / batch_size * 1e6)
-    low, median, high = statistics.quantiles(times["ours"][1:], n=4)
+    found = quartiles(times["ours"][1:])
     loop = statistics.median(times["loop"][1:])
-    row = {"grid": f"{grid}x{grid}", "batch_size": batch_size, "median": median, "low": low, "high": high}
-    return row | {"loop": loop, "factor": loop / median}
+    row = {"grid": f"{grid}x{grid}", "batch_size": batch_size} | found
+    return row | {"loop": loop, "factor": loop / found["median"]}
 
 
 def format_benchmark(rows: list[dict]) -> str:

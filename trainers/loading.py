@@ -145,7 +145,6 @@ def load_image_statistics(path: str | Path) -> tuple[list[float], list[float]] |
     processor = load_processor(path)
     if processor is None:
         return None
-    check_processor(processor, None, path)
     return list(processor.image_mean), list(processor.image_std)
 
 

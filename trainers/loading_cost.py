@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import IJepaConfig, IJepaModel
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining
+from trainers.benchmark import quartiles
 from trainers.errors import InputError
 from trainers.publishing import save_model
 from trainers.reports import markdown_table
@@ -103,9 +104,8 @@ def _load(folder: Path) -> dict:
 def _summary(found: list[dict], theirs: list[dict]) -> dict:
     summary = {"parameters": found[0]["parameters"]}
     for unit in ("seconds", "megabytes"):
-        low, median, high = statistics.quantiles([each[unit] for each in found], n=4)
         ratios = [ours[unit] / other[unit] for ours, other in zip(found, theirs, strict=True)]
-        summary[unit] = {"median": median, "low": low, "high": high, "factor": statistics.median(ratios)}
+        summary[unit] = quartiles([each[unit] for each in found]) | {"factor": statistics.median(ratios)}
     return summary
 
 

@@ -14,13 +14,13 @@ from yaml import YAMLError
 from trainers.cards import card_kind, kept_license, write_card
 from trainers.checkpoint_push import CheckpointPush
 from trainers.conversion.ijepa_transformers import write_ijepa_model
-from trainers.conversion.ours import encoder_of, load_processor, plain_encoder_only
+from trainers.conversion.ours import encoder_of, plain_encoder_only
 from trainers.conversion.weight_files import check_tensors
 from trainers.doctor_runs import newest_model
 from trainers.errors import InputError, first_line
 from trainers.files import write_json
 from trainers.known_facts import known_facts
-from trainers.loading import check_processor, load_model
+from trainers.loading import check_processor, load_model, load_processor
 from trainers.model_facts import is_classifier, parameters_by_part
 from trainers.public_facts import public_facts
 from trainers.publication_pictures import draw_pictures

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from modeling_cjepa import CJepaForPreTraining
+from trainers.benchmark import decay_groups
 from trainers.conversion.ijepa_forward import encode, predict
 from trainers.conversion.names import FUSED_ENCODER, FUSED_PREDICTOR, NameTable
 
@@ -35,13 +36,7 @@ class ReferenceStep:
         trained = [tensor for part in (self.encoder, self.predictor) for tensor in _weights(part)]
         for tensor in trained:
             tensor.requires_grad_()
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [tensor for tensor in trained if tensor.ndim > 1], "weight_decay": weight_decay},
-                {"params": [tensor for tensor in trained if tensor.ndim == 1], "weight_decay": 0.0},
-            ],
-            lr=learning_rate,
-        )
+        self.optimizer = torch.optim.AdamW(decay_groups(trained, weight_decay), lr=learning_rate)
 
     def loss(self, images: torch.Tensor, context_ids: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
         """
@@ -64,21 +59,17 @@ class ReferenceStep:
         predictions = predict(self.predictor, context, self.heads, self.grid_size, context_ids, target_ids)
         return functional.smooth_l1_loss(predictions, targets)
 
-    def step(self, images, context_ids, target_ids, momentum: float = 0.996) -> float:
+    def finish(self, loss: torch.Tensor, momentum: float = 0.996) -> float:
         """
-        A whole step: forward pass, backward pass, optimizer, log of the gradients, moving average.
+        The rest of a step: backward pass, optimizer, log of the gradients, moving average.
 
         Args:
-            images, context_ids, target_ids: As of [`~ReferenceStep.loss`].
+            loss (`torch.Tensor`, scalar): Of [`~ReferenceStep.loss`].
             momentum (`float`): Share of the old target encoder that is kept.
 
         Returns:
             `float`: The loss.
         """
-        return self.finish(self.loss(images, context_ids, target_ids), momentum)
-
-    def finish(self, loss: torch.Tensor, momentum: float = 0.996) -> float:
-        """A step from its loss on; as of [`~ReferenceStep.step`]."""
         loss.backward()
         self.optimizer.step()
         self.gradient_norms()

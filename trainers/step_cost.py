@@ -6,6 +6,7 @@ import time
 import torch
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining
+from trainers.benchmark import decay_groups, quartiles, step_rows
 from trainers.errors import InputError
 from trainers.reference_step import ReferenceStep
 from trainers.reports import markdown_table
@@ -74,15 +75,11 @@ def benchmark_step(
     whole = sum(statistics.median(each[name] for each in parts) for name in parts[0])
     return {
         "size": size, "batch_size": batch_size, "device": device.type, "threads": torch.get_num_threads(),
-        "precision": precision, "reference": _quartiles(theirs), "ours": _quartiles(ours),
-        "factor": _quartiles([their / our for their, our in zip(theirs, ours, strict=True)]),
+        "precision": precision, "reference": quartiles(theirs), "ours": quartiles(ours),
+        "factor": quartiles([their / our for their, our in zip(theirs, ours, strict=True)]),
         "parts": {name: statistics.median(each[name] for each in parts) / whole for name in parts[0]},
         "difference": difference,
     }  # fmt: skip
-
-
-def _quartiles(values) -> dict[str, float]:
-    return dict(zip(("low", "median", "high"), statistics.quantiles(values, n=4), strict=True))
 
 
 class _Race:
@@ -93,10 +90,7 @@ class _Race:
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
         self.reference = ReferenceStep(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": [p for p in trained if (p.ndim > 1) == decays], "weight_decay": 0.05 * decays}
-             for decays in (True, False)], lr=1e-4, fused=True,
-        )  # fmt: skip
+        self.optimizer = torch.optim.AdamW(decay_groups(trained, 0.05), lr=1e-4, fused=True)
         side = model.config.image_size
         self.images = torch.randn(batch_size, model.config.num_channels, side, side, device=self.device)
         self.draw_masks()
@@ -174,11 +168,7 @@ class _Stopwatch:
 
 def format_step_cost(found: dict) -> str:
     """The measurements as two tables."""
-    cells = [["a step", "ms (quartiles)", "images/s"]]
-    for name, called in (("reference", "the authors', re-stated"), ("ours", "ours, with its regulariser")):
-        times = found[name]
-        spread = f"{times['median'] * 1e3:.1f} ({times['low'] * 1e3:.1f} - {times['high'] * 1e3:.1f})"
-        cells.append([called, spread, f"{found['batch_size'] / times['median']:.1f}"])
+    cells = step_rows(found, {"reference": "the authors', re-stated", "ours": "ours, with its regulariser"})
     factor = found["factor"]
     shares = [["part of ours", "share"], *([name, f"{share:.1%}"] for name, share in found["parts"].items())]
     return "\n".join(

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 
 from modeling_cjepa.configuration_cjepa import pair
+from trainers.benchmark import decay_groups, quartiles, step_rows
 from trainers.errors import InputError
 from trainers.pretraining import build_model, build_trainer, training_arguments
 from trainers.recipes import Recipe
@@ -83,11 +83,8 @@ class _BareSteps:
         """One optimizer step."""
         trainer, args = self.trainer, self.trainer.args
         if self.optimizer is None:
-            groups = [
-                {"params": [p for p in self.model.parameters() if p.requires_grad and (p.ndim > 1) == decays],
-                 "weight_decay": args.weight_decay if decays else 0.0}
-                for decays in (True, False)
-            ]  # fmt: skip
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            groups = decay_groups(trained, args.weight_decay)
             optimizer_class, options = trainer.get_optimizer_cls_and_kwargs(args, self.model)
             self.optimizer = optimizer_class(groups, **options)
         for batch in itertools.islice(self.batches, self.num_batches):
@@ -145,10 +142,7 @@ def _summary(turns: _Turns) -> dict:
         "trainer": [seconds / turns.length for seconds in trainer],
         "overhead": [whole / alone - 1 for whole, alone in zip(trainer, bare, strict=True)],
     }
-    return {
-        name: dict(zip(("low", "median", "high"), statistics.quantiles(values, n=4), strict=True))
-        for name, values in found.items()
-    }
+    return {name: quartiles(values) for name, values in found.items()}
 
 
 def _time_save(trainer, folder: Path) -> dict:
@@ -170,11 +164,7 @@ def _time_save(trainer, folder: Path) -> dict:
 
 def format_training_cost(found: dict) -> str:
     """The measurements as a table."""
-    cells = [["a step", "ms (quartiles)", "images/s"]]
-    for name, called in (("bare", "bare"), ("trainer", "of the trainer")):
-        times = found[name]
-        spread = f"{times['median'] * 1e3:.1f} ({times['low'] * 1e3:.1f} - {times['high'] * 1e3:.1f})"
-        cells.append([called, spread, f"{found['batch_size'] / times['median']:.1f}"])
+    cells = step_rows(found, {"bare": "bare", "trainer": "of the trainer"})
     overhead = found["overhead"]
     return "\n".join(
         [

@@ -9,9 +9,10 @@ from modeling_cjepa import CJepaModel
 from trainers.conversion.checks import Check, Converted, Written, compare, in_float64, random_images
 from trainers.conversion.formats import ReadOptions, Source
 from trainers.conversion.names import build, exact_positions, has_fixed_positions
-from trainers.conversion.ours import load_processor, plain_encoder_only
+from trainers.conversion.ours import plain_encoder_only
 from trainers.conversion.transformers_models import encoder_config, ijepa_fields, left_out, load_transformers
 from trainers.errors import InputError
+from trainers.loading import load_processor
 
 # what the authors' code normalises by
 _IMAGENET_MEAN = [0.485, 0.456, 0.406]

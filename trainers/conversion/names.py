@@ -13,7 +13,7 @@ from trainers.errors import InputError
 ROUNDED_NOTE = "Its weights are float64 and are rounded to float32."
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _JOINED = "attention.qkv."
-_POSITIONS = "position_embeddings"
+POSITIONS = "position_embeddings"
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def build(model_class, config, tensors: dict[str, torch.Tensor], where: str) -> 
     """
     with torch.device("meta"):  # nothing of the sizes a file claims is made before they are known to be its tensors'
         expected = model_class(config).state_dict()
-    missing = [name for name in expected if name not in tensors and not name.endswith(_POSITIONS)]
+    missing = [name for name in expected if name not in tensors and not name.endswith(POSITIONS)]
     unknown = [name for name in tensors if name not in expected]
     if missing or unknown:
         raise InputError(
@@ -151,7 +151,7 @@ def build(model_class, config, tensors: dict[str, torch.Tensor], where: str) -> 
             )
     model = model_class(config)
     # positions are the table that ours computes, which that of a file may be rounded from
-    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(_POSITIONS)}
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(POSITIONS)}
     model.load_state_dict(weights, strict=False)
     return model.eval()
 

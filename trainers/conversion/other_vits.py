@@ -11,9 +11,9 @@ from modeling_cjepa import CJepaModel
 from trainers.conversion.checks import FEATURE_LIMITS, Check, Converted, compare, in_float64, random_images
 from trainers.conversion.formats import ReadOptions, Source
 from trainers.conversion.names import DINOV2, build, has_fixed_positions
-from trainers.conversion.ours import load_processor
 from trainers.conversion.transformers_models import encoder_config, left_out, load_transformers
 from trainers.errors import InputError
+from trainers.loading import load_processor
 
 # layer scale that is folded into weights is rounded with them
 _FOLDED_LIMIT = FEATURE_LIMITS[torch.float32]

@@ -8,14 +8,12 @@ from transformers import PreTrainedModel
 from modeling_cjepa import CJepaForPreTraining, SJeaForPreTraining, SJeaModel
 from trainers.conversion.checks import Check, Converted, Written, compare, random_images
 from trainers.conversion.formats import ReadOptions, Source
-from trainers.conversion.names import exact_positions
+from trainers.conversion.names import POSITIONS, exact_positions
 from trainers.conversion.weight_files import check_tensors
 from trainers.errors import InputError
 from trainers.loading import load_model, load_processor
 from trainers.model_facts import is_classifier
 from trainers.publishing import save_model
-
-_POSITIONS = "position_embeddings"
 
 
 def read_ours(source: Source, options: ReadOptions) -> Converted:
@@ -44,7 +42,7 @@ def _put_exact_positions(model: PreTrainedModel) -> list[str]:
     """Changes the tables of positions in place; a sentence where one was rounded, as by saving in half precision."""
     notes = []
     for module in model.modules():
-        if _POSITIONS in dict(module.named_buffers(recurse=False)):
+        if POSITIONS in dict(module.named_buffers(recurse=False)):
             exact, rounded = exact_positions(module.config.grid_size, module.position_embeddings)
             module.position_embeddings.copy_(exact)
             notes += rounded
