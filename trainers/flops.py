@@ -16,7 +16,7 @@ from modeling_cjepa.configuration_cjepa import pair
 
 # sides of the square products, large enough for a device's full rate
 _SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
-_NUM_TRIES = 5
+_NUM_TRIES = 8
 
 
 def model_flops(config: CJepaConfig, num_context: int, num_blocks: int, block_length: int) -> dict[str, int]:

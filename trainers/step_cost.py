@@ -75,9 +75,10 @@ def benchmark_step(
     difference = race.difference()
     if difference > _MOST_APART[precision]:
         raise InputError(f"The losses of ours and of the reference differ by {difference:.1e}: it is no comparison.")
-    rate = matmul_rate(device, precision)
+    rates = [matmul_rate(device, precision)]
     rounds = [race.round() for _ in range(num_rounds + 1)][1:]
     flops, theirs, ours, parts = zip(*rounds, strict=True)
+    rate = max(*rates, matmul_rate(device, precision))  # what else the machine does slows one or the other
     whole = sum(statistics.median(each[name] for each in parts) for name in parts[0])
     return {
         "size": size, "batch_size": batch_size, "device": device.type, "threads": torch.get_num_threads(),
