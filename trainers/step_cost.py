@@ -33,7 +33,7 @@ SIZES = {
     "vit_h14": _vit(1280, 32, 16, 384, 12, patch_size=14),
 }
 PRECISIONS = ("float32", "bf16")
-_RACERS = {"reference": "the authors', re-stated", "ours": "ours, with its regulariser"}
+RACERS = {"reference": "the authors', re-stated", "ours": "ours, with its regulariser"}
 # the largest difference of the two losses, without our regulariser, that leaves them the same function
 _MOST_APART = {"float32": 1e-4, "bf16": 1e-2}
 
@@ -66,9 +66,7 @@ def benchmark_step(
     if batch_size < 2 or num_rounds < 2:
         raise InputError(f"--batch_size {batch_size} and --rounds {num_rounds} must be 2 or more.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = precision or ("bf16" if computes_in_bf16(device) else "float32")
-    if precision not in PRECISIONS:
-        raise InputError(f"--precision {precision!r} is not known; choose {' or '.join(PRECISIONS)}.")
+    precision = chosen_precision(precision, device)
     config = CJepaConfig(**SIZES[size], layer_norm_eps=1e-6)
     model = CJepaForPreTraining._from_config(config, attn_implementation="sdpa").to(device).train()
     race = _Race(model, batch_size, precision)
@@ -91,6 +89,14 @@ def benchmark_step(
             for name, steps in (("reference", theirs), ("ours", ours))
         },
     }  # fmt: skip
+
+
+def chosen_precision(asked: str | None, device: torch.device) -> str:
+    """The precision that is asked for, or what a device multiplies faster; `InputError` if it is not known."""
+    precision = asked or ("bf16" if computes_in_bf16(device) else "float32")
+    if precision not in PRECISIONS:
+        raise InputError(f"--precision {precision!r} is not known; choose {' or '.join(PRECISIONS)}.")
+    return precision
 
 
 class _Race:
@@ -185,9 +191,9 @@ class _Stopwatch:
 
 def format_step_cost(found: dict) -> str:
     """The measurements as two tables."""
-    cells = step_rows(found, _RACERS)
+    cells = step_rows(found, RACERS)
     factor = found["factor"]
-    used = " and ".join("{median:.1%} ({low:.1%} - {high:.1%})".format(**found["mfu"][name]) for name in _RACERS)
+    used = " and ".join("{median:.1%} ({low:.1%} - {high:.1%})".format(**found["mfu"][name]) for name in RACERS)
     shares = [["part of ours", "share"], *([name, f"{share:.1%}"] for name, share in found["parts"].items())]
     return "\n".join(
         [
