@@ -11,7 +11,8 @@ CLASSIFIER_POOLINGS = ("mean", "last4", "attentive")
 _COUNTS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size",
     "num_channels", "predictor_hidden_size", "predictor_num_hidden_layers", "predictor_num_attention_heads",
-    "predictor_intermediate_size", "expander_hidden_size", "num_target_blocks", "min_context_patches",
+    "predictor_intermediate_size", "expander_hidden_size", "num_target_blocks", "num_mask_sets",
+    "min_context_patches",
 )  # fmt: skip
 # what a level of a stack has of its own, and what all have in common
 _LEVEL_FIELDS = (
@@ -74,6 +75,8 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
             units of the image's own.
         context_scale (`[float, float]`, defaults to `[0.85, 1.0]`): Share of the image the context block covers.
         min_context_patches (`int`, defaults to 10): Fewest patches a context may have.
+        num_mask_sets (`int`, defaults to 1): Pairs of a context and its target blocks that are drawn of an image in a
+            step. They share the target encoder's pass; each is one more image to the regulariser.
         upper_levels (`list[dict]`, *optional*): Levels on top of this one, none when not given: level 1 reads this
             encoder's tokens, 2x2 of them merged, level 2 those of level 1, and so on, each with encoders, predictor
             and regulariser of its own. An entry holds the fields of this class that differ from level 0's (sizes of
@@ -132,6 +135,7 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
     target_aspect_ratio: list[float] | tuple[float, float] = (0.75, 1.5)
     context_scale: list[float] | tuple[float, float] = (0.85, 1.0)
     min_context_patches: int = 10
+    num_mask_sets: int = 1
     upper_levels: list[dict] | None = None
     level: int | None = None
     level_weight: float = 1.0

@@ -180,11 +180,11 @@ def _check_geometry(rows, columns, num_target_blocks, target_scale, target_aspec
 
 
 def check_ids(name: str, ids: torch.Tensor | None, batch_size: int, grid_size: tuple[int, int]):
-    """Refuses, by a `ValueError`, positions (B, ...) of another number of images or beside the grid; None passes."""
+    """Refuses, by a `ValueError`, positions (B, ...) of another number of masks or beside the grid; None passes."""
     if ids is None:
         return
     if ids.shape[0] != batch_size:
-        raise ValueError(f"{name} has masks of {ids.shape[0]} images, pixel_values {batch_size}.")
+        raise ValueError(f"{name} has {ids.shape[0]} masks; give {batch_size}, num_mask_sets of each image.")
     # to look at positions on a GPU is to wait for it, and in a graph to break it
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() > 0:
         low, high, (rows, columns) = ids.min().item(), ids.max().item(), grid_size

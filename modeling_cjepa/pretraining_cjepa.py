@@ -2,7 +2,8 @@
 
 A stack predicts at every level, under masks that lie over each other: they are drawn on the coarsest grid.
 
-Shapes: B images, C channels, N patches, Nc context patches, M target blocks, K patches a block, D width.
+Shapes: B images, R mask sets of an image, C channels, N patches, Nc context patches, M target blocks, K patches a
+block, D width. Masks and what is predicted under them have B * R rows, those of an image side by side.
 """
 
 from dataclasses import dataclass
@@ -34,16 +35,16 @@ class CJepaForPreTrainingOutput(ModelOutput):
             their weights.
         loss_terms (`dict[str, torch.Tensor]`): Detached, unweighted `prediction`, `invariance`, `variance`,
             `covariance` of level 0, `level1_prediction` and so on of those above.
-        predictions (`torch.Tensor` of shape `(B, M, K, D)`): The predictor's output at level 0.
-        targets (`torch.Tensor` of shape `(B, M, K, D)`): The target encoder's normalised tokens at level 0.
+        predictions (`torch.Tensor` of shape `(B * R, M, K, D)`): The predictor's output at level 0.
+        targets (`torch.Tensor` of shape `(B * R, M, K, D)`): The target encoder's normalised tokens at level 0.
         level_embeddings (`tuple` of `torch.Tensor` of shape `(B, D)`): The target encoder's mean token of each image,
             level by level.
-        context_ids (`torch.Tensor` of shape `(B, Nc)`): Positions of the context used, on the top level's grid.
-        target_ids (`torch.Tensor` of shape `(B, M, K)`): Positions of the targets used, on the top level's grid.
+        context_ids (`torch.Tensor` of shape `(B * R, Nc)`): Positions of the context used, on the top level's grid.
+        target_ids (`torch.Tensor` of shape `(B * R, M, K)`): Positions of the targets used, on the top level's grid.
         hidden_states (`tuple` of `torch.Tensor` of shape `(B, N, D)`, *optional*): The target encoder's.
         attentions (`tuple` of `torch.Tensor` of shape `(B, heads, N, N)`, *optional*): The target encoder's.
-        level_views (`tuple` of `torch.Tensor` of shape `(B, M, D)`): The mean prediction of each target block,
-            detached, level by level: M views of an image.
+        level_views (`tuple` of `torch.Tensor` of shape `(B, R * M, D)`): The mean prediction of each target block,
+            detached, level by level: R * M views of an image.
         signs (`dict[str, torch.Tensor]`): Detached scalars that tell of collapse, of
             [`~signs_cjepa.masked_signs`], named as the loss terms.
     """
@@ -152,13 +153,13 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         Draws masks of the configured geometry, see [`~masking_cjepa.sample_block_masks`].
 
         Args:
-            batch_size (`int`): Number of images B.
+            batch_size (`int`): How many: `num_mask_sets` times the number of images.
             grid_size (`(rows, columns)`, *optional*): The top level's grid; the configured image's when not given.
             generator (`torch.Generator`, *optional*): The source of randomness.
             device (`torch.device`, *optional*): Where the masks go.
 
         Returns:
-            `context_ids` (B, Nc) and `target_ids` (B, M, K).
+            `context_ids` (`batch_size`, Nc) and `target_ids` (`batch_size`, M, K).
         """
         config = [self.predictor, *self.upper_predictors][-1].config  # of the top level
         geometry = {
@@ -197,10 +198,10 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalised images.
-            context_ids (`torch.Tensor` of shape `(B, Nc)`, *optional*): Integer positions of the context patches, on
-                the top level's grid.
-            target_ids (`torch.Tensor` of shape `(B, M, K)`, *optional*): Integer positions of the target blocks, on
-                the top level's grid; the levels below mask the patches below these. Both masks are drawn on the
+            context_ids (`torch.Tensor` of shape `(B * R, Nc)`, *optional*): Integer positions of the context patches,
+                on the top level's grid; R is the configuration's `num_mask_sets`.
+            target_ids (`torch.Tensor` of shape `(B * R, M, K)`, *optional*): Integer positions of the target blocks,
+                on the top level's grid; the levels below mask the patches below these. Both masks are drawn on the
                 images' device when neither is given.
             generator (`torch.Generator`, *optional*): Source of the masks' randomness; torch's default otherwise.
             return_loss (`bool`): Whether to compute the loss.
@@ -219,12 +220,12 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         """
         if (context_ids is None) != (target_ids is None):
             raise ValueError("Give both context_ids and target_ids, or neither to have them drawn.")
-        grid_sizes = self.grid_sizes(pixel_values)
+        grid_sizes, num_rows = self.grid_sizes(pixel_values), len(pixel_values) * self.config.num_mask_sets
         for name, ids in (("context_ids", context_ids), ("target_ids", target_ids)):
-            check_ids(name, ids, pixel_values.shape[0], grid_sizes[-1])
+            check_ids(name, ids, num_rows, grid_sizes[-1])
         if context_ids is None:
             context_ids, target_ids = self.sample_masks(
-                pixel_values.shape[0], grid_sizes[-1], generator, device=pixel_values.device
+                num_rows, grid_sizes[-1], generator, device=pixel_values.device
             )
         with torch.no_grad():
             tokens = self.cjepa.encode(
@@ -232,15 +233,16 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             )
         levels = self._levels(pixel_values, context_ids, target_ids)
         predictions = [level.predict() for level in levels]
-        targets = [level.targets(encoded.last_hidden_state) for level, encoded in zip(levels, tokens, strict=True)]
+        level_tokens = [self._for_each_set(encoded.last_hidden_state) for encoded in tokens]
+        targets = [level.targets(encoded) for level, encoded in zip(levels, level_tokens, strict=True)]
         loss = terms = signs = None
         if return_loss:
             loss, terms = self._loss(levels, predictions, targets, regularizer_weight, other_rows or [])
-            of_levels = zip(levels, predictions, targets, tokens, strict=True)
+            of_levels = zip(levels, predictions, targets, level_tokens, strict=True)
             signs = {
                 level_term(name, number): sign
                 for number, (level, predicted, target, encoded) in enumerate(of_levels)
-                for name, sign in level.signs(predicted, target, encoded.last_hidden_state).items()
+                for name, sign in level.signs(predicted, target, encoded).items()
             }
         outputs = combine(tokens, self.config.num_levels)
         return CJepaForPreTrainingOutput(
@@ -253,7 +255,9 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             target_ids=target_ids,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            level_views=tuple(block_means(predicted) for predicted in predictions),
+            level_views=tuple(
+                block_means(predicted).reshape(len(pixel_values), -1, predicted.shape[-1]) for predicted in predictions
+            ),
             signs=signs,
         )
 
@@ -266,7 +270,7 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             pixel_values, context_ids, target_ids: As of `forward`, all of them needed.
 
         Returns:
-            `tuple` of `torch.Tensor` of shape `(B, G, D)`: Level by level the G embeddings of an image.
+            `tuple` of `torch.Tensor` of shape `(B * R, G, D)`: Level by level the G embeddings of an image.
         """
         levels = self._levels(pixel_values, context_ids, target_ids)
         # all or none, so that their dropout is drawn as in `forward`
@@ -290,9 +294,14 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         """Each level's predictor and expander, from the image up."""
         return [self.predictor, *self.upper_predictors], [self.expander, *self.upper_expanders]
 
+    def _for_each_set(self, rows: torch.Tensor) -> torch.Tensor:
+        """What there is of each image (B, ...) for each of its mask sets (B * R, ...)."""
+        num_sets = self.config.num_mask_sets
+        return rows if num_sets == 1 else rows.repeat_interleave(num_sets, dim=0)
+
     def _levels(self, pixel_values, context_ids, target_ids) -> list[MaskedLevel]:
         """What each level reads of a batch, from the image up."""
-        contexts = self.context_encoder.encode(pixel_values, context_ids, stop_gradients=True)
+        contexts = self.context_encoder.encode(self._for_each_set(pixel_values), context_ids, stop_gradients=True)
         grid_sizes = self.grid_sizes(pixel_values)
         ids = (ids_by_level(each, grid_sizes[0], self.cjepa.merges) for each in (context_ids, target_ids))
         predictors, expanders = [self.predictor, *self.upper_predictors], [self.expander, *self.upper_expanders]

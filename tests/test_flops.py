@@ -34,18 +34,28 @@ def test_model_flops_are_those_of_the_authors_step():
     assert counted(lambda: model.cjepa.encode(images(2))) == 2 * found["target encoder"]
 
 
-def test_ours_saves_the_context_in_the_predictor_s_last_layer_and_patches_that_are_not_seen():
+def saved_by_the_predictor(num_layers, num_patches, context, blocks, length) -> int:
+    """
+    What our predictor leaves out of a batch of two images, forward and backward: in its first layer projections of
+    contexts for blocks but one, and of mask tokens but one a position, in its last all of contexts but keys and values.
+    """
+    width, inside = 24, 56
+    projected = 2 * blocks * (context + length) - (2 * context + num_patches)
+    saved = 3 * 2 * projected * 3 * width**2
+    if num_layers > 1:
+        saved += 3 * 2 * 2 * blocks * context * (2 * width**2 + 2 * width * (context + length) + 2 * width * inside)
+    return saved
+
+
+def test_ours_saves_repeated_projections_unread_tokens_and_patches_that_are_not_seen():
     model = tiny_model(**UNEVEN)
     masks = model.sample_masks(2)
     context, blocks, length = lengths(*masks)
-    width, inside = 24, 56
-    # of a context token: query and projection, scores and their sums, the MLP; three passes
-    rows = 3 * 2 * blocks * context * (2 * width**2 + 2 * width * (context + length) + 2 * width * inside)
-    patches = 2 * 2 * (64 - context) * 4 * 4 * 3 * 40
-    covariances = 2 * 40**2  # of the regulariser, which is watched without a weight
+    saved = saved_by_the_predictor(2, 64, context, blocks, length)
+    saved += 2 * 2 * 2 * (64 - context) * 4 * 4 * 3 * 40
+    covariances = 2 * 2 * 40**2  # of the regulariser, which is watched without a weight
     found = counted(lambda: model(images(2), *masks).loss.backward())
-    expected = sum(model_flops(model.config, *lengths(*masks)).values()) - rows - patches + covariances
-    assert found == 2 * expected
+    assert found == 2 * sum(model_flops(model.config, *lengths(*masks)).values()) - saved + covariances
 
 
 @pytest.mark.parametrize("stop_gradient", [False, True])
@@ -54,12 +64,18 @@ def test_levels_above(stop_gradient):
     model = tiny_model(**UNEVEN, min_context_patches=4, upper_levels=[upper | {"stop_gradient": stop_gradient}])
     masks = model.sample_masks(2)
     context, blocks, length = lengths(*masks)
-    saved = 0
-    for seen, asked in ((4 * context, 4 * length), (context, length)):
-        saved += 3 * 2 * blocks * seen * (2 * 24**2 + 2 * 24 * (seen + asked) + 2 * 24 * 56)
-    saved += 2 * 2 * (64 - 4 * context) * 4 * 4 * 3 * 40 - 2 * (40**2 + 48**2)
+    saved = saved_by_the_predictor(2, 64, 4 * context, blocks, 4 * length)
+    saved += saved_by_the_predictor(1, 16, context, blocks, length)
+    saved += 2 * (2 * 2 * (64 - 4 * context) * 4 * 4 * 3 * 40 - 2 * (40**2 + 48**2))
     found = counted(lambda: model(images(2), *masks).loss.backward())
-    assert found == 2 * (sum(model_flops(model.config, *lengths(*masks)).values()) - saved)
+    assert found == 2 * sum(model_flops(model.config, *lengths(*masks)).values()) - saved
+
+
+def test_mask_sets_share_the_target_encoder_alone():
+    one, three = (model_flops(tiny_config(num_mask_sets=number), 10, 4, 9) for number in (1, 3))
+    assert {name: three[name] / one[name] for name in one} == {
+        "target encoder": 1, "context encoder": 3, "predictor": 3,
+    }  # fmt: skip
 
 
 def test_the_authors_sizes():

@@ -207,6 +207,7 @@ def test_two_processes_train_like_one(tmp_path):
         for regularizer in ("context", "blocks", "pair")
     }
     runs["stack"] = descent | {"model": STACK | {"regularizer_weight": 0.1}}
+    runs["sets"] = descent | {"model": {"num_mask_sets": 2, "regularizer_weight": 0.1}}
     halves = {name: run | {"per_device_train_batch_size": 8} for name, run in runs.items()}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, str(WORKER), str(tmp_path), json.dumps(halves)]

@@ -108,8 +108,8 @@ class DryStep:
             images = self.random_batch(batch_size)
         if not hasattr(self.model, "sample_masks"):
             return (images,)
-        generator = torch.Generator().manual_seed(0)
-        draws = [self.model.sample_masks(batch_size, generator=generator, device="cpu") for _ in range(_NUM_DRAWS)]
+        generator, num_rows = torch.Generator().manual_seed(0), batch_size * self.model.config.num_mask_sets
+        draws = [self.model.sample_masks(num_rows, generator=generator, device="cpu") for _ in range(_NUM_DRAWS)]
         return images, *sorted(draws, key=lambda masks: masks[0].shape[1] + masks[1].shape[2])[place]
 
     def _loss(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:

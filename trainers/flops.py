@@ -45,8 +45,9 @@ def model_flops(config: CJepaConfig, num_context: int, num_blocks: int, block_le
         embedded = num_patches if number == 0 else seen
         has_gradient = number > 0 and not level.stop_gradient
         found["target encoder"] += _embedding(level, num_patches) + _encoder(level, num_patches)
-        found["context encoder"] += (2 + has_gradient) * _embedding(level, embedded) + 3 * _encoder(level, seen)
-        found["predictor"] += 3 * _predictor(level, seen, num_blocks, asked)
+        context = (2 + has_gradient) * _embedding(level, embedded) + 3 * _encoder(level, seen)
+        found["context encoder"] += config.num_mask_sets * context
+        found["predictor"] += config.num_mask_sets * 3 * _predictor(level, seen, num_blocks, asked)
     return found
 
 

@@ -66,10 +66,11 @@ class CJepaTrainer(JepaTrainer):
         model, args = self.accelerator.unwrap_model(self.model), self.args
         generator = torch.Generator().manual_seed(sample_seed(*self.seed_numbers()))
         grid_size = model.grid_sizes(pixel_values)[-1]
-        num_images = pixel_values.shape[0]
-        rows = slice(args.process_index, None, args.world_size)  # as the images are dealt
-        masks = model.sample_masks(num_images * args.world_size, grid_size, generator)
-        return tuple(ids[rows].to(pixel_values.device, non_blocking=True) for ids in masks)
+        num_sets = model.config.num_mask_sets
+        images = slice(args.process_index, None, args.world_size)  # as they are dealt
+        masks = model.sample_masks(len(pixel_values) * args.world_size * num_sets, grid_size, generator)
+        mine = (ids.unflatten(0, (-1, num_sets))[images].flatten(0, 1) for ids in masks)
+        return tuple(ids.to(pixel_values.device, non_blocking=True) for ids in mine)
 
     def _regularizer_weight(self, step: float, num_steps: int) -> float:
         """The regulariser's weight in the step that follows `step` finished ones."""

@@ -22,7 +22,9 @@ _ENCODER_FIELDS = (
 )  # fmt: skip
 # which follow from the predictor's width and the encoder's heads where they are not given
 _DERIVED_FIELDS = ("predictor_num_attention_heads", "predictor_intermediate_size")
-_PREDICTOR_FIELDS = ("predictor_hidden_size", "predictor_num_hidden_layers", *_DERIVED_FIELDS)
+_PREDICTOR_FIELDS = (
+    "predictor_hidden_size", "predictor_num_hidden_layers", "predictor_attention", *_DERIVED_FIELDS,
+)  # fmt: skip
 _PREDICTOR, _EXPANDER = r"(upper_)?predictors?\.", r"(upper_)?expanders?\."
 # of S-JEA, the second where the level above reads it
 _EXPANDER_OF = r"expanders\.(\d+)\.|(?:sjea\.)?levels\.(\d+)\.expander\."
