@@ -82,3 +82,11 @@ def memory_panels(found: dict) -> list[Bars]:
         )
         for number in found["batch_sizes"]
     ]
+
+
+def scale_panels(found: dict) -> list[Bars]:
+    """Of each growth the ratios of seconds and of operations."""
+    return [
+        Bars(name, "times", {"seconds": row["seconds"], "FLOPs": row["flops"]})
+        for name, row in found["growths"].items()
+    ]
