@@ -17,7 +17,7 @@ FOUND = {
     "step": {
         "size": "cifar", "batch_size": 4, "precision": "bf16", "device": "cpu", "factor": SPREAD, "matmul_rate": 1e9,
         "reference": SPREAD, "ours": SPREAD, "mfu": {"reference": SPREAD, "ours": SPREAD},
-        "parts": {"masks": 0.25, "backward": 0.75},
+        "memory": {"reference": 8e6, "ours": 6e6}, "parts": {"masks": 0.25, "backward": 0.75},
     },
     "mask": [{"grid": "8x8", "batch_size": 4, "loop": 9.0, "factor": 4.5, **SPREAD}],
     "level": [{"levels": 1, "activations": 3.0, **SPREAD}, {"levels": 2, "activations": 5.0, **SPREAD}],
@@ -69,9 +69,10 @@ def test_every_part_has_a_picture(part, drawn, tmp_path):
 
 
 def test_seconds_become_milliseconds_and_shares_percent():
-    seconds, mfu, parts = cost_panels.step_panels(FOUND["step"])
+    seconds, mfu, memory, parts = cost_panels.step_panels(FOUND["step"])
     assert seconds.values["ours, with its regulariser"]["median"] == 2000
     assert mfu.values["the authors', re-stated"]["high"] == 400 and parts.shares == FOUND["step"]["parts"]
+    assert memory.values["ours, with its regulariser"] == 6e6 / 4 / 2**20
     (memory,) = cost_panels.memory_panels(FOUND["memory"])
     assert memory.values["ours"]["median"] == 2 / 2**20
 
