@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tiny import SIZES as TINY
+from tiny import tiny_model
 
 from trainers import step_cost
 from trainers.cli import main
@@ -41,6 +42,16 @@ def test_mfu_is_the_reference_s_work_over_what_the_device_multiplies(small, monk
     found = benchmark_step("small", 4, 2, "float32")
     assert found["mfu"]["reference"]["median"] == 4 * 6e7 / 3 / 1e9 and found["mfu"]["ours"]["median"] == 0.12
     assert "0.06 GFLOP an image of the authors' step, at 8.0% (8.0% - 8.0%) and 12.0%" in format_step_cost(found)
+
+
+def test_memory_of_a_step_is_that_of_its_tensors(small, monkeypatch):
+    monkeypatch.setattr(step_cost._Race, "reference_seconds", lambda self: torch.zeros(2**20).sum().item() + 1)
+    found = benchmark_step("small", 4, 2, "float32")
+    assert found["memory"]["reference"] == 2**22 + 4
+    # of gradients alone, and no more than a step of so little can need
+    gradients = sum(p.numel() * 4 for p in tiny_model(predictor_num_attention_heads=2).parameters() if p.requires_grad)
+    assert gradients < found["memory"]["ours"] < 40 * gradients
+    assert "memory: 1.00 and" in format_step_cost(found)
 
 
 def test_another_function_is_no_comparison(small, monkeypatch):

@@ -13,7 +13,7 @@ def add_benchmark(commands):
         "quartiles. `cjepa benchmark PART --help` explains each.",
     )
     parts = parser.add_subparsers(title="parts", required=True, metavar="PART")
-    for add in (add_step, add_memory, add_masks, add_levels, add_features, add_training, add_loading):
+    for add in (add_step, add_memory, add_scale, add_masks, add_levels, add_features, add_training, add_loading):
         add(parts)
 
 
@@ -65,6 +65,31 @@ def run_memory(namespace):
 
     sizes = namespace.size, namespace.batch_size, namespace.rounds, namespace.precision
     _report(namespace, lambda: benchmark_memory(*sizes), format_memory_cost, memory_panels)
+
+
+def add_scale(parts):
+    """`cjepa benchmark scale`."""
+    parser = _add_part(
+        parts,
+        "scale",
+        "how the cost grows with the work",
+        "Seconds of a training step of C-JEPA (of the processors on a CPU), before and after the image's side, the "
+        "batch, the levels, the layers or the processes (on a CPU) have grown, beside the operations: an excess of 1 "
+        "is a cost that grows as the work does.",
+        batch_size=16,
+        rounds=7,
+    )
+    _add_size_and_precision(parser)
+    parser.set_defaults(run=run_scale)
+
+
+def run_scale(namespace):
+    """Prints the medians."""
+    from trainers.cost_panels import scale_panels
+    from trainers.scale_cost import benchmark_scale, format_scale_cost
+
+    sizes = namespace.size, namespace.batch_size, namespace.rounds, namespace.precision
+    _report(namespace, lambda: benchmark_scale(*sizes), format_scale_cost, scale_panels)
 
 
 def add_masks(parts):

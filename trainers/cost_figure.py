@@ -11,9 +11,10 @@ from trainers.files import whole_file, write_json
 from trainers.reports import machine_facts, software_facts
 
 _DPI = 160
-_WIDTH = 6.4
+_WIDTH = 7.2
 # inches of a bar, and of a panel's title and axis
 _BAR, _FRAME = 0.34, 0.85
+_COLUMNS = 3  # of the legend of shares
 _COLORS = ("#7f7f7f", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#e377c2", "#bcbd22")
 
 
@@ -76,8 +77,7 @@ def draw_costs(panels: Sequence[Bars | Shares], path: Path):
         panels (`Sequence` of [`Bars`] or [`Shares`]): From the top.
         path (`Path`): The PNG to write.
     """
-    # a bar of shares has its legend below
-    sizes = [len(panel.values) if isinstance(panel, Bars) else 1 + (len(panel.shares) + 3) // 4 for panel in panels]
+    sizes = [len(panel.values) if isinstance(panel, Bars) else _share_lines(panel) for panel in panels]
     heights = [_FRAME + _BAR * size for size in sizes]
     figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -99,7 +99,7 @@ def _draw_bars(axes, panel: Bars):
         axes.barh(place, row["median"], color=_COLORS[place % len(_COLORS)], height=0.7)
         if row["high"] > row["low"]:
             axes.errorbar(row["median"], place, xerr=spread, color="black", capsize=3, linewidth=1)
-        axes.text(row["high"] + 0.015 * longest, place, f"{row['median']:.3g}", va="center", fontsize=8)
+        axes.text(row["high"] + 0.015 * longest, place, _number(row["median"]), va="center", fontsize=8)
     axes.set_yticks(range(len(rows)), list(panel.values), parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * longest)
@@ -108,14 +108,23 @@ def _draw_bars(axes, panel: Bars):
     axes.set_axisbelow(True)
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _share_lines(panel: Shares) -> float:
+    """How high a bar of shares is with the legend below it, in bars."""
+    return 1 + 0.55 * -(-len(panel.shares) // _COLUMNS)
+
+
 def _draw_shares(axes, panel: Shares):
     start = 0.0
     for place, (name, share) in enumerate(panel.shares.items()):
         color = _COLORS[place % len(_COLORS)]
-        axes.barh(0, share, left=start, color=color, edgecolor="white", label=f"{name} {share:.1%}")
+        axes.barh(0, share, left=start, height=1, color=color, edgecolor="white", label=f"{name} {share:.1%}")
         start += share
     axes.set_xlim(0, 1)
-    axes.set_yticks([])
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.spines["left"].set_visible(False)
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.35), ncols=4, fontsize=7.5, frameon=False)
+    axes.set_ylim(0.5 - _share_lines(panel), 0.5)
+    axes.set_axis_off()
+    spacing = {"handlelength": 1.2, "columnspacing": 1, "borderaxespad": 0}
+    axes.legend(loc="lower left", ncols=_COLUMNS, fontsize=8, frameon=False, **spacing)

@@ -13,7 +13,7 @@ def _scaled(quartiles: dict[str, float], factor: float) -> dict[str, float]:
 
 
 def step_panels(found: dict) -> list[Bars | Shares]:
-    """Seconds and MFU of both steps, and the parts of ours."""
+    """Seconds, MFU and memory of both steps, and the parts of ours."""
     where = f"{found['size']}, {found['batch_size']} images, {found['precision']}, {found['device']}"
     factor, rate = found["factor"], f"{found['matmul_rate'] / 1e9:,.0f} GFLOP/s"
     return [
@@ -26,6 +26,11 @@ def step_panels(found: dict) -> list[Bars | Shares]:
             f"the authors' operations over the seconds, in shares of {rate}",
             "MFU, %",
             {title: _scaled(found["mfu"][name], 100) for name, title in RACERS.items()},
+        ),
+        Bars(
+            "memory of a step beside the weights",
+            "MiB an image",
+            {title: found["memory"][name] / found["batch_size"] / _MIB for name, title in RACERS.items()},
         ),
         Shares("parts of ours", found["parts"]),
     ]
@@ -81,4 +86,12 @@ def memory_panels(found: dict) -> list[Bars]:
             {title: _scaled(found[kind][str(number)]["peak"], 1 / _MIB) for kind, title in REMEMBERED.items()},
         )
         for number in found["batch_sizes"]
+    ]
+
+
+def scale_panels(found: dict) -> list[Bars]:
+    """Of each growth the ratios of seconds and of operations."""
+    return [
+        Bars(name, "times", {"seconds": row["seconds"], "FLOPs": row["flops"]})
+        for name, row in found["growths"].items()
     ]

@@ -2,11 +2,13 @@
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining
 from trainers.benchmark import decay_groups, quartiles, step_rows
+from trainers.dry_step import LiveBytes
 from trainers.errors import InputError
 from trainers.flops import matmul_rate, model_flops
 from trainers.reference_step import ReferenceStep
@@ -56,7 +58,8 @@ def benchmark_step(
         our step of each of its parts; `difference` of the two losses where ours leaves the regulariser out;
         `flops_per_image` of [`~flops.model_flops`], the rounds' mean; `matmul_rate` of the device in FLOP/s; `mfu`,
         of `reference` and `ours` the quartiles of the share of that rate at which they do the former, which are
-        the same for both: a step that saves some of that work has a higher one.
+        the same for both: a step that saves some of that work has a higher one; `memory`, of `reference` and `ours`
+        the bytes that a step takes at most beside weights and the optimizer's averages.
 
     Raises:
         InputError: There is no such size or precision, too little to measure with, or the losses differ.
@@ -84,6 +87,7 @@ def benchmark_step(
         "factor": quartiles([their / our for their, our in zip(theirs, ours, strict=True)]),
         "parts": {name: statistics.median(each[name] for each in parts) / whole for name in parts[0]},
         "difference": difference, "flops_per_image": statistics.mean(flops), "matmul_rate": rate,
+        "memory": {"reference": race.memory(race.reference_seconds), "ours": race.memory(race.our_seconds)},
         "mfu": {
             name: quartiles([each * batch_size / step / rate for each, step in zip(flops, steps, strict=True)])
             for name, steps in (("reference", theirs), ("ours", ours))
@@ -121,6 +125,17 @@ class _Race:
         context_ids, target_ids = self.masks
         flops = model_flops(self.model.config, context_ids.shape[1], *target_ids.shape[1:])
         return sum(flops.values()), self.reference_seconds(), self.our_seconds(), self.part_seconds()
+
+    def memory(self, step: Callable) -> int:
+        """Bytes that a step takes on top of what is there: those allocated on a GPU, those of tensors on a CPU."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            step()
+            return torch.cuda.max_memory_allocated(self.device) - before
+        with LiveBytes() as live:
+            step()
+        return live.peak
 
     @torch.no_grad()
     def difference(self) -> float:
@@ -194,6 +209,7 @@ def format_step_cost(found: dict) -> str:
     cells = step_rows(found, RACERS)
     factor = found["factor"]
     used = " and ".join("{median:.1%} ({low:.1%} - {high:.1%})".format(**found["mfu"][name]) for name in RACERS)
+    memory = " and ".join(f"{found['memory'][name] / found['batch_size'] / 2**20:.2f}" for name in RACERS)
     shares = [["part of ours", "share"], *([name, f"{share:.1%}"] for name, share in found["parts"].items())]
     return "\n".join(
         [
@@ -203,7 +219,8 @@ def format_step_cost(found: dict) -> str:
             f"\n{factor['median']:.2f} times the speed ({factor['low']:.2f} - {factor['high']:.2f}); without the "
             f"regulariser the losses differ by {found['difference']:.1e}",
             f"{found['flops_per_image'] / 1e9:.2f} GFLOP an image of the authors' step, at {used} of the "
-            f"{found['matmul_rate'] / 1e9:,.0f} GFLOP/s of large products here\n",
+            f"{found['matmul_rate'] / 1e9:,.0f} GFLOP/s of large products here",
+            f"memory: {memory} MiB an image beside the weights\n",
             *markdown_table(shares),
         ]
     )

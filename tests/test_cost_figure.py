@@ -1,0 +1,83 @@
+"""The pictures of benchmarks show every figure, and lie beside it."""
+
+import json
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from trainers import cost_panels
+from trainers.cost_figure import Bars, Shares, check_output, write_costs
+from trainers.errors import InputError
+from trainers.loading_cost import WHAT as LOADED
+from trainers.memory_cost import WHAT as REMEMBERED
+
+SPREAD = {"low": 1.0, "median": 2.0, "high": 4.0}
+FOUND = {
+    "step": {
+        "size": "cifar", "batch_size": 4, "precision": "bf16", "device": "cpu", "factor": SPREAD, "matmul_rate": 1e9,
+        "reference": SPREAD, "ours": SPREAD, "mfu": {"reference": SPREAD, "ours": SPREAD},
+        "memory": {"reference": 8e6, "ours": 6e6}, "parts": {"masks": 0.25, "backward": 0.75},
+    },
+    "mask": [{"grid": "8x8", "batch_size": 4, "loop": 9.0, "factor": 4.5, **SPREAD}],
+    "level": [{"levels": 1, "activations": 3.0, **SPREAD}, {"levels": 2, "activations": 5.0, **SPREAD}],
+    "feature": {"num_images": 8, "device": "cpu", "forward": SPREAD, "features": SPREAD},
+    "training": {"batch_size": 4, "device": "cpu", "bare": SPREAD, "trainer": SPREAD, "save": 3.0, "stall": 1.0,
+                 "write": 2.0, "bytes": 1e6},
+    "loading": {name: {"seconds": SPREAD, "megabytes": SPREAD} for name in LOADED},
+    "memory": {
+        "size": "cifar", "precision": "bf16", "device": "cpu", "batch_sizes": [4],
+        **{kind: {"4": {"peak": SPREAD}} for kind in REMEMBERED},
+    },
+    "scale": {"growths": {"batch x8": {"seconds": SPREAD, "flops": 8.0}}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or savefig(self, *a, **k))
+    return figures
+
+
+def test_bars_are_as_long_as_medians_and_whiskers_reach_the_quartiles(drawn, tmp_path):
+    panels = [Bars("a $title$", "ms", {"first": SPREAD, "second": 3.0}), Shares("parts", {"a": 0.25, "b": 0.75})]
+    write_costs(str(tmp_path / "cost.json"), [{"figure": 1}], panels)
+    bars, shares = drawn[0].axes
+    assert [bar.get_width() for bar in bars.patches] == [2.0, 3.0]
+    (whisker,) = bars.collections
+    assert whisker.get_segments()[0][:, 0].tolist() == [1.0, 4.0]
+    assert [text.get_text() for text in bars.get_yticklabels()] == ["first", "second"]
+    assert [(bar.get_x(), bar.get_width()) for bar in shares.patches] == [(0.0, 0.25), (0.25, 0.75)]
+    assert [text.get_text() for text in shares.get_legend().get_texts()] == ["a 25.0%", "b 75.0%"]
+    written = json.loads((tmp_path / "cost.json").read_text())
+    assert written["rows"] == [{"figure": 1}] and written["machine"] and written["software"]["torch"]
+    with Image.open(tmp_path / "cost.png") as picture:
+        assert picture.format == "PNG"
+
+
+@pytest.mark.parametrize("part", FOUND)
+def test_every_part_has_a_picture(part, drawn, tmp_path):
+    panels = getattr(cost_panels, f"{part}_panels")(FOUND[part])
+    write_costs(str(tmp_path / f"{part}.json"), FOUND[part], panels)
+    assert len(drawn[0].axes) == len(panels) and (tmp_path / f"{part}.png").is_file()
+    # nothing that is written lies outside of the picture
+    width, height = drawn[0].canvas.get_width_height()
+    for axes in drawn[0].axes:
+        box = axes.get_tightbbox()
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
+
+
+def test_seconds_become_milliseconds_and_shares_percent():
+    seconds, mfu, memory, parts = cost_panels.step_panels(FOUND["step"])
+    assert seconds.values["ours, with its regulariser"]["median"] == 2000
+    assert mfu.values["the authors', re-stated"]["high"] == 400 and parts.shares == FOUND["step"]["parts"]
+    assert memory.values["ours, with its regulariser"] == 6e6 / 4 / 2**20
+    (memory,) = cost_panels.memory_panels(FOUND["memory"])
+    assert memory.values["ours"]["median"] == 2 / 2**20
+
+
+@pytest.mark.parametrize("output", ["cost.png", "."])
+def test_a_file_that_is_no_json_is_refused(output):
+    with pytest.raises(InputError, match="is no JSON file"):
+        check_output(output)
