@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from trainers.datasets import ImageDataset, UnreadableImage, decode_image, sample_seed, seeded
+from trainers.datasets import ImageDataset, sample_seed, seeded
+from trainers.decoding import UnreadableImage, open_image
 from trainers.errors import InputError
 from trainers.run_order import RunOrder, shares
 
@@ -87,7 +88,7 @@ class _Items(Dataset):
             stored = source.images[position]
             path = stored.get("path") if isinstance(stored, dict) else None
             try:
-                view = self.dataset.view(decode_image(stored), epoch, index)
+                view = self.dataset.view(open_image(stored), epoch, index)
             except UnreadableImage as error:
                 row = int(source.images.indices[position])
                 unreadable.append({"dataset": source.name, "file": path, "offset": row, "reason": str(error)})
