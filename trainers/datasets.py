@@ -117,10 +117,14 @@ class StoredImages(Sequence):
         """The files' paths, None of images that are in no file of their own; no image is read."""
         return pc.struct_field(self.column, "path").take(pa.array(self.indices)).to_pylist()
 
+    def path(self, index: int) -> str | None:
+        """The file's path of an image, None if it is in no file of its own; no image is read."""
+        item = self.column[int(self.indices[index])]
+        return item["path"].as_py() if item.is_valid else None
+
     def place(self, index: int) -> dict:
         """Where an image is: `index`, its row in the column, and `path`, its file's, or None."""
-        item = self[index]
-        return {"index": int(self.indices[index]), "path": item and item.get("path")}
+        return {"index": int(self.indices[index]), "path": self.path(index)}
 
 
 class ImageDataset(torch.utils.data.Dataset):
