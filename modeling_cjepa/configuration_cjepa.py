@@ -5,6 +5,7 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
 REGULARIZERS = ("blocks", "context", "pair")
+PREDICTOR_ATTENTIONS = ("per_block", "shared_context")
 PREDICTION_LOSSES = ("smooth_l1", "mse")
 CLASSIFIER_POOLINGS = ("mean", "last4", "attentive")
 _COUNTS = (
@@ -18,8 +19,8 @@ _LEVEL_FIELDS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range",
     "layer_norm_eps", "qkv_bias",
     "predictor_hidden_size", "predictor_num_hidden_layers", "predictor_num_attention_heads",
-    "predictor_intermediate_size", "prediction_loss", "regularizer", "regularizer_weight", "invariance_weight",
-    "variance_weight", "covariance_weight", "expander_hidden_size",
+    "predictor_intermediate_size", "predictor_attention", "prediction_loss", "regularizer", "regularizer_weight",
+    "invariance_weight", "variance_weight", "covariance_weight", "expander_hidden_size",
 )  # fmt: skip
 _MASK_FIELDS = ("num_target_blocks", "target_scale", "target_aspect_ratio", "context_scale", "min_context_patches")
 
@@ -52,6 +53,9 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
         predictor_num_attention_heads (`int`, *optional*): Heads of the predictor; the encoder's number when not given.
         predictor_intermediate_size (`int`, *optional*): Width of the predictor's MLPs; four times its own when not
             given.
+        predictor_attention (`"per_block"` or `"shared_context"`, defaults to `"per_block"`): Whether the predictor's
+            context sees the block that is predicted, as in I-JEPA, and is so computed for every block, or only itself,
+            and is computed once an image, which is faster.
         prediction_loss (`"smooth_l1"` or `"mse"`, defaults to `"smooth_l1"`): Distance of predictions and targets;
             I-JEPA's code has the first, its paper the second.
         regularizer (`"blocks"`, `"context"` or `"pair"`, defaults to `"context"`): Which reading of the C-JEPA paper's
@@ -115,6 +119,7 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
     predictor_num_hidden_layers: int = 6
     predictor_num_attention_heads: int | None = None
     predictor_intermediate_size: int | None = None
+    predictor_attention: str = "per_block"
     prediction_loss: str = "smooth_l1"
     regularizer: str = "context"
     regularizer_weight: float = 0.001
@@ -251,6 +256,7 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         for name, choices in (
             ("regularizer", REGULARIZERS),
+            ("predictor_attention", PREDICTOR_ATTENTIONS),
             ("prediction_loss", PREDICTION_LOSSES),
             ("hidden_act", ACT2FN),
         ):

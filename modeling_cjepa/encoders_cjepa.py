@@ -156,18 +156,18 @@ class CJepaAttention(nn.Module):
         self, hidden_states: torch.Tensor, first_query: int = 0, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Of tokens (B, N, D) those from `first_query` on ask all: their outputs, and the weights where known."""
-        asking = hidden_states[:, first_query:]
-        shape = asking.shape[:-1]
-        query, key, value = (
-            projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection, tokens in (
-                (self.q_proj, asking), (self.k_proj, hidden_states), (self.v_proj, hidden_states)
-            )
-        )  # fmt: skip
+        query = self.q_proj(hidden_states[:, first_query:])
+        return self.attend(query, self.k_proj(hidden_states), self.v_proj(hidden_states), **kwargs)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What projected tokens (B, n, D) are told by others (B, N, D), as of `forward`."""
+        by_head = (tokens.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for tokens in (query, key, value))
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        output, weights = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
-        return self.o_proj(output.reshape(*shape, -1)), weights
+        output, weights = attention(self, *by_head, None, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.reshape(query.shape)), weights
 
 
 class CJepaMLP(nn.Module):
@@ -200,9 +200,11 @@ class CJepaLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, first_query: int = 0, **kwargs) -> torch.Tensor:
         """Tokens (B, N, D) to those from `first_query` on, which are all that is computed where no other is read."""
         attended, _ = self.attention(self.layernorm_before(hidden_states), first_query, **kwargs)
-        hidden_states = hidden_states[:, first_query:] + drop_path(
-            self.dropout(attended), self.drop_path_rate, self.training
-        )
+        return self.add_branches(hidden_states[:, first_query:], attended)
+
+    def add_branches(self, hidden_states: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, N, D) with what attention has told them, and the MLP's branch of both."""
+        hidden_states = hidden_states + drop_path(self.dropout(attended), self.drop_path_rate, self.training)
         transformed = self.dropout(self.mlp(self.layernorm_after(hidden_states)))
         return hidden_states + drop_path(transformed, self.drop_path_rate, self.training)
 

@@ -1,65 +1,11 @@
-"""Heads on the encoder: the predictor of target blocks and the regulariser's expander in pre-training, and the
-attentive pooling of classifiers.
+"""Heads on the encoder: the regulariser's expander in pre-training, and the attentive pooling of classifiers.
 
-Shapes: B images, N tokens, Nc context patches, M target blocks, K patches a block, D encoder width, P predictor width.
+Shapes: B images, N tokens, D width.
 """
 
 import torch
 from torch import nn
 from transformers import initialization as init
-
-from .configuration_cjepa import CJepaConfig
-from .encoders_cjepa import CJepaLayer, positions_for, sincos_positions
-from .losses_cjepa import take
-
-
-class CJepaPredictor(nn.Module):
-    """
-    I-JEPA's predictor: a narrow transformer over the context tokens and one mask token for each target position.
-
-    Every target block is predicted on its own: blocks are folded into the batch and never see each other.
-    """
-
-    def __init__(self, config: CJepaConfig):
-        super().__init__()
-        width = config.predictor_hidden_size
-        self.config = config
-        self.input_projection = nn.Linear(config.hidden_size, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("position_embeddings", sincos_positions(config.grid_size, width).unsqueeze(0))
-        self.layers = nn.ModuleList(
-            CJepaLayer(config, width, config.predictor_num_attention_heads, config.predictor_intermediate_size)
-            for _ in range(config.predictor_num_hidden_layers)
-        )
-        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.output_projection = nn.Linear(width, config.hidden_size)
-
-    def forward(self, context, context_ids, target_ids, grid_size: tuple[int, int]) -> torch.Tensor:
-        """
-        Predicts the target encoder's tokens.
-
-        Args:
-            context (`torch.Tensor` of shape `(B, Nc, D)`): The context encoder's tokens.
-            context_ids (`torch.Tensor` of shape `(B, Nc)`): Their positions.
-            target_ids (`torch.Tensor` of shape `(B, M, K)`): The positions to predict.
-            grid_size (`(rows, columns)`): The grid both count in.
-
-        Returns:
-            `torch.Tensor` of shape `(B, M, K, D)`.
-        """
-        (num_images, num_blocks, block_length), num_context = target_ids.shape, context_ids.shape[1]
-        context = self.input_projection(context)
-        positions = positions_for(grid_size, self.config.grid_size, self.position_embeddings)
-        positions = positions.to(context.dtype).expand(num_images, -1, -1)
-        context = context + take(positions, context_ids)
-        queries = self.mask_token + take(positions, target_ids)
-        context = context.unsqueeze(1).expand(-1, num_blocks, -1, -1)
-        tokens = torch.cat([context, queries.to(context.dtype)], dim=2).flatten(0, 1)  # (B * M, Nc + K, P)
-        for layer in self.layers[:-1]:
-            tokens = layer(tokens)
-        tokens = self.layers[-1](tokens, num_context)  # of the last layer no context token is read
-        predictions = self.output_projection(self.layernorm(tokens))
-        return predictions.view(num_images, num_blocks, block_length, -1)
 
 
 class CJepaExpander(nn.Sequential):

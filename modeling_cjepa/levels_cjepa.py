@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from .configuration_cjepa import CJepaConfig
-from .heads_cjepa import CJepaPredictor
 from .losses_cjepa import (
     append_constant,
     batch_covariances,
@@ -24,6 +23,7 @@ from .losses_cjepa import (
     take,
     variance_term,
 )
+from .predictor_cjepa import CJepaPredictor
 from .signs_cjepa import masked_signs
 
 

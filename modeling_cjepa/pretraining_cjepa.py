@@ -15,11 +15,12 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_cjepa import CJepaConfig
 from .encoders_cjepa import sincos_positions
-from .heads_cjepa import CJepaExpander, CJepaPredictor
+from .heads_cjepa import CJepaExpander
 from .levels_cjepa import MaskedLevel
 from .losses_cjepa import level_term
 from .masking_cjepa import check_ids, grids_by_level, ids_by_level, sample_block_masks
 from .modeling_cjepa import CJepaModel, CJepaPreTrainedModel, combine
+from .predictor_cjepa import PREDICTORS, CJepaPredictor
 from .signs_cjepa import block_means
 
 
@@ -83,10 +84,10 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             raise ValueError("stop_gradient=True, but level 0 has no level below; set it in an entry of upper_levels.")
         self.cjepa = CJepaModel(config)
         self.context_encoder = CJepaModel(config)
-        self.predictor, self.expander = CJepaPredictor(config), _expander(config)
+        self.predictor, self.expander = _predictor(config), _expander(config)
         # the very configurations of the encoders, so that a change of the attention reaches the predictors, too
         upper_configs = [upper.config for upper in self.context_encoder.upper_levels]
-        self.upper_predictors = nn.ModuleList(CJepaPredictor(upper) for upper in upper_configs)
+        self.upper_predictors = nn.ModuleList(_predictor(upper) for upper in upper_configs)
         self.upper_expanders = nn.ModuleList(_expander(upper) for upper in upper_configs)
         self.post_init()
         self._copy_target_to_context()
@@ -313,6 +314,10 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
                 losses.append(level.config.level_weight * loss)
                 terms |= {level_term(name, number): term.detach() for name, term in of_level.items()}
         return sum(losses), terms
+
+
+def _predictor(config: CJepaConfig) -> CJepaPredictor:
+    return PREDICTORS[config.predictor_attention](config)
 
 
 def _expander(config: CJepaConfig) -> nn.Module:

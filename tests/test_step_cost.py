@@ -33,6 +33,16 @@ def test_the_factor_is_the_reference_s_time_over_ours(small, monkeypatch):
     assert benchmark_step("small", 4, 2, "float32")["factor"]["median"] == 1.5
 
 
+def test_mfu_is_the_reference_s_work_over_what_the_device_multiplies(small, monkeypatch):
+    monkeypatch.setattr(step_cost._Race, "reference_seconds", lambda self: 3.0)
+    monkeypatch.setattr(step_cost._Race, "our_seconds", lambda self: 2.0)
+    monkeypatch.setattr(step_cost, "matmul_rate", lambda device, precision: 1e9)
+    monkeypatch.setattr(step_cost, "model_flops", lambda config, *lengths: {"context encoder": 4e7, "predictor": 2e7})
+    found = benchmark_step("small", 4, 2, "float32")
+    assert found["mfu"]["reference"]["median"] == 4 * 6e7 / 3 / 1e9 and found["mfu"]["ours"]["median"] == 0.12
+    assert "0.06 GFLOP an image of the authors' step, at 8.0% (8.0% - 8.0%) and 12.0%" in format_step_cost(found)
+
+
 def test_another_function_is_no_comparison(small, monkeypatch):
     loss = step_cost.ReferenceStep.loss
     monkeypatch.setattr(step_cost.ReferenceStep, "loss", lambda self, *inputs: 1.01 * loss(self, *inputs))

@@ -87,6 +87,7 @@ def add_pretrain(commands):
         f"({', '.join(recipe_names())}). Every key of a recipe is a flag, too, which overrides it, and so is every "
         "other field of transformers.TrainingArguments.",
         epilog="examples:  cjepa pretrain cjepa_scenes --max_steps 100\n"
+        "           cjepa pretrain cjepa_cifar10 --per_device_train_batch_size 512 --estimate\n"
         "           cjepa pretrain cjepa_cifar10 --dataset my/photos --output_dir runs/mine\n"
         "           cjepa pretrain cjepa_cifar10 --output_dir runs/mine --resume_from_checkpoint last\n"
         "           accelerate launch scripts/pretrain.py cjepa_cifar10",
@@ -97,19 +98,31 @@ def add_pretrain(commands):
     parser.add_argument(
         "recipe", metavar="RECIPE", help="a YAML file or the name of a shipped recipe; before all flags"
     )
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="train nothing; tell parameters, arithmetic, memory, time and disk, and whether memory and disk suffice "
+        "(exit status 1 if not)",
+    )
     add_recipe_flags(parser)
     parser.set_defaults(run=run_pretrain, parser=parser, after_interruption=GOES_ON_FROM_CHECKPOINT)
 
 
-def run_pretrain(namespace):
-    """Pre-trains by the recipe and the flags given."""
+def run_pretrain(namespace) -> int:
+    """Pre-trains by the recipe and the flags given, or tells what that will take."""
+    from trainers.estimate import estimate, format_estimate
     from trainers.pretraining import pretrain
     from trainers.recipe_files import without_flags
     from trainers.recipes import overrides_of, read_recipe
 
     recipe = read_recipe(namespace.recipe, overrides_of(namespace))
+    if namespace.estimate:
+        found = estimate(recipe)
+        print(format_estimate(found))
+        return 0 if found["fits"] else 1
     recipe.command = without_flags(namespace.command)
     pretrain(recipe)
+    return 0
 
 
 if __name__ == "__main__":

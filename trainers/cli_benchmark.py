@@ -1,6 +1,7 @@
 """`cjepa benchmark`: speed and memory on this machine."""
 
 import argparse
+from collections.abc import Callable
 
 
 def add_benchmark(commands):
@@ -12,7 +13,7 @@ def add_benchmark(commands):
         "quartiles. `cjepa benchmark PART --help` explains each.",
     )
     parts = parser.add_subparsers(title="parts", required=True, metavar="PART")
-    for add in (add_step, add_masks, add_levels, add_features, add_training, add_loading):
+    for add in (add_step, add_memory, add_masks, add_levels, add_features, add_training, add_loading):
         add(parts)
 
 
@@ -28,24 +29,42 @@ def add_step(parts):
         batch_size=64,
         rounds=9,
     )
-    sizes = "cifar, vit_t16, vit_s16, vit_b16, vit_l16 or vit_h14"
-    parser.add_argument("--size", default="cifar", help=f"{sizes} (default %(default)s)")
-    parser.add_argument("--precision", help="float32 or bf16, of both (default: what the device multiplies faster)")
-    parser.add_argument("--output", metavar="FILE", help="also write the figures there, as JSON")
+    _add_size_and_precision(parser)
     parser.set_defaults(run=run_step)
 
 
 def run_step(namespace):
     """Prints the medians."""
-    from pathlib import Path
-
-    from trainers.files import write_json
+    from trainers.cost_panels import step_panels
     from trainers.step_cost import benchmark_step, format_step_cost
 
-    found = benchmark_step(namespace.size, namespace.batch_size, namespace.rounds, namespace.precision)
-    print(format_step_cost(found))
-    if namespace.output:
-        write_json(Path(namespace.output), found)
+    sizes = namespace.size, namespace.batch_size, namespace.rounds, namespace.precision
+    _report(namespace, lambda: benchmark_step(*sizes), format_step_cost, step_panels)
+
+
+def add_memory(parts):
+    """`cjepa benchmark memory`."""
+    parser = _add_part(
+        parts,
+        "memory",
+        "memory of a training step",
+        "What training steps of C-JEPA need of memory at most, with and without gradient checkpointing, beside those "
+        "of I-JEPA's authors' code, re-stated, on the same masks: each in a fresh process, at two batch sizes, with "
+        "the largest batch that fits here.",
+        batch_size=128,
+        rounds=3,
+    )
+    _add_size_and_precision(parser)
+    parser.set_defaults(run=run_memory)
+
+
+def run_memory(namespace):
+    """Prints the medians."""
+    from trainers.cost_panels import memory_panels
+    from trainers.memory_cost import benchmark_memory, format_memory_cost
+
+    sizes = namespace.size, namespace.batch_size, namespace.rounds, namespace.precision
+    _report(namespace, lambda: benchmark_memory(*sizes), format_memory_cost, memory_panels)
 
 
 def add_masks(parts):
@@ -63,8 +82,9 @@ def add_masks(parts):
 def run_masks(namespace):
     """Prints the medians."""
     from trainers.benchmark import benchmark_masks, format_benchmark
+    from trainers.cost_panels import mask_panels
 
-    print(format_benchmark(benchmark_masks(namespace.batch_size, namespace.rounds)))
+    _report(namespace, lambda: benchmark_masks(namespace.batch_size, namespace.rounds), format_benchmark, mask_panels)
 
 
 def add_levels(parts):
@@ -82,10 +102,12 @@ def add_levels(parts):
 
 def run_levels(namespace):
     """Prints the medians."""
+    from trainers.cost_panels import level_panels
     from trainers.level_cost import benchmark_levels, format_level_cost
     from trainers.recipes import read_recipe
 
-    print(format_level_cost(benchmark_levels(read_recipe(namespace.recipe), namespace.batch_size, namespace.rounds)))
+    recipe, sizes = read_recipe(namespace.recipe), (namespace.batch_size, namespace.rounds)
+    _report(namespace, lambda: benchmark_levels(recipe, *sizes), format_level_cost, level_panels)
 
 
 def add_features(parts):
@@ -105,10 +127,11 @@ def add_features(parts):
 
 def run_features(namespace):
     """Prints the medians."""
+    from trainers.cost_panels import feature_panels
     from trainers.feature_cost import benchmark_features, format_feature_cost
 
     sizes = namespace.batch_size, namespace.rounds, namespace.num_images
-    print(format_feature_cost(benchmark_features(*sizes, namespace.dataset)))
+    _report(namespace, lambda: benchmark_features(*sizes, namespace.dataset), format_feature_cost, feature_panels)
 
 
 def add_training(parts):
@@ -129,11 +152,13 @@ def add_training(parts):
 
 def run_training(namespace):
     """Prints the medians."""
+    from trainers.cost_panels import training_panels
     from trainers.recipes import read_recipe
     from trainers.training_cost import benchmark_training, format_training_cost
 
     overrides = {} if namespace.dataset is None else {"dataset": namespace.dataset}
-    print(format_training_cost(benchmark_training(read_recipe(namespace.recipe, overrides), namespace.rounds)))
+    recipe = read_recipe(namespace.recipe, overrides)
+    _report(namespace, lambda: benchmark_training(recipe, namespace.rounds), format_training_cost, training_panels)
 
 
 def add_loading(parts):
@@ -151,9 +176,27 @@ def add_loading(parts):
 
 def run_loading(namespace):
     """Prints the medians."""
+    from trainers.cost_panels import loading_panels
     from trainers.loading_cost import benchmark_loading, format_loading_cost
 
-    print(format_loading_cost(benchmark_loading(namespace.rounds)))
+    _report(namespace, lambda: benchmark_loading(namespace.rounds), format_loading_cost, loading_panels)
+
+
+def _report(namespace, measure: Callable, text_of: Callable, panels_of: Callable):
+    """Measures, prints the table, and writes the figures and their picture where `--output` says."""
+    from trainers.cost_figure import check_output, write_costs
+
+    check_output(namespace.output)
+    found = measure()
+    print(text_of(found))
+    if namespace.output is not None:
+        write_costs(namespace.output, found, panels_of(found))
+
+
+def _add_size_and_precision(parser: argparse.ArgumentParser):
+    sizes = "cifar, vit_t16, vit_s16, vit_b16, vit_l16 or vit_h14"
+    parser.add_argument("--size", default="cifar", help=f"{sizes} (default %(default)s)")
+    parser.add_argument("--precision", help="float32 or bf16, of both (default: what the device multiplies faster)")
 
 
 def _add_part(parts, name: str, measured: str, description: str, **defaults) -> argparse.ArgumentParser:
@@ -170,5 +213,8 @@ def _add_part(parts, name: str, measured: str, description: str, **defaults) -> 
             parser.add_argument("recipe", nargs="?", default=default, metavar="RECIPE", help=text)
         else:
             parser.add_argument(f"--{argument}", type=int, default=default, help=text)
+    parser.add_argument(
+        "--output", metavar="FILE", help="also write the figures there, as JSON, and a picture of them beside, as PNG"
+    )
     parser.set_defaults(parser=parser)
     return parser

@@ -43,9 +43,13 @@ class Objective:
     trainer_class: type[JepaTrainer]
     downstream: str
 
+    def build_config(self, fields: dict) -> PreTrainedConfig:
+        """The configuration of a recipe's fields."""
+        return self.config_class(**fields)
+
     def build_model(self, fields: dict, attn_implementation: str) -> PreTrainedModel:
         """The model of a configuration's fields, initialised from torch's default generator, ready for a batch."""
-        return self.model_class._from_config(self.config_class(**fields), attn_implementation=attn_implementation)
+        return self.model_class._from_config(self.build_config(fields), attn_implementation=attn_implementation)
 
     def batch_of_one_is_error(self, config: PreTrainedConfig) -> bool:
         """Whether the loss needs the statistics of a batch."""
@@ -128,6 +132,11 @@ class SJea(Objective):
     config_class, model_class, trainer_class = SJeaConfig, SJeaForPreTraining, SJeaTrainer
     data_class, training_class = TwoViewDataArguments, SJeaTrainingArguments
     downstream = "the stack of encoders"
+
+    def build_config(self, fields):
+        if isinstance(fields.get("levels"), list):
+            fields = fields | {"levels": describe_backbones(fields["levels"])[0]}
+        return super().build_config(fields)
 
     def build_model(self, fields, attn_implementation):
         if not isinstance(fields.get("levels"), list):

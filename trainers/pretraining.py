@@ -233,13 +233,22 @@ def build_trainer(recipe: Recipe, model, args, train_source: ImageSource | Shard
     if recipe.objective.batch_of_one_is_error(model.config):
         if batch_size < 2:
             raise InputError("A batch of 1 image has no variance; raise --per_device_train_batch_size to 2 or more.")
-    can_checkpoint = any(hasattr(module, "gradient_checkpointing") for module in model.modules())
-    if args.gradient_checkpointing and not can_checkpoint:
-        raise InputError("gradient_checkpointing: no layer of this model can do it; leave it out.")
+    check_checkpointing(model, args)
     try:
         return recipe.objective.build_trainer(model, args, recipe.data, train_source)
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise InputError(f"The run cannot start: {' '.join(str(error).split())}") from error
+
+
+def can_checkpoint(model: PreTrainedModel) -> bool:
+    """Whether a layer of a model can compute its activations again instead of keeping them."""
+    return any(hasattr(module, "gradient_checkpointing") for module in model.modules())
+
+
+def check_checkpointing(model: PreTrainedModel, args: TrainingArguments):
+    """Refuses gradient checkpointing where no layer of a model can do it."""
+    if args.gradient_checkpointing and not can_checkpoint(model):
+        raise InputError("gradient_checkpointing: no layer of this model can do it; leave it out.")
 
 
 def describe(recipe: Recipe, model, args) -> str:

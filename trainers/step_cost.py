@@ -8,6 +8,7 @@ import torch
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining
 from trainers.benchmark import decay_groups, quartiles, step_rows
 from trainers.errors import InputError
+from trainers.flops import matmul_rate, model_flops
 from trainers.reference_step import ReferenceStep
 from trainers.reports import markdown_table
 from trainers.training_args import computes_in_bf16
@@ -32,6 +33,7 @@ SIZES = {
     "vit_h14": _vit(1280, 32, 16, 384, 12, patch_size=14),
 }
 PRECISIONS = ("float32", "bf16")
+RACERS = {"reference": "the authors', re-stated", "ours": "ours, with its regulariser"}
 # the largest difference of the two losses, without our regulariser, that leaves them the same function
 _MOST_APART = {"float32": 1e-4, "bf16": 1e-2}
 
@@ -51,7 +53,10 @@ def benchmark_step(
     Returns:
         `dict`: `size`, `batch_size`, `device`, `threads`, `precision`; of `reference`, `ours` and `factor` (the
         reference's seconds over ours, round by round) `median`, `low` and `high` (quartiles); `parts`, the share of
-        our step of each of its parts; `difference` of the two losses where ours leaves the regulariser out.
+        our step of each of its parts; `difference` of the two losses where ours leaves the regulariser out;
+        `flops_per_image` of [`~flops.model_flops`], the rounds' mean; `matmul_rate` of the device in FLOP/s; `mfu`,
+        of `reference` and `ours` the quartiles of the share of that rate at which they do the former, which are
+        the same for both: a step that saves some of that work has a higher one.
 
     Raises:
         InputError: There is no such size or precision, too little to measure with, or the losses differ.
@@ -61,25 +66,37 @@ def benchmark_step(
     if batch_size < 2 or num_rounds < 2:
         raise InputError(f"--batch_size {batch_size} and --rounds {num_rounds} must be 2 or more.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = precision or ("bf16" if computes_in_bf16(device) else "float32")
-    if precision not in PRECISIONS:
-        raise InputError(f"--precision {precision!r} is not known; choose {' or '.join(PRECISIONS)}.")
+    precision = chosen_precision(precision, device)
     config = CJepaConfig(**SIZES[size], layer_norm_eps=1e-6)
     model = CJepaForPreTraining._from_config(config, attn_implementation="sdpa").to(device).train()
     race = _Race(model, batch_size, precision)
     difference = race.difference()
     if difference > _MOST_APART[precision]:
         raise InputError(f"The losses of ours and of the reference differ by {difference:.1e}: it is no comparison.")
-    rounds = [(race.reference_seconds(), race.our_seconds(), race.part_seconds()) for _ in range(num_rounds + 1)][1:]
-    theirs, ours, parts = zip(*rounds, strict=True)
+    rates = [matmul_rate(device, precision)]
+    rounds = [race.round() for _ in range(num_rounds + 1)][1:]
+    flops, theirs, ours, parts = zip(*rounds, strict=True)
+    rate = max(*rates, matmul_rate(device, precision))  # what else the machine does slows one or the other
     whole = sum(statistics.median(each[name] for each in parts) for name in parts[0])
     return {
         "size": size, "batch_size": batch_size, "device": device.type, "threads": torch.get_num_threads(),
         "precision": precision, "reference": quartiles(theirs), "ours": quartiles(ours),
         "factor": quartiles([their / our for their, our in zip(theirs, ours, strict=True)]),
         "parts": {name: statistics.median(each[name] for each in parts) / whole for name in parts[0]},
-        "difference": difference,
+        "difference": difference, "flops_per_image": statistics.mean(flops), "matmul_rate": rate,
+        "mfu": {
+            name: quartiles([each * batch_size / step / rate for each, step in zip(flops, steps, strict=True)])
+            for name, steps in (("reference", theirs), ("ours", ours))
+        },
     }  # fmt: skip
+
+
+def chosen_precision(asked: str | None, device: torch.device) -> str:
+    """The precision that is asked for, or what a device multiplies faster; `InputError` if it is not known."""
+    precision = asked or ("bf16" if computes_in_bf16(device) else "float32")
+    if precision not in PRECISIONS:
+        raise InputError(f"--precision {precision!r} is not known; choose {' or '.join(PRECISIONS)}.")
+    return precision
 
 
 class _Race:
@@ -98,6 +115,12 @@ class _Race:
     def draw_masks(self):
         """The masks of the next steps of both."""
         self.masks = self.model.sample_masks(self.batch_size, device=self.device)
+
+    def round(self) -> tuple[int, float, float, dict[str, float]]:
+        """Floating-point operations an image of a step, seconds of the reference's and of ours, those of its parts."""
+        context_ids, target_ids = self.masks
+        flops = model_flops(self.model.config, context_ids.shape[1], *target_ids.shape[1:])
+        return sum(flops.values()), self.reference_seconds(), self.our_seconds(), self.part_seconds()
 
     @torch.no_grad()
     def difference(self) -> float:
@@ -168,8 +191,9 @@ class _Stopwatch:
 
 def format_step_cost(found: dict) -> str:
     """The measurements as two tables."""
-    cells = step_rows(found, {"reference": "the authors', re-stated", "ours": "ours, with its regulariser"})
+    cells = step_rows(found, RACERS)
     factor = found["factor"]
+    used = " and ".join("{median:.1%} ({low:.1%} - {high:.1%})".format(**found["mfu"][name]) for name in RACERS)
     shares = [["part of ours", "share"], *([name, f"{share:.1%}"] for name, share in found["parts"].items())]
     return "\n".join(
         [
@@ -177,7 +201,9 @@ def format_step_cost(found: dict) -> str:
             f"{found['threads']} threads",
             *markdown_table(cells),
             f"\n{factor['median']:.2f} times the speed ({factor['low']:.2f} - {factor['high']:.2f}); without the "
-            f"regulariser the losses differ by {found['difference']:.1e}\n",
+            f"regulariser the losses differ by {found['difference']:.1e}",
+            f"{found['flops_per_image'] / 1e9:.2f} GFLOP an image of the authors' step, at {used} of the "
+            f"{found['matmul_rate'] / 1e9:,.0f} GFLOP/s of large products here\n",
             *markdown_table(shares),
         ]
     )

@@ -1,0 +1,121 @@
+"""The pictures of `cjepa benchmark`: bars of medians with their quartiles, and shares of a whole as one bar."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from trainers.errors import InputError
+from trainers.files import whole_file, write_json
+from trainers.reports import machine_facts, software_facts
+
+_DPI = 160
+_WIDTH = 6.4
+# inches of a bar, and of a panel's title and axis
+_BAR, _FRAME = 0.34, 0.85
+_COLORS = ("#7f7f7f", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#e377c2", "#bcbd22")
+
+
+@dataclass
+class Bars:
+    """
+    A panel of one bar for each thing that was measured.
+
+    Args:
+        title (`str`): What is written above.
+        unit (`str`): Of the values, below their axis.
+        values (`dict`): By what each is called `low`, `median` and `high`, or a number without a spread.
+    """
+
+    title: str
+    unit: str
+    values: dict[str, dict[str, float] | float]
+
+
+@dataclass
+class Shares:
+    """
+    A panel of one bar, cut into the parts of a whole.
+
+    Args:
+        title (`str`): What is written above.
+        shares (`dict[str, float]`): By what each is called; they add up to 1.
+    """
+
+    title: str
+    shares: dict[str, float]
+
+
+def write_costs(output: str, found: dict | list, panels: Sequence[Bars | Shares]):
+    """
+    Writes what was measured, and a picture of it beside.
+
+    Args:
+        output (`str`): The JSON file; the picture has the same name with `.png`.
+        found (`dict` or `list`): The measurements; a list is written as `rows`, and the facts of machine and software
+            beside.
+        panels (`Sequence` of [`Bars`] or [`Shares`]): What is drawn, from the top.
+    """
+    facts = {"machine": machine_facts(), "software": software_facts()}
+    write_json(output, (found if isinstance(found, dict) else {"rows": found}) | facts)
+    draw_costs(panels, Path(output).with_suffix(".png"))
+
+
+def check_output(output: str | None):
+    """Refuses, before anything is measured, a file that its picture would replace, or that is a folder."""
+    if output is not None and (Path(output).suffix == ".png" or Path(output).is_dir()):
+        raise InputError(f"--output {output} is no JSON file; name one, such as cost.json; a PNG goes beside it.")
+
+
+def draw_costs(panels: Sequence[Bars | Shares], path: Path):
+    """
+    Draws panels below each other.
+
+    Args:
+        panels (`Sequence` of [`Bars`] or [`Shares`]): From the top.
+        path (`Path`): The PNG to write.
+    """
+    # a bar of shares has its legend below
+    sizes = [len(panel.values) if isinstance(panel, Bars) else 1 + (len(panel.shares) + 3) // 4 for panel in panels]
+    heights = [_FRAME + _BAR * size for size in sizes]
+    figure = Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, panel in zip(grid, panels, strict=True):
+        axes.set_title(panel.title, fontsize=10, loc="left", parse_math=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+        (_draw_bars if isinstance(panel, Bars) else _draw_shares)(axes, panel)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=_DPI, format="png")
+
+
+def _draw_bars(axes, panel: Bars):
+    rows = [value if isinstance(value, dict) else dict.fromkeys(("low", "median", "high"), value)
+            for value in panel.values.values()]  # fmt: skip
+    longest = max(row["high"] for row in rows)
+    for place, row in enumerate(rows):
+        spread = [[row["median"] - row["low"]], [row["high"] - row["median"]]]
+        axes.barh(place, row["median"], color=_COLORS[place % len(_COLORS)], height=0.7)
+        if row["high"] > row["low"]:
+            axes.errorbar(row["median"], place, xerr=spread, color="black", capsize=3, linewidth=1)
+        axes.text(row["high"] + 0.015 * longest, place, f"{row['median']:.3g}", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), list(panel.values), parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * longest)
+    axes.set_xlabel(panel.unit, fontsize=8, parse_math=False)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _draw_shares(axes, panel: Shares):
+    start = 0.0
+    for place, (name, share) in enumerate(panel.shares.items()):
+        color = _COLORS[place % len(_COLORS)]
+        axes.barh(0, share, left=start, color=color, edgecolor="white", label=f"{name} {share:.1%}")
+        start += share
+    axes.set_xlim(0, 1)
+    axes.set_yticks([])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.spines["left"].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.35), ncols=4, fontsize=7.5, frameon=False)
