@@ -12,16 +12,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from trainers.datasets import (
-    ImageDataset,
-    ImageSource,
-    UnreadableImage,
-    decode_image,
-    read_image,
-    sample_seed,
-    seeded,
-    to_rgb,
-)
+from trainers.datasets import ImageDataset, ImageSource, sample_seed, seeded
+from trainers.decoding import UnreadableImage, decode_image, read_image, to_rgb
 from trainers.errors import InputError, plain_message
 from trainers.evaluation import EvaluationArguments
 from trainers.sources import DataArguments, load_sources

@@ -21,7 +21,7 @@ from tiny import sjea_level, tiny_model, tiny_sjea
 from transformers import pipeline
 
 from trainers.cli import main
-from trainers.datasets import read_image
+from trainers.decoding import read_image
 from trainers.errors import InputError
 from trainers.feature_encoder import FeatureArguments
 from trainers.features import read_manifest, write_features

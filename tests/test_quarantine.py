@@ -18,7 +18,8 @@ from test_trainer import WORKER
 from tiny import tiny_model
 from training_worker import TRAINING, train
 
-from trainers.datasets import ImageDataset, ImageSource, StoredImages, read_image, sample_seed
+from trainers.datasets import ImageDataset, ImageSource, StoredImages, sample_seed
+from trainers.decoding import read_image
 from trainers.errors import InputError
 from trainers.quarantine import Quarantine
 from trainers.trainer_cjepa import CJepaTrainer

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from modeling_cjepa import CJepaModel
-from trainers.datasets import read_image
+from trainers.decoding import read_image
 from trainers.drawn_encoders import DrawnEncoder, load_encoders
 from trainers.embedding import check_finite
 from trainers.errors import InputError

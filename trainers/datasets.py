@@ -6,12 +6,12 @@ its crops is a function of (seed, epoch, index), so that workers, processes and 
 
 import dataclasses
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 import torch
 from datasets import Image
 from PIL import Image as PILImage
-from PIL import ImageOps, UnidentifiedImageError
 
-from trainers.errors import InputError, first_line
+from trainers.decoding import DecodedImage, EncodedJpeg, UnreadableImage, decode_image, open_image
+from trainers.errors import InputError
 
 
 @dataclass
@@ -51,13 +51,21 @@ class ImageSource:
 
     def image(self, index: int) -> PILImage.Image:
         """The image at a position as RGB; raises `InputError` naming the file if it cannot be read."""
-        return self.read(index, upright_rgb)
+        return self.read(index)
 
-    def read(self, index: int, convert: Callable):
+    def read(self, index: int, convert: Callable | None = None):
         """What `convert` makes of the stored image at a position, with the errors of [`~ImageSource.image`]."""
+        return self._naming(index, partial(decode_image, convert=convert))
+
+    def view(self, index: int, transform: Callable):
+        """The transform of the image at a position, which is only opened; errors as in [`~ImageSource.image`]."""
+        return self._naming(index, lambda item: transform(open_image(item)))
+
+    def _naming(self, index: int, use: Callable):
+        """What is made of the item at a position, with errors that name it."""
         item = self.images[index]
         try:
-            return decode_image(item, convert)
+            return use(item)
         except UnreadableImage as error:
             where = (isinstance(item, dict) and item.get("path")) or f"number {index}"
             if error.is_missing:
@@ -109,10 +117,14 @@ class StoredImages(Sequence):
         """The files' paths, None of images that are in no file of their own; no image is read."""
         return pc.struct_field(self.column, "path").take(pa.array(self.indices)).to_pylist()
 
+    def path(self, index: int) -> str | None:
+        """The file's path of an image, None if it is in no file of its own; no image is read."""
+        item = self.column[int(self.indices[index])]
+        return item["path"].as_py() if item.is_valid else None
+
     def place(self, index: int) -> dict:
         """Where an image is: `index`, its row in the column, and `path`, its file's, or None."""
-        item = self[index]
-        return {"index": int(self.indices[index]), "path": item and item.get("path")}
+        return {"index": int(self.indices[index]), "path": self.path(index)}
 
 
 class ImageDataset(torch.utils.data.Dataset):
@@ -121,7 +133,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
     Args:
         source ([`ImageSource`]): The images.
-        transform (`Callable`): PIL image to uint8 tensor (C, H, W); may use torch's default generator.
+        transform (`Callable`): What [`~decoding.open_image`] gives to a uint8 tensor (C, H, W); may use torch's
+            default generator.
         seed (`int`): First part of each image's seed.
     """
 
@@ -138,13 +151,14 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict:
-        item = {"pixel_values": self.view(self.source.image(index), int(self.epoch), index)}
+        view = partial(self.view, epoch=int(self.epoch), index=index)
+        item = {"pixel_values": self.source.view(index, view)}
         if self.source.labels is not None:
             item["labels"] = int(self.source.labels[index])
         return item
 
-    def view(self, image: PILImage.Image, epoch: int, index: int) -> torch.Tensor:
-        """An image transformed as that at a position is in an epoch."""
+    def view(self, image: DecodedImage | EncodedJpeg, epoch: int, index: int) -> torch.Tensor:
+        """An opened image transformed as that at a position is in an epoch."""
         with seeded(sample_seed(self.seed, epoch, index)):
             return self.transform(image)
 
@@ -163,84 +177,3 @@ def seeded(seed: int):
 def sample_seed(*numbers: int) -> int:
     """One 64-bit seed from several whole numbers, such as (seed, epoch, index) or (seed, step)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-class UnreadableImage(ValueError):
-    """
-    An image that cannot be read.
-
-    Args:
-        reason (`str`): Why.
-        is_missing (`bool`): Whether there is no image at all.
-    """
-
-    def __init__(self, reason: str, is_missing: bool = False):
-        super().__init__(reason)
-        self.is_missing = is_missing
-
-
-def upright_rgb(image: PILImage.Image) -> PILImage.Image:
-    """An image as RGB, turned as its camera was held."""
-    return to_rgb(ImageOps.exif_transpose(image))
-
-
-def decode_image(item: "np.ndarray | dict | None", convert: Callable = upright_rgb):
-    """
-    A stored image.
-
-    Args:
-        item (`np.ndarray` of shape `(H, W, 3)`, uint8, or `dict`): Pixels, which are taken as they are, or undecoded
-            `bytes` or `path`.
-        convert (`Callable`): What is made of the opened image while its file is open; it is made RGB when not given.
-
-    Returns:
-        `PIL.Image.Image`, or what `convert` gives.
-
-    Raises:
-        UnreadableImage: There is none, or it is broken.
-        OSError: The disk or the network failed, which says nothing of the image.
-    """
-    if isinstance(item, np.ndarray):
-        return PILImage.fromarray(item)
-    if item is None or (item.get("bytes") is None and item.get("path") is None):
-        raise UnreadableImage("missing", is_missing=True)
-    data = item["bytes"] if item.get("bytes") is not None else _stored_bytes(item["path"])
-    try:
-        with PILImage.open(io.BytesIO(data)) as image:
-            return convert(image)
-    except UnidentifiedImageError as error:
-        raise UnreadableImage("not an image") from error
-    except Exception as error:  # Pillow's decoders raise of every kind, and the bytes are there
-        raise UnreadableImage(first_line(error)) from error
-
-
-def _stored_bytes(path: str | Path) -> bytes:
-    """What is in an image's file; errors that are no fault of the image's, such as those of a disk, pass."""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError) as error:
-        raise UnreadableImage(str(error)) from error
-
-
-def read_image(file: str | Path) -> PILImage.Image:
-    """The image of a file of the user's as RGB; raises `InputError` naming the file if it cannot be read."""
-    try:
-        return decode_image({"bytes": None, "path": file})
-    except (UnreadableImage, OSError) as error:
-        raise InputError(f"Image {file} cannot be read ({error}); give a file with an image.") from error
-
-
-def to_rgb(image: PILImage.Image) -> PILImage.Image:
-    """Any image as RGB: gray, palette, 16-bit and 32-bit converted, transparency laid on white."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        pixels = np.asarray(image, dtype=np.float64)
-        # what white is in a file of 32 bits is not said in it: the smallest usual one that holds its values
-        tops = {"I": (255, 65535), "F": (1,)}.get(image.mode, (65535,))
-        top = next((top for top in tops if pixels.max() <= top), pixels.max())
-        image = PILImage.fromarray((pixels / top * 255).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = PILImage.new("RGBA", image.size, "white")
-        image = PILImage.alpha_composite(white, image)
-    return image.convert("RGB")

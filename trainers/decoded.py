@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader
 
-from trainers.datasets import UnreadableImage, decode_image
+from trainers.decoding import UnreadableImage, decode_image
 from trainers.tables import RowBatch
 
 

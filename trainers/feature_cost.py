@@ -7,7 +7,7 @@ import time
 import torch
 
 from modeling_cjepa import CJepaConfig, CJepaModel
-from trainers.datasets import decode_image
+from trainers.decoding import decode_image
 from trainers.embedding import encoding
 from trainers.errors import InputError
 from trainers.feature_encoder import FeatureArguments

@@ -13,7 +13,8 @@ import torch
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining
 from modeling_cjepa.configuration_cjepa import pair
 from modeling_cjepa.masking_cjepa import grids_by_level, ids_by_level
-from trainers.datasets import read_image, sample_seed
+from trainers.datasets import sample_seed
+from trainers.decoding import read_image
 from trainers.errors import InputError
 from trainers.level_views import class_colors
 from trainers.loading import load_encoder_config

@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Image
 from PIL import Image as PILImage
 
 from modeling_cjepa.configuration_cjepa import pair
-from trainers.datasets import UnreadableImage, decode_image, read_image
+from trainers.decoding import UnreadableImage, decode_image, read_image
 from trainers.embedding import encoding
 from trainers.errors import InputError
 from trainers.feature_encoder import FeatureArguments, FeatureEncoder, load_feature_encoder

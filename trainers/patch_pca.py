@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 
-from trainers.datasets import read_image
+from trainers.decoding import read_image
 from trainers.drawn_encoders import DrawnEncoder, load_encoders
 from trainers.embedding import check_finite
 from trainers.errors import InputError

@@ -16,7 +16,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from modeling_cjepa import CJepaForPreTraining
 from modeling_cjepa.configuration_cjepa import pair
 from modeling_cjepa.losses_cjepa import normalize_targets
-from trainers.datasets import ImageDataset, ImageSource, read_image, sample_seed
+from trainers.datasets import ImageDataset, ImageSource, sample_seed
+from trainers.decoding import read_image
 from trainers.embedding import device_of, encode_batches, encoding
 from trainers.errors import InputError
 from trainers.loading import load_with_statistics

@@ -22,6 +22,7 @@ from trainers.checkpoints import (
     load_state,
 )
 from trainers.datasets import ImageSource
+from trainers.decoded_cache import with_cache
 from trainers.errors import InputError
 from trainers.files import full_disk_named
 from trainers.lanes import choose_lanes, uneven_lanes
@@ -35,7 +36,7 @@ from trainers.run_lock import only_run_in
 from trainers.sharding import whole_model
 from trainers.sources import load_sources
 from trainers.stopping import stopped_sentence
-from trainers.stream_sources import load_stream
+from trainers.stream_sources import PretrainDataArguments, load_stream
 from trainers.streams import Shards
 from trainers.subsets import with_common_classes
 from trainers.trainer import JepaTrainer
@@ -69,7 +70,7 @@ def pretrain(recipe: Recipe) -> Path | None:
 
 
 def prepare(recipe: Recipe, args: JepaTrainingArguments, model) -> tuple[JepaTrainer, Labelled | None, str | None]:
-    """The trainer of a run, what gives labelled images, and the checkpoint to go on from; nothing is written yet."""
+    """The trainer of a run, what gives labelled images, and the checkpoint to go on from; its folder is as it was."""
     checkpoint = find_checkpoint(args)
     if checkpoint is not None:
         check_same_model(checkpoint, model.config)
@@ -80,6 +81,8 @@ def prepare(recipe: Recipe, args: JepaTrainingArguments, model) -> tuple[JepaTra
             print(f"going on from {checkpoint}{changed}", flush=True)
     image_size = max(pair(model.config.image_size))
     train, labelled = load_images(recipe, image_size, args)
+    if recipe.data.decoded_cache is not None:
+        train = read_decoded(train, recipe.data, image_size, args)
     trainer = build_trainer(recipe, model, args, train)
     trainer.describe_run = partial(run_facts, recipe, trainer, model)
     return trainer, labelled, checkpoint
@@ -138,6 +141,16 @@ def load_images(
     if reason is not None and args.process_index == 0:
         print(f"The encoder will be saved, but not evaluated: {reason}", flush=True)
     return train, labelled if reason is None else None
+
+
+def read_decoded(
+    train: ImageSource, data: PretrainDataArguments, image_size: int, args: JepaTrainingArguments
+) -> ImageSource:
+    """The train images from their cache of decoded ones, which is made first if there is none."""
+    if data.decoded_size < image_size:
+        raise InputError(f"decoded_size={data.decoded_size} is less than the {image_size} pixels of a view; raise it.")
+    workers, progress = args.dataloader_num_workers, not args.disable_tqdm
+    return with_cache(train, data.decoded_cache, data.decoded_size, workers, progress)
 
 
 def training_arguments(recipe: Recipe) -> JepaTrainingArguments:

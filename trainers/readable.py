@@ -10,7 +10,8 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from trainers.datasets import ImageSource, StoredImages, UnreadableImage, decode_image
+from trainers.datasets import ImageSource, StoredImages
+from trainers.decoding import UnreadableImage, decode_image
 from trainers.errors import InputError
 from trainers.files import write_text_atomically
 from trainers.subsets import with_common_classes

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image as PILImage
 
-from trainers.datasets import read_image
+from trainers.decoding import read_image
 from trainers.dense_evaluation import Segmenter
 from trainers.errors import InputError
 from trainers.files import whole_file

@@ -18,7 +18,8 @@ from PIL import Image as PILImage
 from PIL import ImageDraw
 
 from trainers.attention_maps import QUERY_COLOR, attention_map, attention_of, overlay
-from trainers.datasets import ImageSource, UnreadableImage, decode_image
+from trainers.datasets import ImageSource
+from trainers.decoding import UnreadableImage, decode_image
 from trainers.drawn_encoders import load_encoders
 from trainers.embedding import check_finite
 from trainers.errors import InputError, first_line, plain_message

@@ -23,7 +23,7 @@ _MOST_SHARDS = 64
 
 @dataclass
 class PretrainDataArguments(DataArguments):
-    """Which images, how they are cropped, and whether they are streamed."""
+    """Which images, how they are cropped, and whether they are streamed or kept decoded."""
 
     streaming: bool = field(
         default=False,
@@ -32,9 +32,24 @@ class PretrainDataArguments(DataArguments):
     shuffle_buffer: int = field(
         default=4096, metadata={"help": "streamed images that are shuffled together, over all processes"}
     )
+    decoded_cache: str | None = field(
+        default=None,
+        metadata={"help": "folder that keeps the train images decoded, so that no crop needs a decoder; it is made "
+                          "if it is not there, in one pass over the images"},
+    )  # fmt: skip
+    decoded_size: int = field(
+        default=256, metadata={"help": "pixels of the short side that the cache shrinks larger images to"}
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.decoded_size < 1:
+            raise InputError(f"decoded_size={self.decoded_size} must be 1 or more.")
+        if self.streaming and self.decoded_cache is not None:
+            raise InputError(
+                f"decoded_cache={self.decoded_cache} cannot be made of a stream, of which no copy is stored; leave "
+                "--decoded_cache or --streaming out."
+            )
         if self.shuffle_buffer < 1:
             raise InputError(f"shuffle_buffer={self.shuffle_buffer} must be 1 or more.")
         if self.streaming and self.num_train_images is not None:

@@ -18,7 +18,8 @@ from accelerate.utils import gather_object
 from datasets import IterableDataset
 from torch.utils.data import Dataset
 
-from trainers.datasets import UnreadableImage, decode_image, sample_seed, seeded
+from trainers.datasets import sample_seed, seeded
+from trainers.decoding import UnreadableImage, open_image
 from trainers.errors import InputError, first_line
 from trainers.lanes import Lane, Row, choose_lanes
 from trainers.run_order import shares
@@ -157,13 +158,14 @@ class _Decoder(Dataset):
         unreadable = []
         for other in chain([row], self._next_rows(row)):
             try:
-                image = decode_image(other.image)
+                image = open_image(other.image)
+                with seeded(sample_seed(self.seed, _OF_CROP, position)):
+                    view = self.transform(image)
             except UnreadableImage as error:
                 # the others are told of when it is their turn
                 unreadable = unreadable or [self._entry(row, str(error))]
                 continue
-            with seeded(sample_seed(self.seed, _OF_CROP, position)):
-                return Sample({"pixel_values": self.transform(image)}, self._sample_id(other), unreadable)
+            return Sample({"pixel_values": view}, self._sample_id(other), unreadable)
         reason = "row {offset} of {file}: {reason}".format(**unreadable[0])
         raise InputError(f"None of the images of {self.shards.name} can be read ({reason}); repair or remove them.")
 
@@ -192,7 +194,7 @@ class StreamedImages:
 
     Args:
         shards ([`Shards`]): The images.
-        transform (`Callable`): PIL image to uint8 tensor.
+        transform (`Callable`): Image that is opened to uint8 tensor.
         shuffle_buffer (`int`): Images of all processes that are shuffled together, 1 or more.
     """
 

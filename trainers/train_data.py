@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from trainers.datasets import ImageDataset, UnreadableImage, decode_image, sample_seed, seeded
+from trainers.datasets import ImageDataset, StoredImages, sample_seed, seeded
+from trainers.decoding import UnreadableImage, open_image
 from trainers.errors import InputError
 from trainers.run_order import RunOrder, shares
 
@@ -84,10 +85,9 @@ class _Items(Dataset):
         """An image, or the next one in the source's order that can be read, cropped as that in whose place it is."""
         source, unreadable = self.dataset.source, []
         for position in chain(range(index, len(source)), range(index)):
-            stored = source.images[position]
-            path = stored.get("path") if isinstance(stored, dict) else None
+            path = source.images.path(position) if isinstance(source.images, StoredImages) else None
             try:
-                view = self.dataset.view(decode_image(stored), epoch, index)
+                view = self.dataset.view(open_image(source.images[position]), epoch, index)
             except UnreadableImage as error:
                 row = int(source.images.indices[position])
                 unreadable.append({"dataset": source.name, "file": path, "offset": row, "reason": str(error)})

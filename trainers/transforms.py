@@ -1,11 +1,36 @@
 """Views of an image: the random crop of pre-training, the fixed one of evaluation, normalisation on the device."""
 
+import numpy as np
 import torch
+from PIL import Image as PILImage
 from torchvision.transforms import InterpolationMode, v2
 from transformers import ViTImageProcessor
 
+from trainers.decoding import Box, DecodedImage, EncodedJpeg
+
 # Evaluation resizes the short side to 8/7 of the crop from this size on (224: 256); smaller images are taken whole.
 _SMALLEST_CENTRE_CROP = 96
+
+
+class RandomCrop:
+    """
+    The crop that `v2.RandomResizedCrop` draws, of an image of which no more is decoded than it needs.
+
+    Args:
+        image_size (`(height, width)`): Pixels of the crop.
+        crop_scale (`(float, float)`): Share of the image it covers.
+    """
+
+    def __init__(self, image_size: tuple[int, int], crop_scale):
+        self.size, self.law = tuple(image_size), v2.RandomResizedCrop(image_size, scale=tuple(crop_scale))
+
+    def __call__(self, image: DecodedImage | EncodedJpeg | PILImage.Image) -> torch.Tensor:
+        """A crop (3, height, width) uint8 of an image that is opened, or RGB and decoded by Pillow."""
+        if isinstance(image, PILImage.Image):
+            image = DecodedImage(np.asarray(image))
+        # the law asks for the size alone
+        box = self.law.make_params([torch.empty(3, image.height, image.width, device="meta")])
+        return image.crop(Box(**box), self.size)
 
 
 def train_transform(image_size: tuple[int, int], crop_scale=(0.3, 1.0), horizontal_flip: bool = False):
@@ -18,11 +43,10 @@ def train_transform(image_size: tuple[int, int], crop_scale=(0.3, 1.0), horizont
         horizontal_flip (`bool`): Whether half of the crops are mirrored.
 
     Returns:
-        `Callable`: PIL image to uint8 tensor (3, height, width).
+        `Callable`: Image, as [`RandomCrop`] takes it, to uint8 tensor (3, height, width).
     """
-    crop = v2.RandomResizedCrop(image_size, scale=tuple(crop_scale), interpolation=InterpolationMode.BICUBIC)
     flip = [v2.RandomHorizontalFlip()] if horizontal_flip else []
-    return v2.Compose([crop, *flip, v2.PILToTensor()])
+    return v2.Compose([RandomCrop(image_size, crop_scale), *flip])
 
 
 def eval_transform(image_size: tuple[int, int]):
@@ -33,14 +57,18 @@ def eval_transform(image_size: tuple[int, int]):
         image_size (`(height, width)`): Pixels of the view.
 
     Returns:
-        `Callable`: PIL image to uint8 tensor (3, height, width).
+        `Callable`: Image that is opened, or RGB and decoded by Pillow, to uint8 tensor (3, height, width).
     """
     if has_centre_crop(image_size):
         steps = [v2.Resize(shortest_edge(image_size), interpolation=InterpolationMode.BICUBIC)]
         steps.append(v2.CenterCrop(image_size))
     else:
         steps = [v2.Resize(image_size, interpolation=InterpolationMode.BICUBIC)]
-    return v2.Compose([*steps, v2.PILToTensor()])
+    return v2.Compose([_by_pillow, *steps, v2.PILToTensor()])
+
+
+def _by_pillow(image: DecodedImage | EncodedJpeg | PILImage.Image) -> PILImage.Image:
+    return image if isinstance(image, PILImage.Image) else image.pil()
 
 
 def image_processor(image_size: tuple[int, int], mean, std) -> ViTImageProcessor:

@@ -10,10 +10,11 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
 from trainers.errors import InputError
 from trainers.stream_sources import PretrainDataArguments
+from trainers.transforms import train_transform
 
 WHERE = ("auto", "workers", "device")
 _BLUR_SIGMA = (0.1, 2.0)
@@ -69,14 +70,14 @@ class TwoViews:
     A random transform, applied twice.
 
     Args:
-        transform (`Callable`): PIL image to uint8 tensor (3, height, width).
+        transform (`Callable`): Image to uint8 tensor (3, height, width).
     """
 
     def __init__(self, transform: Callable):
         self.transform = transform
 
     def __call__(self, image) -> torch.Tensor:
-        """Two views of a PIL image: (2, 3, height, width)."""
+        """Two views of an image: (2, 3, height, width)."""
         return torch.stack([self.transform(image), self.transform(image)])
 
 
@@ -90,10 +91,9 @@ def two_view_transform(image_size: tuple[int, int], data: TwoViewDataArguments, 
         with_colors (`bool`): Whether colours are changed here, and not on the device.
 
     Returns:
-        [`TwoViews`]: PIL image to uint8 tensor (2, 3, height, width).
+        [`TwoViews`]: Image, as [`~transforms.RandomCrop`] takes it, to uint8 tensor (2, 3, height, width).
     """
-    crop = v2.RandomResizedCrop(image_size, scale=tuple(data.crop_scale), interpolation=InterpolationMode.BICUBIC)
-    steps = [crop, *([v2.RandomHorizontalFlip()] if data.horizontal_flip else [])]
+    steps = [train_transform(image_size, data.crop_scale, data.horizontal_flip)]
     if with_colors:
         jitter, blur = v2.ColorJitter(*data.color_jitter), v2.GaussianBlur(blur_kernel(image_size), _BLUR_SIGMA)
         changes = [
@@ -103,8 +103,9 @@ def two_view_transform(image_size: tuple[int, int], data: TwoViewDataArguments, 
             (v2.RandomSolarize(_SOLARIZE_THRESHOLD, data.solarize_probability), data.solarize_probability),
         ]
         # on small images a step that never changes one costs as much as one that does
-        steps += [change for change, probability in changes if probability > 0]
-    return TwoViews(v2.Compose([*steps, v2.PILToTensor()]))
+        chosen = [change for change, probability in changes if probability > 0]
+        steps += [v2.ToPILImage(), *chosen, v2.PILToTensor()]
+    return TwoViews(v2.Compose(steps))
 
 
 def blur_kernel(image_size: tuple[int, int]) -> int:
