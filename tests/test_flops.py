@@ -7,9 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_cjepa import CJepaConfig
+from trainers.bare_steps import SIZES
 from trainers.flops import matmul_rate, model_flops
 from trainers.reference_step import ReferenceStep
-from trainers.step_cost import SIZES
 
 # uneven sizes: a factor of the wrong one shows
 UNEVEN = {"hidden_size": 40, "intermediate_size": 72, "predictor_hidden_size": 24, "predictor_intermediate_size": 56,
@@ -37,7 +37,8 @@ def test_model_flops_are_those_of_the_authors_step():
 def saved_by_the_predictor(num_layers, num_patches, context, blocks, length) -> int:
     """
     What our predictor leaves out of a batch of two images, forward and backward: in its first layer projections of
-    contexts for blocks but one, and of mask tokens but one a position, in its last all of contexts but keys and values.
+    contexts for all blocks but one, and of mask tokens but one a position, in its last all of contexts but keys and
+    values.
     """
     width, inside = 24, 56
     projected = 2 * blocks * (context + length) - (2 * context + num_patches)

@@ -8,12 +8,12 @@ from tiny import SIZES as TINY
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining
 from trainers import memory_cost
+from trainers.bare_steps import SIZES
 from trainers.cli import main
 from trainers.dry_step import DryStep
 from trainers.estimate import MARGIN
 from trainers.memory_cost import benchmark_memory
 from trainers.objectives import OBJECTIVES
-from trainers.step_cost import SIZES
 
 WIDE = TINY | {"hidden_size": 128, "intermediate_size": 512, "predictor_hidden_size": 64,
                "predictor_num_attention_heads": 2}  # fmt: skip

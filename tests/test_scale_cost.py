@@ -7,9 +7,9 @@ from tiny import SIZES as TINY
 
 from modeling_cjepa import CJepaConfig
 from trainers import scale_cost
+from trainers.bare_steps import SIZES
 from trainers.cli import main
 from trainers.scale_cost import PROCESSES, benchmark_scale, grown_by
-from trainers.step_cost import SIZES
 
 
 @pytest.fixture

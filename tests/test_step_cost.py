@@ -1,6 +1,7 @@
 """The benchmark of a step compares the same function, and says so."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from tiny import SIZES as TINY
 from tiny import tiny_model
 
 from trainers import step_cost
+from trainers.bare_steps import SIZES
 from trainers.cli import main
 from trainers.errors import InputError
-from trainers.step_cost import SIZES, benchmark_step, format_step_cost
+from trainers.step_cost import RACERS, benchmark_step, format_step_cost
 
 
 @pytest.fixture
@@ -18,40 +20,82 @@ def small(monkeypatch):
     monkeypatch.setitem(SIZES, "small", TINY | {"predictor_num_attention_heads": 2})
 
 
-def test_steps_of_both_and_shares_of_the_parts_of_ours(small):
+def test_steps_of_all_and_shares_of_the_parts_of_ours(small):
     found = benchmark_step("small", batch_size=4, num_rounds=3, precision="float32")
     assert found["difference"] < 1e-5 and sum(found["parts"].values()) == pytest.approx(1)
     assert list(found["parts"]) == ["masks", "target encoder", "context encoder", "predictor", "loss and signs",
                                     "backward", "optimizer", "moving average"]  # fmt: skip
-    assert all(found[name]["low"] <= found[name]["median"] <= found[name]["high"] for name in ("ours", "reference"))
+    for name in RACERS:
+        assert found["seconds"][name]["low"] <= found["seconds"][name]["median"] <= found["seconds"][name]["high"]
     table = format_step_cost(found)
-    assert f"{found['factor']['median']:.2f} times the speed" in table and "float32" in table
+    assert all(title in table for title in RACERS.values()) and "float32" in table
 
 
-def test_the_factor_is_the_reference_s_time_over_ours(small, monkeypatch):
-    monkeypatch.setattr(step_cost._Race, "reference_seconds", lambda self: 3.0)
-    monkeypatch.setattr(step_cost._Race, "our_seconds", lambda self: 2.0)
-    assert benchmark_step("small", 4, 2, "float32")["factor"]["median"] == 1.5
+def test_every_racer_takes_its_own_steps_on_the_same_masks(small, monkeypatch):
+    race = step_cost._Race(SIZES["small"], 4, "float32", torch.device("cpu"), compiles=False)
+    seen = {}
+    for name, steps in race.racers.items():
+
+        def take(images, *masks, name=name):
+            seen[name] = (len(images), masks)
+
+        monkeypatch.setattr(steps, "take", take)
+    race.round()
+    assert {name: number for name, (number, _) in seen.items()} == {
+        "reference": 4, "ours": 4, "shared_context": 4, "mask_sets": 2,
+    }  # fmt: skip
+    assert len({id(ids) for _, masks in seen.values() for ids in masks}) == 2
+    settings = [(steps.model.config.predictor_attention, steps.model.config.num_mask_sets)
+                for name, steps in race.racers.items() if name != "reference"]  # fmt: skip
+    assert settings == [("per_block", 1), ("shared_context", 1), ("shared_context", 2)]
 
 
-def test_mfu_is_the_reference_s_work_over_what_the_device_multiplies(small, monkeypatch):
-    monkeypatch.setattr(step_cost._Race, "reference_seconds", lambda self: 3.0)
-    monkeypatch.setattr(step_cost._Race, "our_seconds", lambda self: 2.0)
+@pytest.fixture
+def of_known_speed(monkeypatch):
+    """Rounds of a reference that takes 3 seconds, and of others that take 2, 1 and half of one."""
+    seconds = dict(zip(RACERS, (3.0, 2.0, 1.0, 0.5), strict=True))
+    monkeypatch.setattr(step_cost._Race, "round", lambda self: (6e7, seconds, {"masks": 1.0, "backward": 3.0}))
     monkeypatch.setattr(step_cost, "matmul_rate", lambda device, precision: 1e9)
-    monkeypatch.setattr(step_cost, "model_flops", lambda config, *lengths: {"context encoder": 4e7, "predictor": 2e7})
+
+
+def test_factors_are_over_the_reference_s_time(small, of_known_speed):
+    found = benchmark_step("small", 4, 2, "float32")
+    assert {name: row["median"] for name, row in found["factor"].items()} == {
+        "ours": 1.5, "shared_context": 3.0, "mask_sets": 6.0,
+    }  # fmt: skip
+    assert found["parts"] == {"masks": 0.25, "backward": 0.75}
+
+
+def test_mfu_is_the_reference_s_work_over_what_the_device_multiplies(small, of_known_speed):
     found = benchmark_step("small", 4, 2, "float32")
     assert found["mfu"]["reference"]["median"] == 4 * 6e7 / 3 / 1e9 and found["mfu"]["ours"]["median"] == 0.12
-    assert "0.06 GFLOP an image of the authors' step, at 8.0% (8.0% - 8.0%) and 12.0%" in format_step_cost(found)
+    assert "0.06 GFLOP an image" in format_step_cost(found) and "| 12.0% |" in format_step_cost(found)
 
 
 def test_memory_of_a_step_is_that_of_its_tensors(small, monkeypatch):
-    monkeypatch.setattr(step_cost._Race, "reference_seconds", lambda self: torch.zeros(2**20).sum().item() + 1)
+    monkeypatch.setattr(step_cost.ReferenceStep, "take", lambda self, *batch: torch.zeros(2**20).sum().item())
     found = benchmark_step("small", 4, 2, "float32")
     assert found["memory"]["reference"] == 2**22 + 4
     # of gradients alone, and no more than a step of so little can need
     gradients = sum(p.numel() * 4 for p in tiny_model(predictor_num_attention_heads=2).parameters() if p.requires_grad)
     assert gradients < found["memory"]["ours"] < 40 * gradients
-    assert "memory: 1.00 and" in format_step_cost(found)
+    assert "| 1.00 |" in format_step_cost(found)
+
+
+def test_compiled_steps_learn_the_same(small, monkeypatch):
+    # without the kernels, which take minutes
+    monkeypatch.setattr(step_cost.torch, "compile", partial(torch.compile, backend="aot_eager"))
+    race, plain = (
+        step_cost._Race(SIZES["small"] | {"predictor_num_hidden_layers": 1, "num_hidden_layers": 1}, 4, "float32",
+                        torch.device("cpu"), compiles) for compiles in (True, False)
+    )  # fmt: skip
+    plain.ours.model.load_state_dict(race.ours.model.state_dict())
+    plain.images, plain.masks = race.images, race.masks
+    for each in (race, plain):
+        each.take("ours")
+    assert race.ours.run is not race.ours.model
+    for name, tensor in race.ours.model.state_dict().items():
+        torch.testing.assert_close(tensor, plain.ours.model.state_dict()[name], atol=2e-4, rtol=0, msg=name)
 
 
 def test_another_function_is_no_comparison(small, monkeypatch):
@@ -63,7 +107,7 @@ def test_another_function_is_no_comparison(small, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["--size", "huge"], "--size 'huge' is not known"), (["--rounds", "1"], "must be 2 or more"),
+    [(["--size", "huge"], "--size 'huge' is not known"), (["--rounds", "1"], "--rounds 1 2 or more"),
      (["--precision", "fp8"], "--precision 'fp8' is not known")],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_one_sentence(arguments, sentence, capsys):

@@ -25,11 +25,13 @@ def add_step(parts):
         "a training step beside the authors'",
         "A whole training step of C-JEPA beside one of I-JEPA's authors' code, re-stated, on the same batches and "
         "masks, in turns: forward pass, backward pass, optimizer, moving average. That both are the same function is "
-        "looked at first. And the share of each part of ours.",
+        "looked at first. Beside them two that are other functions: a predictor with a shared context, and two mask "
+        "sets an image, too. And the share of each part of ours.",
         batch_size=64,
         rounds=9,
     )
     _add_size_and_precision(parser)
+    parser.add_argument("--compile", action="store_true", help="compile ours; all rounds then have the same masks")
     parser.set_defaults(run=run_step)
 
 
@@ -38,7 +40,7 @@ def run_step(namespace):
     from trainers.cost_panels import step_panels
     from trainers.step_cost import benchmark_step, format_step_cost
 
-    sizes = namespace.size, namespace.batch_size, namespace.rounds, namespace.precision
+    sizes = namespace.size, namespace.batch_size, namespace.rounds, namespace.precision, namespace.compile
     _report(namespace, lambda: benchmark_step(*sizes), format_step_cost, step_panels)
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from modeling_cjepa import CJepaConfig, CJepaForPreTraining
+from modeling_cjepa.configuration_cjepa import pair
 from modeling_cjepa.masking_cjepa import sample_block_masks
-from trainers.benchmark import decay_groups, quartiles
+from trainers.bare_steps import SIZES, BareSteps, chosen_precision
+from trainers.benchmark import quartiles
 from trainers.dry_step import LiveBytes
 from trainers.errors import InputError
 from trainers.estimate import free_memory
 from trainers.reference_step import ReferenceStep
 from trainers.reports import markdown_table
-from trainers.step_cost import SIZES, chosen_precision
 
 WHAT = {
     "reference": "the authors', re-stated",
@@ -34,7 +34,7 @@ def benchmark_memory(
     Takes steps of ours, with and without gradient checkpointing, and of [`ReferenceStep`], on the same masks.
 
     Args:
-        size (`str`): One of [`~step_cost.SIZES`].
+        size (`str`): One of [`~bare_steps.SIZES`].
         batch_size (`int`): Images of a step; batches of a quarter of it are measured, too.
         num_rounds (`int`): Processes of each.
         precision (`"float32"` or `"bf16"`, *optional*): What the device multiplies faster when not given.
@@ -132,42 +132,24 @@ class _Steps:
     """Steps of one kind with a model of its own."""
 
     def __init__(self, kind: str, sizes: dict, precision: str, device: torch.device):
-        self.config, self.device = CJepaConfig(**sizes, layer_norm_eps=1e-6), device
-        model = CJepaForPreTraining._from_config(self.config, attn_implementation="sdpa").to(device).train()
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        self.steps, self.device = BareSteps(sizes | {"layer_norm_eps": 1e-6}, precision, device), device
+        self.config = self.steps.model.config
         if kind == "reference":
-            step = ReferenceStep(model)  # which has copied the weights
-            self.loss, self.finish = step.loss, step.finish
-        else:
-            if kind == "checkpointed":
-                model.gradient_checkpointing_enable()
-            self.loss, self.finish = (lambda *batch: model(*batch).loss), _finish(model)
+            self.steps = ReferenceStep(self.steps.model, precision=precision)  # which has copied the weights
+        elif kind == "checkpointed":
+            self.steps.model.gradient_checkpointing_enable()
 
     def take(self, batch_size: int):
         """Two steps, of which the second has the optimizer's averages from its start."""
-        side, generator = self.config.image_size, torch.Generator().manual_seed(0)
-        images = torch.randn(batch_size, self.config.num_channels, side, side, device=self.device)
+        generator = torch.Generator().manual_seed(0)
+        size, channels = pair(self.config.image_size), self.config.num_channels
+        images = torch.randn(batch_size, channels, *size, device=self.device)
         for _ in range(2):
             masks = sample_block_masks(
                 batch_size, self.config.grid_size, generator=generator,
                 min_context_patches=self.config.min_context_patches,
             )  # fmt: skip
-            with self.autocast:
-                loss = self.loss(images, *(ids.to(self.device) for ids in masks))
-            self.finish(loss)
-
-
-def _finish(model: CJepaForPreTraining):
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(decay_groups(trained, 0.05), lr=1e-4, fused=True)
-
-    def finish(loss: torch.Tensor):
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        model.update_target_encoder(0.996)
-
-    return finish
+            self.steps.take(images, *(ids.to(self.device) for ids in masks))
 
 
 def format_memory_cost(found: dict) -> str:

@@ -23,12 +23,20 @@ class ReferenceStep:
             layer norm eps of 1e-6, as in the authors' code; its regulariser is left out.
         learning_rate (`float`): Of AdamW.
         weight_decay (`float`): Of weights of two dimensions and more.
+        precision (`"float32"` or `"bf16"`): Whether losses are computed under autocast.
 
     Attributes:
         encoder, target_encoder, predictor (`dict[str, torch.Tensor]`): The weights by the authors' names.
     """
 
-    def __init__(self, model: CJepaForPreTraining, learning_rate: float = 1e-4, weight_decay: float = 0.05):
+    def __init__(
+        self,
+        model: CJepaForPreTraining,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.05,
+        precision: str = "float32",
+    ):
+        self.autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16")
         self.heads, self.grid_size = model.config.num_attention_heads, model.config.grid_size
         self.encoder = _copied(FUSED_ENCODER, model.context_encoder)
         self.predictor = _copied(FUSED_PREDICTOR, model.predictor)
@@ -37,6 +45,12 @@ class ReferenceStep:
         for tensor in trained:
             tensor.requires_grad_()
         self.optimizer = torch.optim.AdamW(decay_groups(trained, weight_decay), lr=learning_rate)
+
+    def take(self, images: torch.Tensor, context_ids: torch.Tensor, target_ids: torch.Tensor) -> float:
+        """A whole step on what [`~ReferenceStep.loss`] reads; returns the loss."""
+        with self.autocast:
+            loss = self.loss(images, context_ids, target_ids)
+        return self.finish(loss)
 
     def loss(self, images: torch.Tensor, context_ids: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
         """

@@ -12,12 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from modeling_cjepa import CJepaConfig, CJepaForPreTraining
-from trainers.benchmark import decay_groups, quartiles
+from trainers.bare_steps import SIZES, BareSteps, chosen_precision
+from trainers.benchmark import quartiles
 from trainers.errors import InputError
 from trainers.flops import model_flops, wait_for
 from trainers.reports import markdown_table
-from trainers.step_cost import SIZES, chosen_precision
 
 PROCESSES = "processes x2, the same images"
 # seconds that a process waits for another one's step
@@ -36,7 +35,7 @@ def benchmark_scale(
     else the machine does counts little; the waiting for another process does not count.
 
     Args:
-        size (`str`): One of [`~step_cost.SIZES`], from which it grows.
+        size (`str`): One of [`~bare_steps.SIZES`], from which it grows.
         batch_size (`int`): Images of a step before; an even number.
         num_rounds (`int`): Timed steps of each, after one that is not counted.
         precision (`"float32"` or `"bf16"`, *optional*): What the device multiplies faster when not given.
@@ -81,31 +80,26 @@ def grown_by(fields: dict) -> dict[str, tuple[dict, int]]:
     }
 
 
-class Steps:
+class Steps(BareSteps):
     """
-    Whole steps of a model: forward and backward pass, optimizer, moving average.
+    Timed steps on masks that are the same for all who take as many.
 
     Args:
-        fields (`dict`): Of [`CJepaConfig`].
+        fields, precision, device: As of [`BareSteps`].
         batch_size (`int`): Images of a step of this process.
-        precision (`"float32"` or `"bf16"`): Whether under autocast.
-        device (`torch.device`): Where.
         is_shared (`bool`): Whether the processes there are average their gradients.
     """
 
     def __init__(self, fields: dict, batch_size: int, precision: str, device: torch.device, is_shared: bool = False):
-        config = CJepaConfig(**fields)
-        self.model = CJepaForPreTraining._from_config(config, attn_implementation="sdpa").to(device).train()
-        self.run = DistributedDataParallel(self.model) if is_shared else self.model
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(decay_groups(trained, 0.05), lr=1e-4, fused=True)
-        self.images = torch.randn(batch_size, config.num_channels, config.image_size, config.image_size, device=device)
-        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+        super().__init__(fields, precision, device)
+        if is_shared:
+            self.run = DistributedDataParallel(self.model)
+        self.batch = self.images(batch_size)
         self.num_taken = 0
 
     def round(self) -> tuple[float, int]:
         """Seconds of a step, as of [`benchmark_scale`], and the floating-point operations that it is worth."""
-        batch_size, device = len(self.images), self.images.device
+        batch_size, device = len(self.batch), self.batch.device
         generator = torch.Generator().manual_seed(self.num_taken)  # blocks of the same size before and after
         self.num_taken += 1
         masks = self.model.sample_masks(batch_size, generator=generator, device="cpu")
@@ -113,12 +107,7 @@ class Steps:
         wait_for(device)
         clock = time.process_time if device.type == "cpu" else time.perf_counter
         started = clock()
-        with self.autocast:
-            loss = self.run(self.images, context_ids, target_ids).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.model.update_target_encoder(0.996)
+        self.take(self.batch, context_ids, target_ids)
         wait_for(device)
         seconds = clock() - started
         flops = model_flops(self.model.config, context_ids.shape[1], *target_ids.shape[1:])
