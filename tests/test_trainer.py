@@ -226,6 +226,21 @@ def test_two_processes_train_like_one(tmp_path):
                 assert entry[term] == pytest.approx(expected[term], rel=1e-4), (name, term)
 
 
+def test_a_compiled_run_learns_the_same_and_resumes(tmp_path):
+    descent = {"optim": "sgd", "start_learning_rate": 0.1, "learning_rate": 0.1, "max_steps": 4, "save_steps": 2,
+               "per_device_train_batch_size": 8, "save_strategy": "steps"}  # fmt: skip
+    compiled = descent | {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    plain, _ = train(str(tmp_path / "plain"), descent)
+    whole, _ = train(str(tmp_path / "compiled"), compiled)
+    assert plain.keys() == whole.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(tensor, plain[name], atol=1e-6, rtol=1e-4, msg=name)
+    shutil.rmtree(tmp_path / "compiled" / "checkpoint-4")
+    torch._dynamo.reset()  # as in a new process
+    resumed, _ = train(str(tmp_path / "compiled"), compiled, resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_checkpoint_with_missing_weights_is_refused(tmp_path):
     training = {"max_steps": 1, "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1}
     trainer = build_trainer(str(tmp_path), training)

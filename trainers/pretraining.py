@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import set_seed
 
 from modeling_cjepa.configuration_cjepa import pair
+from trainers.allocator import keep_freed_memory
 from trainers.checkpoints import (
     changed_batches,
     changed_settings,
@@ -61,6 +62,8 @@ def pretrain(recipe: Recipe) -> Path | None:
     # numbers too small for a normal float slow a CPU's matrix products down tenfold and more
     torch.set_flush_denormal(True)
     args = training_arguments(recipe)
+    if args.device.type == "cpu":
+        keep_freed_memory()
     model = build_model(recipe, args)
     output = Path(args.output_dir)
     with only_run_in(output):

@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from trainers.allocator import keep_freed_memory
 from trainers.bare_steps import SIZES, BareSteps, chosen_precision
 from trainers.benchmark import quartiles, step_rows
 from trainers.dry_step import LiveBytes
@@ -65,6 +66,7 @@ def benchmark_step(
         raise InputError(f"--batch_size {batch_size} must be an even number and --rounds {num_rounds} 2 or more.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = chosen_precision(precision, device)
+    keep_freed_memory()  # of all alike
     race = _Race(SIZES[size], batch_size, precision, device, compiles)
     difference = race.difference()
     if difference > _MOST_APART[precision]:
