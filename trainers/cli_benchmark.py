@@ -53,7 +53,7 @@ def add_memory(parts):
         "What training steps of C-JEPA need of memory at most, with and without gradient checkpointing, beside those "
         "of I-JEPA's authors' code, re-stated, on the same masks: each in a fresh process, at two batch sizes, with "
         "the largest batch that fits here.",
-        batch_size=128,
+        batch_size=64,
         rounds=3,
     )
     _add_size_and_precision(parser)

@@ -28,7 +28,7 @@ _MIB = 2**20
 
 
 def benchmark_memory(
-    size: str = "cifar", batch_size: int = 128, num_rounds: int = 3, precision: str | None = None
+    size: str = "cifar", batch_size: int = 64, num_rounds: int = 3, precision: str | None = None
 ) -> dict:
     """
     Takes steps of ours, with and without gradient checkpointing, and of [`ReferenceStep`], on the same masks.
