@@ -8,6 +8,8 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -278,3 +280,23 @@ def test_a_run_reads_its_cache(photos, tmp_path, capsys, monkeypatch):
             pixels = (folder / "pixels.bin").read_bytes()
             (folder / "pixels.bin").write_bytes(bytes(255 - pixel for pixel in pixels))
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_two_processes_make_and_read_one_cache(photos, tmp_path):
+    root = Path(__file__).resolve().parent.parent
+    losses = []
+    for processes in (1, 2):
+        flags = [*FLAGS, "--dataset", str(photos), "--max_steps", "1", "--decoded_size", str(SIZE)]
+        flags += ["--per_device_train_batch_size", str(4 // processes), "--output_dir", str(tmp_path / f"{processes}")]
+        flags += ["--decoded_cache", str(tmp_path / f"cache{processes}")]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        result = subprocess.run(
+            [*launcher, "scripts/pretrain.py", "cjepa_scenes", *flags], cwd=root, capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(root), "HF_DATASETS_CACHE": str(tmp_path / "datasets")}, timeout=300,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-3000:]
+        facts = json.loads((tmp_path / f"{processes}" / "final" / "results.json").read_text())
+        assert facts["training"]["processes"] == processes
+        losses.append(facts["history"][0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert files_of(tmp_path / "cache1") == files_of(tmp_path / "cache2")

@@ -145,8 +145,14 @@ def turned() -> dict:
     return jpeg(textured(), exif=exif)
 
 
+def turned_by_xmp() -> dict:
+    words = '<x:xmpmeta><rdf:Description tiff:Orientation="8" /></x:xmpmeta>'
+    return jpeg(textured(), xmp=words.encode())
+
+
 UNUSUAL = {
     "turned": turned,
+    "turned by XMP": turned_by_xmp,
     "gray": lambda: jpeg(textured().convert("L")),
     "CMYK": lambda: jpeg(textured().convert("CMYK")),
     "two in a file": lambda: jpeg(textured(), format="MPO", save_all=True, append_images=[smooth()]),
@@ -163,6 +169,21 @@ def test_what_is_no_upright_jpeg_in_colour_is_read_as_ever(make):
     assert isinstance(image, DecodedImage) and (image.width, image.height) == whole.size
     assert np.array_equal(np.asarray(image.pil()), np.asarray(whole))
     assert rounded_otherwise(image.crop(BOXES["inside"], (60, 70)), by_pillow(item, BOXES["inside"], (60, 70)))
+
+
+def test_a_camera_held_upright_makes_a_plain_jpeg():
+    exif = Image.Exif()
+    exif[274], exif[271] = 1, "maker"
+    item = jpeg(textured(), exif=exif)
+    assert isinstance(open_image(item), EncodedJpeg) and isinstance(open_image(jpeg(smooth())), EncodedJpeg)
+    assert np.array_equal(np.asarray(open_image(item).pil()), np.asarray(decode_image(item)))
+
+
+def test_a_picture_too_large_for_pillow_is_refused_unseen(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", WIDTH * HEIGHT // 2 - 1)
+    for read in (open_image, decode_image):
+        with pytest.raises(UnreadableImage, match="decompression bomb"):
+            read(jpeg(textured()))
 
 
 def outcome(read, item):

@@ -13,7 +13,9 @@ def add_benchmark(commands):
         "quartiles. `cjepa benchmark PART --help` explains each.",
     )
     parts = parser.add_subparsers(title="parts", required=True, metavar="PART")
-    for add in (add_step, add_memory, add_scale, add_masks, add_levels, add_features, add_training, add_loading):
+    for add in (
+        add_step, add_memory, add_scale, add_masks, add_data, add_levels, add_features, add_training, add_loading,
+    ):  # fmt: skip
         add(parts)
 
 
@@ -112,6 +114,32 @@ def run_masks(namespace):
     from trainers.cost_panels import mask_panels
 
     _report(namespace, lambda: benchmark_masks(namespace.batch_size, namespace.rounds), format_benchmark, mask_panels)
+
+
+def add_data(parts):
+    """`cjepa benchmark data`."""
+    parser = _add_part(
+        parts,
+        "data",
+        "the crops of train images",
+        "Crops of 224 pixels from JPEGs of 500 x 375, and from a cache of decoded images, beside those of I-JEPA's "
+        "published code: Pillow, float32, normalised. The pictures are drawn, with as many bytes as photographs.",
+        rounds=9,
+    )
+    parser.add_argument("--num_images", type=int, default=64, help="images of a round (default %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that make crops; 0: this one, on one thread (default)"
+    )
+    parser.set_defaults(run=run_data)
+
+
+def run_data(namespace):
+    """Prints the medians."""
+    from trainers.cost_panels import data_panels
+    from trainers.data_cost import benchmark_data, format_data_cost
+
+    sizes = namespace.num_images, namespace.rounds, namespace.workers
+    _report(namespace, lambda: benchmark_data(*sizes), format_data_cost, data_panels)
 
 
 def add_levels(parts):

@@ -1,6 +1,7 @@
 """What the picture of each part of `cjepa benchmark` shows."""
 
 from trainers.cost_figure import Bars, Shares
+from trainers.data_cost import WHAT as CROPPED
 from trainers.loading_cost import WHAT as LOADED
 from trainers.memory_cost import WHAT as REMEMBERED
 from trainers.step_cost import RACERS
@@ -43,6 +44,16 @@ def mask_panels(found: list[dict]) -> list[Bars]:
              "us an image", {"loop over images": row["loop"], "ours": row})
         for row in found
     ]  # fmt: skip
+
+
+def data_panels(found: dict) -> list[Bars]:
+    """Crops a second, and how many times as many as the authors'."""
+    makers = f"workers: {found['workers']}" if found["workers"] else "one thread"
+    factors = {CROPPED[name]: factor for name, factor in found["factor"].items()}
+    return [
+        Bars(f"crops of 224 pixels, {makers}", "images/s", {title: found[name] for name, title in CROPPED.items()}),
+        Bars("speed over the authors'", "times", factors),
+    ]
 
 
 def level_panels(found: list[dict]) -> list[Bars]:

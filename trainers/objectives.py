@@ -56,7 +56,7 @@ class Objective:
         return True
 
     def transform(self, config, data, device: torch.device):
-        """PIL image to the uint8 tensor of its view or views."""
+        """What makes the uint8 tensor of a view, or of views, of an image that [`~decoding.open_image`] gives."""
         raise NotImplementedError
 
     def trainer_options(self, config, data, device: torch.device) -> dict:
