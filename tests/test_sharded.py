@@ -14,7 +14,11 @@ from modeling_cjepa.encoders_cjepa import CJepaLayer
 from trainers.sharding import match_deepspeed
 
 WORLD_SIZES, NUM_IMAGES = (2, 4), 32
-READINGS = {"context": {"regularizer": "context"}, "pair": {"regularizer": "pair", "expander_hidden_size": 8}}
+READINGS = {
+    "context": {"regularizer": "context"},
+    "pair": {"regularizer": "pair", "expander_hidden_size": 8},
+    "shared": {"predictor_attention": "shared_context"},
+}
 
 
 def sharded(model):
