@@ -95,6 +95,12 @@ def test_the_command_trains_nothing_and_says_whether_it_fits(tmp_path, capsys, m
     )
 
 
+def test_a_device_that_is_not_known_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(estimate_module, "MARGIN", {"cuda": 1.1})
+    assert main(["pretrain", "cjepa_cifar10", *FLAGS, "--estimate"]) == 2
+    assert "--estimate knows no cpu" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_said(capsys, monkeypatch):
     monkeypatch.setattr(estimate_module, "_disk", lambda step, args: {"checkpoint": 9, "disk": 9, "free_disk": 8})
     assert main(["pretrain", "cjepa_cifar10", *FLAGS, "--estimate"]) == 1
