@@ -1,7 +1,8 @@
 """What `--estimate` tells of a run, beside the models themselves."""
 
 import pytest
-from tiny import FLAGS, tiny_config
+from tiny import FLAGS, RESNET, sjea_level, tiny_config
+from transformers import ResNetConfig, ResNetModel
 
 from modeling_cjepa import CJepaForPreTraining
 from trainers import estimate as estimate_module
@@ -65,6 +66,21 @@ def test_stacks_and_two_views(name):
     assert found["peak"] > found["weights"] + found["target_encoder"] + found["gradients"] + found["optimizer"]
 
 
+def test_a_backbone_that_is_named_has_its_own_sizes(tmp_path):
+    named = {name: value for name, value in RESNET.items() if name != "model_type"}
+    ResNetModel(ResNetConfig(**named)).save_pretrained(tmp_path / "resnet")
+    found = [
+        found_of_levels([sjea_level(backbone=backbone, stem="standard")])
+        for backbone in (str(tmp_path / "resnet"), RESNET)
+    ]
+    assert found[0]["parameters"] == found[1]["parameters"] and found[0]["peak"] == found[1]["peak"]
+
+
+def found_of_levels(levels: list[dict]) -> dict:
+    flags = {"use_cpu": True, "per_device_train_batch_size": 4, "precision": "float32", "levels": levels}
+    return estimate(read_recipe("sjea_cifar10", flags))
+
+
 def test_the_command_trains_nothing_and_says_whether_it_fits(tmp_path, capsys, monkeypatch):
     output = tmp_path / "run"
     command = ["pretrain", "cjepa_cifar10", *FLAGS, "--output_dir", str(output), "--estimate"]
@@ -77,6 +93,12 @@ def test_the_command_trains_nothing_and_says_whether_it_fits(tmp_path, capsys, m
         "It does not fit in memory" in said
         and "give --gradient_checkpointing, or lower --per_device_train_batch_size" in said
     )
+
+
+def test_a_device_that_is_not_known_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(estimate_module, "MARGIN", {"cuda": 1.1})
+    assert main(["pretrain", "cjepa_cifar10", *FLAGS, "--estimate"]) == 2
+    assert "--estimate knows no cpu" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_said(capsys, monkeypatch):

@@ -47,9 +47,11 @@ def estimate(recipe: Recipe) -> dict:
         number of images is not known.
 
     Raises:
-        InputError: The recipe cannot be run as it is.
+        InputError: The recipe cannot be run as it is, or the device is neither a CPU nor one of CUDA.
     """
     args = training_arguments(recipe)
+    if args.device.type not in MARGIN:
+        raise InputError(f"--estimate knows no {args.device.type}; give --use_cpu, or run it where there is CUDA.")
     if recipe.run.start_from is not None:
         read_start(recipe)
     step, batch_size = _dry_step(recipe, args), args.train_batch_size
