@@ -5,6 +5,7 @@ import torch
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining
 from trainers.benchmark import decay_groups
 from trainers.errors import InputError
+from trainers.recipes import RunArguments
 from trainers.training_args import computes_in_bf16
 
 
@@ -39,7 +40,7 @@ def chosen_precision(asked: str | None, device: torch.device) -> str:
 
 class BareSteps:
     """
-    Whole steps of a model: forward and backward pass, optimizer, moving average.
+    Whole steps of a model: forward and backward pass, optimizer, moving average; attention as in pre-training.
 
     Args:
         fields (`dict`): Of [`CJepaConfig`].
@@ -52,7 +53,8 @@ class BareSteps:
     """
 
     def __init__(self, fields: dict, precision: str, device: torch.device):
-        self.model = CJepaForPreTraining._from_config(CJepaConfig(**fields), attn_implementation="sdpa")
+        attention = RunArguments().attention(device, bf16=precision == "bf16")
+        self.model = CJepaForPreTraining._from_config(CJepaConfig(**fields), attn_implementation=attention)
         self.model.to(device).train()
         self.run = self.model
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
