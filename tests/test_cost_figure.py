@@ -11,13 +11,15 @@ from trainers.cost_figure import Bars, Shares, check_output, write_costs
 from trainers.errors import InputError
 from trainers.loading_cost import WHAT as LOADED
 from trainers.memory_cost import WHAT as REMEMBERED
+from trainers.step_cost import RACERS
 
 SPREAD = {"low": 1.0, "median": 2.0, "high": 4.0}
 FOUND = {
     "step": {
-        "size": "cifar", "batch_size": 4, "precision": "bf16", "device": "cpu", "factor": SPREAD, "matmul_rate": 1e9,
-        "reference": SPREAD, "ours": SPREAD, "mfu": {"reference": SPREAD, "ours": SPREAD},
-        "memory": {"reference": 8e6, "ours": 6e6}, "parts": {"masks": 0.25, "backward": 0.75},
+        "size": "cifar", "batch_size": 4, "precision": "bf16", "device": "cpu", "matmul_rate": 1e9,
+        "factor": {name: SPREAD for name in RACERS if name != "reference"},
+        "seconds": dict.fromkeys(RACERS, SPREAD), "mfu": dict.fromkeys(RACERS, SPREAD),
+        "memory": dict.fromkeys(RACERS, 6e6), "parts": {"masks": 0.25, "backward": 0.75},
     },
     "mask": [{"grid": "8x8", "batch_size": 4, "loop": 9.0, "factor": 4.5, **SPREAD}],
     "level": [{"levels": 1, "activations": 3.0, **SPREAD}, {"levels": 2, "activations": 5.0, **SPREAD}],
