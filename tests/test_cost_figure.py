@@ -71,7 +71,8 @@ def test_every_part_has_a_picture(part, drawn, tmp_path):
 
 
 def test_seconds_become_milliseconds_and_shares_percent():
-    seconds, mfu, memory, parts = cost_panels.step_panels(FOUND["step"])
+    seconds, faster, mfu, memory, parts = cost_panels.step_panels(FOUND["step"])
+    assert faster.values == dict.fromkeys(RACERS.values(), SPREAD) | {"the authors', re-stated": 1.0}
     assert seconds.values["ours, with its regulariser"]["median"] == 2000
     assert mfu.values["the authors', re-stated"]["high"] == 400 and parts.shares == FOUND["step"]["parts"]
     assert memory.values["ours, with its regulariser"] == 6e6 / 4 / 2**20

@@ -27,8 +27,9 @@ def add_step(parts):
         "a training step beside the authors'",
         "A whole training step of C-JEPA beside one of I-JEPA's authors' code, re-stated, on the same batches and "
         "masks, in turns: forward pass, backward pass, optimizer, moving average. That both are the same function is "
-        "looked at first. Beside them two that are other functions: a predictor with a shared context, and two mask "
-        "sets an image, too. And the share of each part of ours.",
+        "looked at first. Beside them two that are other functions: a predictor with a shared context "
+        "(predictor_attention), and with it half of the images with two mask sets each (num_mask_sets), which is as "
+        "many masks. And the share of each part of ours.",
         batch_size=64,
         rounds=9,
     )

@@ -17,8 +17,8 @@ from trainers.reports import markdown_table
 RACERS = {
     "reference": "the authors', re-stated",
     "ours": "ours, with its regulariser",
-    "shared_context": "the same, predictor_attention: shared_context",
-    "mask_sets": "the same, half of the images, num_mask_sets: 2",
+    "shared_context": "ours, shared context",
+    "mask_sets": "ours, two mask sets, too",
 }
 _FIELDS = {
     "ours": {},
