@@ -80,7 +80,15 @@ def test_seconds_become_milliseconds_and_shares_percent():
     assert memory.values["ours"]["median"] == 2 / 2**20
 
 
-@pytest.mark.parametrize("output", ["cost.png", "."])
+@pytest.mark.parametrize("output", ["cost.png", "cost.PNG", "."])
 def test_a_file_that_is_no_json_is_refused(output):
     with pytest.raises(InputError, match="is no JSON file"):
         check_output(output)
+
+
+def test_a_place_that_cannot_be_written_to_is_said_before(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        check_output(str(tmp_path / "file" / "cost.json"))
+    check_output(str(tmp_path / "new" / "cost.json"))
+    assert (tmp_path / "new").is_dir()

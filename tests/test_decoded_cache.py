@@ -8,6 +8,7 @@ import pickle
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections import namedtuple
@@ -194,9 +195,48 @@ def test_what_a_killed_process_left_is_not_used_and_is_removed(source, tmp_path,
     process.start()
     process.join()
     assert process.exitcode == 9
-    assert [path.name for path in tmp_path.iterdir()] == [f".cache.{process.pid}.tmp"]
+    assert [path.name for path in tmp_path.iterdir()] == [f".cache.{socket.gethostname()}.{process.pid}.tmp"]
     cached = with_cache(source, tmp_path / "cache", SIZE, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"] and len(cached) == 10
+
+
+def test_what_another_machine_writes_is_left_alone(source, tmp_path):
+    theirs = tmp_path / f".cache.another-machine.{os.getpid()}.tmp"
+    theirs.mkdir()
+    with_cache(source, tmp_path / "cache", SIZE, progress=False)
+    assert theirs.is_dir() and (tmp_path / "cache").is_dir()
+
+
+@pytest.mark.parametrize("is_as_long", [False, True])
+def test_other_images_of_the_same_names_are_not_these(source, tmp_path, photos, is_as_long):
+    with_cache(source, tmp_path / "cache", SIZE, progress=False)
+    other = tmp_path / "photos"
+    shutil.copytree(photos, other)
+    if is_as_long:
+        data = bytearray((other / "0.jpg").read_bytes())
+        data[len(data) // 2] ^= 1
+        (other / "0.jpg").write_bytes(data)
+    else:
+        picture(77).save(other / "0.jpg", quality=90)
+    files = StoredImages.of_files(sorted(other.iterdir()))
+    with pytest.raises(InputError, match="is of other images than those of photos"):
+        with_cache(dataclasses.replace(source, images=files), tmp_path / "cache", SIZE, progress=False)
+    copied = dataclasses.replace(source, images=StoredImages.of_files(sorted(photos.iterdir())))
+    assert len(with_cache(copied, tmp_path / "cache", SIZE, progress=False)) == 10
+
+
+def test_places_where_no_cache_can_be_are_said_in_a_sentence(source, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    monkeypatch.chdir(tmp_path / "nothing")
+    for place, sentence in ((tmp_path / "file" / "cache", "cannot be made"), (".", "no folder that can be made"),
+                            (tmp_path / "link", "no folder that can be made")):  # fmt: skip
+        with pytest.raises(InputError, match=sentence):
+            with_cache(source, place, SIZE, progress=False)
+    whole = with_cache(source, tmp_path / "cache", SIZE, progress=False)
+    (tmp_path / "alias").symlink_to(tmp_path / "cache")
+    assert len(with_cache(source, tmp_path / "alias", SIZE, progress=False)) == len(whole)
 
 
 def test_a_disk_without_room_is_said_before_the_work(source, tmp_path, monkeypatch):

@@ -145,12 +145,20 @@ def turned() -> dict:
     return jpeg(textured(), exif=exif)
 
 
+def turned_behind_a_look_alike() -> dict:
+    """With a segment of Photoshop's before, in which the mark of a scan stands."""
+    data = turned()["bytes"]
+    segment = b"Photoshop 3.0\0\xff\xda\xff"
+    return {"bytes": data[:2] + b"\xff\xed" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:], "path": None}
+
+
 def turned_by_xmp() -> dict:
     words = '<x:xmpmeta><rdf:Description tiff:Orientation="8" /></x:xmpmeta>'
     return jpeg(textured(), xmp=words.encode())
 
 
 UNUSUAL = {
+    "turned behind a look-alike": turned_behind_a_look_alike,
     "turned": turned,
     "turned by XMP": turned_by_xmp,
     "gray": lambda: jpeg(textured().convert("L")),

@@ -13,9 +13,13 @@ from trainers.recipes import read_recipe
 TINY = {name.removeprefix("--"): int(value) for name, value in zip(FLAGS[:14:2], FLAGS[1:14:2], strict=True)}
 
 
+PROGRAM = 10 * 2**20
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(estimate_module, "matmul_rate", lambda device, precision: 2e9)
+    monkeypatch.setattr(estimate_module, "program_memory", lambda device: PROGRAM)
 
 
 def found_of(name="cjepa_cifar10", **overrides) -> dict:
@@ -41,6 +45,14 @@ def test_the_largest_batch_fits_and_a_larger_one_does_not(monkeypatch):
     largest = found["largest_batch_size"]
     assert found_of(per_device_train_batch_size=int(0.9 * largest))["fits"]
     assert not found_of(per_device_train_batch_size=int(1.15 * largest))["fits"]
+
+
+def test_steps_and_the_program_are_the_peak(monkeypatch):
+    monkeypatch.setattr(estimate_module, "free_memory", lambda device: 7)
+    found = found_of()
+    parts = ("weights", "target_encoder", "gradients", "optimizer", "activations", "margin", "program")
+    assert found["peak"] == sum(found[name] for name in parts)
+    assert found["program"] == PROGRAM and found["free"] == 7 + PROGRAM
 
 
 def test_time_is_operations_over_the_assumed_rate():
@@ -86,7 +98,7 @@ def test_the_command_trains_nothing_and_says_whether_it_fits(tmp_path, capsys, m
     command = ["pretrain", "cjepa_cifar10", *FLAGS, "--output_dir", str(output), "--estimate"]
     assert main(command) == 0
     assert "It fits; so would batches of about" in capsys.readouterr().out and not output.exists()
-    monkeypatch.setattr(estimate_module, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(estimate_module, "free_memory", lambda device: 2**21)
     assert main(command) == 1
     said = capsys.readouterr().out
     assert (

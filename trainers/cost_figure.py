@@ -1,5 +1,6 @@
 """The pictures of `cjepa benchmark`: bars of medians with their quartiles, and shares of a whole as one bar."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,18 @@ def write_costs(output: str, found: dict | list, panels: Sequence[Bars | Shares]
 
 
 def check_output(output: str | None):
-    """Refuses, before anything is measured, a file that its picture would replace, or that is a folder."""
-    if output is not None and (Path(output).suffix == ".png" or Path(output).is_dir()):
+    """Refuses, before anything is measured, a file that its picture would replace, or that cannot be written."""
+    if output is None:
+        return
+    path = Path(output)
+    if path.suffix.lower() == ".png" or path.is_dir():
         raise InputError(f"--output {output} is no JSON file; name one, such as cost.json; a PNG goes beside it.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written ({error}); name another file.") from error
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"--output {output} cannot be written: {path.parent} is not yours to write to.")
 
 
 def draw_costs(panels: Sequence[Bars | Shares], path: Path):

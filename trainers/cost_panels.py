@@ -34,7 +34,7 @@ def step_panels(found: dict) -> list[Bars | Shares]:
         ),
         Bars(
             "memory of a step beside the weights",
-            "MiB an image",
+            "MiB a mask set",
             {title: found["memory"][name] / found["batch_size"] / _MIB for name, title in RACERS.items()},
         ),
         Shares("parts of ours", found["parts"]),

@@ -5,12 +5,14 @@ begins (`offsets`), `heights` and `widths`, and of which images it was made. It 
 written, so that what a killed process leaves is never read.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -26,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from trainers.datasets import ImageSource, StoredImages
-from trainers.decoding import Box, UnreadableImage, open_image
+from trainers.decoding import Box, UnreadableImage, open_image, stored_bytes
 from trainers.errors import InputError, first_line
 from trainers.files import is_disk_full, leftovers
 from trainers.processes import in_main_process
@@ -34,7 +36,7 @@ from trainers.processes import in_main_process
 # of the files, and of how their pixels are made
 _VERSION = 1
 _PIXELS, _INDEX = "pixels.bin", "index.safetensors"
-# images whose sizes tell how much room all need
+# images whose sizes tell how much room all need, and whose bytes tell which images they are
 _NUM_MEASURED = 256
 _BATCH_SIZE = 16
 # how long the other processes wait for a sign of the one that writes
@@ -115,6 +117,7 @@ def with_cache(
     made_of = {"version": _VERSION, "size": size, "images": _identity(source)}
     if not in_main_process(_is_there, folder, made_of, source.name):
         in_main_process(_check_room, folder, source, size)
+        in_main_process(_check_place, folder)
         steps = _write(folder, source, made_of, num_workers, progress)
         while not in_main_process(_go_on, steps):
             pass
@@ -125,10 +128,27 @@ def with_cache(
 
 
 def _identity(source: ImageSource) -> str:
-    """The source's fingerprint, and a hash of how many bytes each image has that is in no file of its own."""
+    """The source's fingerprint, and a hash of how many bytes each image has, and of all bytes of some of them."""
     images = source.images
     sizes = pc.binary_length(pc.struct_field(images.column, "bytes")).take(pa.array(images.indices)).to_pylist()
-    return f"{source.fingerprint()}, {hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:16]}"
+    sizes = [_file_size(path) if size is None else size for size, path in zip(sizes, images.paths(), strict=True)]
+    digest = hashlib.sha256(json.dumps(sizes).encode())
+    for at in _some(source):
+        with contextlib.suppress(UnreadableImage):
+            digest.update(stored_bytes(images[int(at)]))
+    return f"{source.fingerprint()}, {digest.hexdigest()[:16]}"
+
+
+def _file_size(path: str | None) -> int | None:
+    try:
+        return None if path is None else os.stat(path).st_size
+    except (OSError, ValueError):  # which is told of the image when it is read
+        return None
+
+
+def _some(source: ImageSource) -> np.ndarray:
+    """Positions of some images from all over a source."""
+    return np.unique(np.linspace(0, len(source) - 1, min(len(source), _NUM_MEASURED)).astype(int))
 
 
 def _is_there(folder: Path, made_of: dict, name: str) -> bool:
@@ -155,9 +175,21 @@ def _is_there(folder: Path, made_of: dict, name: str) -> bool:
     return True
 
 
+def _check_place(folder: Path):
+    """Raises `InputError` if a folder cannot be made there."""
+    if not folder.name or folder.is_symlink():
+        raise InputError(f"--decoded_cache {folder} is no folder that can be made; name a new one, such as decoded.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--decoded_cache {folder} cannot be made ({error}); name another folder.") from error
+    if not os.access(folder.parent, os.W_OK):
+        raise InputError(f"--decoded_cache {folder} cannot be made: {folder.parent} is not yours to write to.")
+
+
 def _check_room(folder: Path, source: ImageSource, size: int):
     """Raises `InputError` if the disk has no room for the images, as some of them tell."""
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), _NUM_MEASURED)).astype(int))
+    chosen = _some(source)
     num_bytes = [3 * height * width for height, width in (_stored_size(source.images[at], size) for at in chosen)]
     needed = sum(num_bytes) / len(chosen) * len(source)
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -200,9 +232,11 @@ class _Shrunk(torch.utils.data.Dataset):
 
 def _write(folder: Path, source: ImageSource, made_of: dict, num_workers: int, progress: bool) -> Iterator[None]:
     """Writes a cache, an item for each batch of images."""
-    for killed in leftovers(folder, rf"\.{re.escape(folder.name)}\.(?P<pid>\d+)\.tmp"):
+    # of this machine: that of another one, which shares the folder, may be at work
+    begun = f".{folder.name}.{socket.gethostname()}."
+    for killed in leftovers(folder, rf"{re.escape(begun)}(?P<pid>\d+)\.tmp"):
         shutil.rmtree(killed, ignore_errors=True)
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    unfinished = folder.with_name(f"{begun}{os.getpid()}.tmp")
     # a generator of its own: the loader draws a seed for its workers, and shall not draw it from the caller's
     loader = DataLoader(_Shrunk(source.images, made_of["size"]), _BATCH_SIZE, sampler=range(len(source)),
                         num_workers=num_workers, collate_fn=list, generator=torch.Generator())  # fmt: skip

@@ -21,9 +21,9 @@ from trainers.warm_start import read_start
 # Shares of a device's matmul rate, by device and precision, that a duration is guessed by. Steps of `cjepa benchmark
 # step` have reached 0.6 and 0.1 on a CPU; those of a GPU are not measured.
 ASSUMED_MFU = {("cpu", "float32"): 0.5, ("cpu", "bf16"): 0.1, ("cuda", "float32"): 0.4, ("cuda", "bf16"): 0.3}
-# what a process takes at most, over the bytes of its tensors: allocators and kernels have some, too; measured by
-# `cjepa benchmark memory` on a CPU
-MARGIN = {"cpu": 1.4, "cuda": 1.1}
+# what steps take at most, over the bytes of their tensors: allocators and kernels have some, too; measured by
+# `cjepa benchmark memory` on a CPU, where steps of 64 images of the size `cifar` had the most
+MARGIN = {"cpu": 1.65, "cuda": 1.1}
 _GIB = 2**30
 
 
@@ -31,8 +31,9 @@ def estimate(recipe: Recipe) -> dict:
     """
     Estimates a run from a step that is carried out without memory or arithmetic.
 
-    Memory is that of all tensors of the heaviest step of one process, times a margin for what lies around them; the
-    images that wait, data loader workers, graphs of `torch.compile` and shards are left out.
+    Memory is that of all tensors of the heaviest step of one process, times a margin for what lies around them, and on
+    a CPU that of the program itself; the images that wait, data loader workers, evaluation, graphs of `torch.compile`
+    and shards are left out, and a decoded cache on the disk. No image is looked at.
 
     Args:
         recipe ([`Recipe`]): What would be run.
@@ -40,7 +41,8 @@ def estimate(recipe: Recipe) -> dict:
     Returns:
         `dict`: `recipe`, `device`, `precision`, `processes`, `batch_size` (images a process and forward pass);
         `parameters` by part, `flops_per_image`; in bytes `weights` (trained), `target_encoder`, `gradients`,
-        `optimizer`, `activations` and `margin` (the rest of `peak`), `bytes_per_image`, `peak`, `free`, `checkpoint`,
+        `optimizer`, `activations`, `program` (0 on a GPU) and `margin` (the rest of `peak`), `bytes_per_image`,
+        `peak`, `free`, `checkpoint`,
         `disk` (all checkpoints that are kept), `free_disk`; `fits`, both memory and disk; `largest_batch_size`, 0 if
         none fits; `could_checkpoint`, whether gradient checkpointing would need less; `matmul_rate` in FLOP/s,
         `assumed_mfu`, `images_per_second`, of all processes; `num_images` of the run and `hours`, both None where the
@@ -98,18 +100,20 @@ def _optimizer(args: JepaTrainingArguments, model: PreTrainedModel):
 def _memory(step: DryStep, batch_size: int, args: JepaTrainingArguments) -> dict:
     exchanged = step.gradients if args.world_size > 1 else 0  # gradients are once more in what processes exchange
     margin = MARGIN[args.device.type]
+    program = program_memory(args.device)
     tensors, of_twice = (step.peak(size) + exchanged for size in (batch_size, 2 * batch_size))
     slope = margin * (of_twice - tensors) / batch_size
     free = free_memory(args.device)
     if args.device.type == "cpu":
-        free //= args.world_size
+        free = free // args.world_size + program  # which this program takes, and the run's will instead
     kept = {
         "weights": step.weights - step.frozen, "target_encoder": step.frozen, "gradients": step.gradients + exchanged,
         "optimizer": step.averages,
     }  # fmt: skip
-    peak = int(margin * tensors)
+    peak = program + int(margin * tensors)
     return kept | {
-        "activations": max(tensors - sum(kept.values()), 0), "margin": peak - tensors, "peak": peak,
+        "activations": max(tensors - sum(kept.values()), 0), "margin": peak - program - tensors, "program": program,
+        "peak": peak,
         "bytes_per_image": slope, "free": free,
         "largest_batch_size": max(batch_size + math.floor((free - peak) / slope), 0),
     }  # fmt: skip
@@ -120,6 +124,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
+
+
+def program_memory(device: torch.device) -> int:
+    """Bytes that a program like this one, with its libraries, takes of the memory that a device works in."""
+    return psutil.Process().memory_info().rss if device.type == "cpu" else 0
 
 
 def _disk(step: DryStep, args: JepaTrainingArguments) -> dict:
@@ -155,7 +164,7 @@ def format_estimate(found: dict) -> str:
     told = {
         "weights": "weights that are trained", "target_encoder": "weights that are not: the target encoder",
         "gradients": "gradients", "optimizer": "optimizer", "activations": "activations",
-        "margin": "around these", "peak": "all at most",
+        "margin": "around these", "program": "the program itself", "peak": "steps at most",
         "free": f"free on the {found['device']}",
     }  # fmt: skip
     cells = [["memory of a process", "GiB"], *([title, f"{found[name] / _GIB:.2f}"] for name, title in told.items())]

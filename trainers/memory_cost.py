@@ -3,6 +3,7 @@
 import math
 import multiprocessing
 import re
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from modeling_cjepa.configuration_cjepa import pair
 from modeling_cjepa.masking_cjepa import sample_block_masks
+from trainers.allocator import keep_freed_memory
 from trainers.bare_steps import SIZES, BareSteps, chosen_precision
 from trainers.benchmark import quartiles
 from trainers.dry_step import LiveBytes
@@ -77,7 +79,7 @@ def _summary(kind: str, rounds: list[dict], batch_sizes: tuple[int, int], free: 
         if "tensors" in of_rounds[0]:
             found[str(number)]["tensors"] = max(each["tensors"] for each in of_rounds)
     few, many = (found[str(number)]["peak"]["median"] for number in batch_sizes)
-    slope = (many - few) / (batch_sizes[1] - batch_sizes[0])
+    slope = max(many - few, 1) / (batch_sizes[1] - batch_sizes[0])
     largest = batch_sizes[1] + math.floor((free - many) / slope)
     return found | {"bytes_per_image": slope, "largest_batch_size": max(largest, 0)}
 
@@ -105,6 +107,8 @@ def measure(
         `list[dict[str, int]]`: Of each batch size `peak` and on a CPU `tensors`, in bytes, as of [`benchmark_memory`].
     """
     torch.set_num_threads(num_threads)
+    keep_freed_memory()  # as in pre-training
+    warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated")
     if torch.cuda.is_available():
         steps, found = _Steps(kind, sizes, precision, torch.device("cuda")), []
         for batch_size in batch_sizes:

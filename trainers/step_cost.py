@@ -196,7 +196,7 @@ def format_step_cost(found: dict) -> str:
     """The measurements as two tables."""
     spread = "{median:.2f} ({low:.2f} - {high:.2f})"
     cells = step_rows(found["seconds"] | {"batch_size": found["batch_size"]}, RACERS)
-    cells[0] += ["times the speed", "MFU", "MiB an image"]
+    cells[0][2:] = ["mask sets/s", "times the speed", "MFU", "MiB a mask set"]
     for row, name in zip(cells[1:], RACERS, strict=True):
         row += [
             spread.format(**found["factor"][name]) if name in found["factor"] else "1",
@@ -211,7 +211,8 @@ def format_step_cost(found: dict) -> str:
             *markdown_table(cells),
             f"\nwithout the regulariser the losses of the first two differ by {found['difference']:.1e}; MFU is "
             f"{found['flops_per_image'] / 1e9:.2f} GFLOP an image of the authors' step, over the seconds and the "
-            f"{found['matmul_rate'] / 1e9:,.0f} GFLOP/s of large products here; memory is that beside the weights\n",
+            f"{found['matmul_rate'] / 1e9:,.0f} GFLOP/s of large products here; memory is that beside the weights; "
+            "a mask set is an image, but for the last one, where an image has two\n",
             *markdown_table(shares),
         ]
     )

@@ -286,6 +286,11 @@ def _check_authors_have(config: CJepaConfig, with_predictor: bool):
             f"predictor_num_attention_heads={config.predictor_num_attention_heads}: the authors' code has "
             f"{config.num_attention_heads}, as in the encoder; leave the predictor out by --encoder target."
         )
+    if with_predictor and config.predictor_attention != "per_block":
+        raise InputError(
+            f"predictor_attention={config.predictor_attention}: the authors' predictor computes another function of "
+            "these weights; leave it out by --encoder target."
+        )
     for name, value in fixed.items():
         if getattr(config, name) != value:
             raise InputError(f"{name}={getattr(config, name)!r}: the authors' code has {value!r}; use another --to.")
