@@ -93,7 +93,7 @@ def test_two_processes_train_like_one(tmp_path):
     runs = {
         "one step": descent | {"model": LEVELS, "max_steps": 1},
         "one step of tokens": descent | {"model": WITH_TOKENS, "max_steps": 1},
-        "three steps": descent | {"model": LEVELS},
+        "three steps": descent | {"model": LEVELS, "start_learning_rate": 1e-4, "learning_rate": 1e-4},
         "three steps with a mask token": gentle | {"model": WITH_MASK_TOKEN},
     }
     halves = {name: run | {"per_device_train_batch_size": 8} for name, run in runs.items()}
