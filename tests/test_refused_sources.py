@@ -81,6 +81,7 @@ def test_other_kinds_of_timm_are_refused(changes, message, ours, folder, tmp_pat
         ({"layer_norm_eps": 1e-5}, "authors", "layer_norm_eps=1e-05"),
         ({"hidden_act": "relu"}, "authors", "hidden_act='relu'"),
         ({"predictor_num_attention_heads": 4}, "authors", "predictor_num_attention_heads=4"),
+        ({"predictor_attention": "shared_context"}, "authors", "predictor_attention=shared_context"),
         ({"image_size": [32, 16]}, "authors", "image_size is 32x16"),
         ({"upper_levels": [UPPER]}, "ijepa", "A stack of 2 levels"),
         ({"upper_levels": [UPPER]}, "timm", "A stack of 2 levels"),
