@@ -88,7 +88,7 @@ def test_a_file_that_is_no_json_is_refused(output):
 
 def test_a_place_that_cannot_be_written_to_is_said_before(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot be made"):
         check_output(str(tmp_path / "file" / "cost.json"))
     check_output(str(tmp_path / "new" / "cost.json"))
     assert (tmp_path / "new").is_dir()

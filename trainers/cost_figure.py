@@ -1,6 +1,5 @@
 """The pictures of `cjepa benchmark`: bars of medians with their quartiles, and shares of a whole as one bar."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from trainers.errors import InputError
-from trainers.files import whole_file, write_json
+from trainers.files import make_place, whole_file, write_json
 from trainers.reports import machine_facts, software_facts
 
 _DPI = 160
@@ -71,12 +70,7 @@ def check_output(output: str | None):
     path = Path(output)
     if path.suffix.lower() == ".png" or path.is_dir():
         raise InputError(f"--output {output} is no JSON file; name one, such as cost.json; a PNG goes beside it.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output {output} cannot be written ({error}); name another file.") from error
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"--output {output} cannot be written: {path.parent} is not yours to write to.")
+    make_place(path, "--output")
 
 
 def draw_costs(panels: Sequence[Bars | Shares], path: Path):

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from trainers.datasets import ImageSource, StoredImages
 from trainers.decoding import Box, UnreadableImage, open_image, stored_bytes
 from trainers.errors import InputError, first_line
-from trainers.files import is_disk_full, leftovers
+from trainers.files import is_disk_full, leftovers, make_place
 from trainers.processes import in_main_process
 
 # of the files, and of how their pixels are made
@@ -179,12 +179,7 @@ def _check_place(folder: Path):
     """Raises `InputError` if a folder cannot be made there."""
     if not folder.name or folder.is_symlink():
         raise InputError(f"--decoded_cache {folder} is no folder that can be made; name a new one, such as decoded.")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--decoded_cache {folder} cannot be made ({error}); name another folder.") from error
-    if not os.access(folder.parent, os.W_OK):
-        raise InputError(f"--decoded_cache {folder} cannot be made: {folder.parent} is not yours to write to.")
+    make_place(folder, "--decoded_cache")
 
 
 def _check_room(folder: Path, source: ImageSource, size: int):

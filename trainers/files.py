@@ -65,6 +65,25 @@ def leftovers(path: Path, name: str) -> list[Path]:
     return [each for each, pid in pids if pid == os.getpid() or not psutil.pid_exists(pid)]
 
 
+def make_place(path: Path, flag: str):
+    """
+    Makes the folder that a file or folder shall be in.
+
+    Args:
+        path (`Path`): The file or folder.
+        flag (`str`): What it was given by.
+
+    Raises:
+        InputError: It cannot be made, or not be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{flag} {path} cannot be made ({error}); name another place.") from error
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{flag} {path} cannot be made: {path.parent} is not yours to write to; name another place.")
+
+
 @contextmanager
 def full_disk_named(folder: Path):
     """
