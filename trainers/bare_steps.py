@@ -30,6 +30,13 @@ SIZES = {
 PRECISIONS = ("float32", "bf16")
 
 
+def fields_of(size: str) -> dict:
+    """The fields of a model of one of [`SIZES`]; `InputError` if it is not known."""
+    if size not in SIZES:
+        raise InputError(f"--size {size!r} is not known; choose {', '.join(SIZES)}.")
+    return SIZES[size]
+
+
 def chosen_precision(asked: str | None, device: torch.device) -> str:
     """The precision that is asked for, or what a device multiplies faster; `InputError` if it is not known."""
     precision = asked or ("bf16" if computes_in_bf16(device) else "float32")
@@ -72,10 +79,6 @@ class BareSteps:
         with self.autocast:
             loss = self.run(images, context_ids, target_ids).loss
         loss.backward()
-        self.finish()
-
-    def finish(self):
-        """What follows the backward pass."""
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.model.update_target_encoder(0.996)

@@ -110,13 +110,14 @@ def add_pretrain(commands):
 
 def run_pretrain(namespace) -> int:
     """Pre-trains by the recipe and the flags given, or tells what that will take."""
-    from trainers.estimate import estimate, format_estimate
     from trainers.pretraining import pretrain
     from trainers.recipe_files import without_flags
     from trainers.recipes import overrides_of, read_recipe
 
     recipe = read_recipe(namespace.recipe, overrides_of(namespace))
     if namespace.estimate:
+        from trainers.estimate import estimate, format_estimate
+
         found = estimate(recipe)
         print(format_estimate(found))
         return 0 if found["fits"] else 1

@@ -13,7 +13,7 @@ import torch
 from modeling_cjepa.configuration_cjepa import pair
 from modeling_cjepa.masking_cjepa import sample_block_masks
 from trainers.allocator import keep_freed_memory
-from trainers.bare_steps import SIZES, BareSteps, chosen_precision
+from trainers.bare_steps import BareSteps, chosen_precision, fields_of
 from trainers.benchmark import quartiles
 from trainers.dry_step import LiveBytes
 from trainers.errors import InputError
@@ -52,17 +52,14 @@ def benchmark_memory(
         InputError: There is no such size or precision, too little to measure with, or a system that does not tell a
             process' peak.
     """
-    if size not in SIZES:
-        raise InputError(f"--size {size!r} is not known; choose {', '.join(SIZES)}.")
+    fields = fields_of(size)
     if batch_size < 8 or num_rounds < 2:
         raise InputError(f"--batch_size {batch_size} must be 8 or more and --rounds {num_rounds} 2 or more.")
     if not Path("/proc/self/status").is_file():
         raise InputError("`cjepa benchmark memory` reads peaks of memory from /proc; run it on Linux.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision, batch_sizes = chosen_precision(precision, device), (batch_size // 4, batch_size)
-    rounds = [
-        {kind: _in_a_process(kind, SIZES[size], batch_sizes, precision) for kind in WHAT} for _ in range(num_rounds)
-    ]
+    rounds = [{kind: _in_a_process(kind, fields, batch_sizes, precision) for kind in WHAT} for _ in range(num_rounds)]
     found = {kind: _summary(kind, rounds, batch_sizes, free_memory(device)) for kind in WHAT}
     for kind in WHAT:
         of_kind, reference = (found[name][str(batch_size)]["peak"]["median"] for name in (kind, "reference"))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from trainers.bare_steps import SIZES, BareSteps, chosen_precision
+from trainers.bare_steps import BareSteps, chosen_precision, fields_of
 from trainers.benchmark import quartiles
 from trainers.errors import InputError
 from trainers.flops import model_flops, wait_for
@@ -49,14 +49,13 @@ def benchmark_scale(
     Raises:
         InputError: There is no such size or precision, or too little to measure with.
     """
-    if size not in SIZES:
-        raise InputError(f"--size {size!r} is not known; choose {', '.join(SIZES)}.")
+    fields = fields_of(size)
     if batch_size < 4 or batch_size % 2 or num_rounds < 2:
         raise InputError(
             f"--batch_size {batch_size} must be an even number from 4 up and --rounds {num_rounds} 2 or more."
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision, fields = chosen_precision(precision, device), SIZES[size]
+    precision = chosen_precision(precision, device)
     growths = {}
     for name, (changes, factor) in grown_by(fields).items():
         before = Steps(fields, batch_size, precision, device)

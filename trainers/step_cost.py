@@ -6,7 +6,7 @@ import time
 import torch
 
 from trainers.allocator import keep_freed_memory
-from trainers.bare_steps import SIZES, BareSteps, chosen_precision
+from trainers.bare_steps import BareSteps, chosen_precision, fields_of
 from trainers.benchmark import quartiles, step_rows
 from trainers.dry_step import LiveBytes
 from trainers.errors import InputError
@@ -60,14 +60,13 @@ def benchmark_step(
     Raises:
         InputError: There is no such size or precision, too little to measure with, or the losses differ.
     """
-    if size not in SIZES:
-        raise InputError(f"--size {size!r} is not known; choose {', '.join(SIZES)}.")
+    fields = fields_of(size)
     if batch_size < 2 or batch_size % 2 or num_rounds < 2:
         raise InputError(f"--batch_size {batch_size} must be an even number and --rounds {num_rounds} 2 or more.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = chosen_precision(precision, device)
     keep_freed_memory()  # of all alike
-    race = _Race(SIZES[size], batch_size, precision, device, compiles)
+    race = _Race(fields, batch_size, precision, device, compiles)
     difference = race.difference()
     if difference > _MOST_APART[precision]:
         raise InputError(f"The losses of ours and of the reference differ by {difference:.1e}: it is no comparison.")

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, TrainerCallback
 from modeling_cjepa.configuration_cjepa import pair
 from trainers.benchmark import decay_groups, quartiles, step_rows
 from trainers.errors import InputError
+from trainers.flops import wait_for
 from trainers.pretraining import build_model, build_trainer, training_arguments
 from trainers.recipes import Recipe
 from trainers.reports import markdown_table
@@ -115,7 +116,7 @@ class _Turns(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step % self.turn:
             return
-        _finish(args.device)
+        wait_for(args.device)
         now = time.perf_counter()
         if state.global_step:
             self.seconds["trainer"][-1] += now - self.started
@@ -124,14 +125,9 @@ class _Turns(TrainerCallback):
                 seconds.append(0.0)
         for _ in range(self.turn):
             self.bare.step()
-        _finish(args.device)
+        wait_for(args.device)
         self.started = time.perf_counter()
         self.seconds["bare"][-1] += self.started - now
-
-
-def _finish(device: torch.device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _summary(turns: _Turns) -> dict:
