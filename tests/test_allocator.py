@@ -14,12 +14,11 @@ from trainers.allocator import keep_freed_memory
 
 kept = sys.argv[1] == "kept" and keep_freed_memory()
 assert kept == (sys.argv[1] == "kept")
-pages = []
-for _ in range(4):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for step in range(30):
+    if step == 20:  # aligned pieces make the heap grow a few times before all of them find room in it
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**25).add(1)
-    pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(pages[-1])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
@@ -29,4 +28,4 @@ def test_pages_are_fetched_once():
         int(subprocess.run([sys.executable, "-c", _STEPS, how], capture_output=True, text=True, check=True).stdout)
         for how in ("given back", "kept")
     )
-    assert kept < 100 < given_back
+    assert kept < 100 and given_back > 10 * 65536 - 100  # pages of 4 KiB for two tensors of 128 MiB, ten times
