@@ -54,7 +54,7 @@ def test_every_racer_takes_its_own_steps_on_the_same_masks(small, monkeypatch):
 def of_known_speed(monkeypatch):
     """Rounds of a reference that takes 3 seconds, and of others that take 2, 1 and half of one."""
     seconds = dict(zip(RACERS, (3.0, 2.0, 1.0, 0.5), strict=True))
-    monkeypatch.setattr(step_cost._Race, "round", lambda self: (6e7, seconds, {"masks": 1.0, "backward": 3.0}))
+    monkeypatch.setattr(step_cost._Race, "round", lambda self: (6e7, seconds, 0.75, {"masks": 1.0, "backward": 3.0}))
     monkeypatch.setattr(step_cost, "matmul_rate", lambda device, precision: 1e9)
 
 
@@ -63,7 +63,22 @@ def test_factors_are_over_the_reference_s_time(small, of_known_speed):
     assert {name: row["median"] for name, row in found["factor"].items()} == {
         "ours": 1.5, "shared_context": 3.0, "mask_sets": 6.0,
     }  # fmt: skip
-    assert found["parts"] == {"masks": 0.25, "backward": 0.75}
+    assert found["parts"] == {"masks": 0.25, "backward": 0.75} and found["reference_masks"] == 0.25
+    assert "drawn by a loop, are 25.0% of their step" in format_step_cost(found)
+
+
+def test_masks_are_part_of_every_step(small, monkeypatch):
+    race = step_cost._Race(SIZES["small"], 4, "float32", torch.device("cpu"), compiles=False)
+    steps = []
+    monkeypatch.setattr(step_cost, "loop_masks", lambda number, grid, generator: steps.append(("loop", number, grid)))
+    draw = race.draw_masks
+    monkeypatch.setattr(race, "draw_masks", lambda: steps.append("ours") or draw())
+    monkeypatch.setattr(race, "take", steps.append)
+    monkeypatch.setattr(race, "part_seconds", dict)
+    race.round()
+    assert steps == [
+        ("loop", 4, 8), "reference", "ours", "ours", "ours", "shared_context", "ours", "mask_sets",
+    ]  # fmt: skip
 
 
 def test_mfu_is_the_reference_s_work_over_what_the_device_multiplies(small, of_known_speed):

@@ -7,7 +7,7 @@ import torch
 
 from trainers.allocator import keep_freed_memory
 from trainers.bare_steps import BareSteps, chosen_precision, fields_of
-from trainers.benchmark import quartiles, step_rows
+from trainers.benchmark import loop_masks, quartiles, step_rows
 from trainers.dry_step import LiveBytes
 from trainers.errors import InputError
 from trainers.flops import matmul_rate, model_flops, wait_for
@@ -39,7 +39,9 @@ def benchmark_step(
     """
     Times whole steps of [`ReferenceStep`], I-JEPA's, and of ours, C-JEPA's with its regulariser, in turns.
 
-    Ours is the same function; the other ones of [`RACERS`] are not. All predict the same blocks of the same masks.
+    Ours is the same function; the other ones of [`RACERS`] are not. Each first draws its masks, the reference by a
+    loop over the images; on a GPU the reference is given them, as workers draw them beside its steps. All then
+    predict the same blocks of the same masks.
 
     Args:
         size (`str`): One of [`~bare_steps.SIZES`].
@@ -54,8 +56,9 @@ def benchmark_step(
         the share of `matmul_rate` (the device's, in FLOP/s) at which it does the `flops_per_image` of
         [`~flops.model_flops`] (the rounds' mean), which are the reference's for all, so that a step that saves some
         of that work has a higher one; `memory`, the bytes that a step takes at most beside weights and the optimizer's
-        averages; `parts`, the share of our step, uncompiled, of each of its parts; and `difference` of the losses of
-        reference and ours without the regulariser.
+        averages; `parts`, the share of our step, uncompiled, of each of its parts; `reference_masks`, the share of
+        the reference's step in which its masks are drawn; and `difference` of the losses of reference and ours
+        without the regulariser.
 
     Raises:
         InputError: There is no such size or precision, too little to measure with, or the losses differ.
@@ -80,8 +83,8 @@ def benchmark_step(
     } | _summary(rounds, batch_size, max(rates))  # fmt: skip
 
 
-def _summary(rounds: list[tuple[int, dict, dict]], batch_size: int, rate: float) -> dict:
-    flops, seconds, parts = zip(*rounds, strict=True)
+def _summary(rounds: list[tuple[int, dict, float, dict]], batch_size: int, rate: float) -> dict:
+    flops, seconds, loops, parts = zip(*rounds, strict=True)
     whole = sum(statistics.median(each[name] for each in parts) for name in parts[0])
     return {
         "seconds": {name: quartiles([each[name] for each in seconds]) for name in RACERS},
@@ -94,6 +97,9 @@ def _summary(rounds: list[tuple[int, dict, dict]], batch_size: int, rate: float)
         },
         "flops_per_image": statistics.mean(flops), "matmul_rate": rate,
         "parts": {name: statistics.median(each[name] for each in parts) / whole for name in parts[0]},
+        "reference_masks": statistics.median(
+            loop / each["reference"] for loop, each in zip(loops, seconds, strict=True)
+        ),
     }  # fmt: skip
 
 
@@ -105,30 +111,43 @@ class _Race:
         self.ours, *variants = (BareSteps(fields | changes, precision, device) for changes in _FIELDS.values())
         self.reference = ReferenceStep(self.ours.model, precision=precision)
         self.device, self.batch_size, self.keeps_masks = device, batch_size, compiles
-        self.images = self.ours.images(batch_size)
-        self.draw_masks()
+        self.images, self.generator = self.ours.images(batch_size), torch.Generator().manual_seed(0)
+        self.masks = self.draw_masks()
         self.racers = dict(zip(RACERS, (self.reference, self.ours, *variants), strict=True))
         for steps in (self.ours, *variants) if compiles else ():
             steps.run = torch.compile(steps.model)
 
-    def draw_masks(self):
-        """The masks of the next steps of all."""
-        self.masks = self.ours.model.sample_masks(self.batch_size, device=self.device)
+    def draw_masks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks of a step."""
+        return self.ours.model.sample_masks(self.batch_size, device=self.device)
+
+    def draw_reference_masks(self):
+        """What masks cost the reference, whose steps are taken with ours: on a GPU it does not wait for them."""
+        if self.device.type == "cpu":
+            loop_masks(self.batch_size, self.ours.model.config.grid_size[0], self.generator)
 
     def take(self, name: str):
         """A step of a racer, which has as many masks as all."""
         num_sets = _FIELDS.get(name, {}).get("num_mask_sets", 1)
         self.racers[name].take(self.images[: self.batch_size // num_sets], *self.masks)
 
-    def round(self) -> tuple[int, dict[str, float], dict[str, float]]:
-        """Floating-point operations an image, the seconds of a step of each, and those of the parts of ours."""
+    def round(self) -> tuple[int, dict[str, float], float, dict[str, float]]:
+        """
+        Floating-point operations an image, the seconds of a step of each, those in which the reference draws masks,
+        and those of the parts of ours.
+        """
         context_ids, target_ids = self.masks
         flops = model_flops(self.ours.model.config, context_ids.shape[1], *target_ids.shape[1:])
         seconds, watch = {}, _Stopwatch(self.device)
-        for name in RACERS:
+        self.draw_reference_masks()
+        loop = watch.seconds()
+        self.take("reference")
+        seconds["reference"] = loop + watch.seconds()
+        for name in _FIELDS:
+            self.draw_masks()
             self.take(name)
             seconds[name] = watch.seconds()
-        return sum(flops.values()), seconds, self.part_seconds()
+        return sum(flops.values()), seconds, loop, self.part_seconds()
 
     def memory(self, name: str) -> int:
         """Bytes that a step takes on top of what is there: those allocated on a GPU, those of tensors on a CPU."""
@@ -152,10 +171,9 @@ class _Race:
     def part_seconds(self) -> dict[str, float]:
         """Seconds of the parts of a step of ours; `loss and signs` is what the others leave of the forward pass."""
         model, images, watch, found = self.ours.model, self.images, _Stopwatch(self.device), {}
-        kept = self.masks
-        self.draw_masks()
+        masks = self.draw_masks()
         found["masks"] = watch.seconds()
-        self.masks = kept if self.keeps_masks else self.masks
+        self.masks = self.masks if self.keeps_masks else masks
         context_ids, target_ids = self.masks
         with self.ours.autocast:
             with torch.no_grad():
@@ -211,6 +229,7 @@ def format_step_cost(found: dict) -> str:
             f"\nwithout the regulariser the losses of the first two differ by {found['difference']:.1e}; MFU is "
             f"{found['flops_per_image'] / 1e9:.2f} GFLOP an image of the authors' step, over the seconds and the "
             f"{found['matmul_rate'] / 1e9:,.0f} GFLOP/s of large products here; memory is that beside the weights; "
+            f"the authors' masks, drawn by a loop, are {found['reference_masks']:.1%} of their step; "
             "a mask set is an image, but for the last one, where an image has two\n",
             *markdown_table(shares),
         ]
