@@ -137,10 +137,10 @@ def test_command(stack, folder, tmp_path, capsys):
     small = ["--dataset", "scenes", "--num_train_images", "60", "--num_eval_images", "30",
              "--num_random_encoders", "0", "--disable_tqdm"]  # fmt: skip
     output = tmp_path / "results.json"
-    flags = ["--level", "all", "--beside", f"plain={folder}", "--output", str(output)]
+    flags = ["--level", "all", "--beside", f"plain={folder}", "--beside", f"again={folder}", "--output", str(output)]
     assert main(["evaluate", str(stack), *small, *flags]) == 0
     names = [row["encoder"] for row in json.loads(output.read_text())["rows"]]
-    assert names == ["encoder, level 0", "encoder, level 1", "encoder, all levels", "plain", "raw pixels"]
+    assert names == ["encoder, level 0", "encoder, level 1", "encoder, all levels", "plain", "again", "raw pixels"]
     printed = capsys.readouterr().out
     assert all(f"| {name} " in printed for name in names)
     # mistakes are told before the images, of which there are none, are looked for

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 import torch
+from tqdm import tqdm
 
 from modeling_cjepa.masking_cjepa import sample_block_masks
 from trainers.errors import InputError
@@ -33,6 +34,11 @@ def benchmark_masks(batch_size: int = 256, num_rounds: int = 20) -> list[dict]:
         raise InputError(f"--batch_size {batch_size} must be 1 or more and --rounds {num_rounds} 2 or more.")
     with threads(1):
         return [_time_masks(grid, batch_size, num_rounds) for grid in GRIDS]
+
+
+def shown(num_rounds: int, what: str) -> Iterable[int]:
+    """Numbers of rounds, 0 for the one that sets things up and is not counted, while a bar says how far they are."""
+    return tqdm(range(num_rounds + 1), desc=what, unit="round")
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
@@ -111,7 +117,7 @@ def _time_masks(grid: int, batch_size: int, num_rounds: int) -> dict:
     generator = torch.Generator().manual_seed(0)
     samplers = {"ours": sample_block_masks, "loop": loop_masks}
     times = {name: [] for name in samplers}
-    for _ in range(num_rounds + 1):
+    for _ in shown(num_rounds, f"masks, grid {grid}x{grid}"):
         for name, sample in samplers.items():
             # what the other sampler left in the caches is not this one's cost
             sample(min(batch_size, 8), grid, generator=generator)

@@ -37,8 +37,9 @@ def add_evaluate(commands):
         "(default: the level that AutoModel gives)",
     )  # fmt: skip
     parser.add_argument(
-        "--beside", metavar="[NAME=]MODEL", nargs="*", default=[], help="other models to evaluate in the same table"
-    )
+        "--beside", metavar="[NAME=]MODEL", nargs="*", action="extend", default=[],
+        help="other models to evaluate in the same table",
+    )  # fmt: skip
     parser.add_argument(
         "--suite", metavar="NAME", help="run the protocol suite: kNN with k 20 and 200, linear probe, linear probe on "
         "1 %% and 10 %% of the labels, attentive probe; of target and context encoder, of the last and the last four "

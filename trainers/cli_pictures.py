@@ -201,6 +201,7 @@ def add_columns(parser: argparse.ArgumentParser):
         "--beside",
         metavar="[NAME=]MODEL",
         nargs="*",
+        action="extend",
         default=[],
         help="other models, whose encoders (C-JEPA: the target encoder) are the first columns",
     )

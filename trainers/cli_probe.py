@@ -44,7 +44,9 @@ def add_segmentation(tasks):
     )
     add_level(parser)
     add_output(parser, "segmentation")
-    parser.add_argument("--segment", metavar="IMAGE", nargs="*", default=[], help="images of your own to segment")
+    parser.add_argument(
+        "--segment", metavar="IMAGE", nargs="*", action="extend", default=[], help="images of your own to segment"
+    )
     left_out = (*AUGMENTATIONS, "label_column")
     hints = {name: hint for name, hint in type_hints(MaskArguments).items() if name not in left_out}
     add_flags(parser, "data", MaskArguments(), hints)

@@ -40,6 +40,7 @@ def add_levels(pictures):
         "--beside",
         metavar="[NAME=]MODEL",
         nargs="*",
+        action="extend",
         default=[],
         help="other models to draw, such as single-level ones",
     )

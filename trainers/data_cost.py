@@ -17,7 +17,7 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from trainers.benchmark import quartiles
+from trainers.benchmark import quartiles, shown
 from trainers.datasets import ImageDataset, ImageSource, StoredImages
 from trainers.decoded_cache import with_cache
 from trainers.decoding import decode_image, simplejpeg
@@ -77,7 +77,7 @@ def benchmark_data(num_images: int = 64, num_rounds: int = 9, num_workers: int =
             "cached": ImageDataset(cached, crop),
         }
         passes = {name: _Passes(dataset, num_workers) for name, dataset in crops.items()}
-        rounds = [{name: each.seconds() for name, each in passes.items()} for _ in range(num_rounds + 1)][1:]
+        rounds = [{name: each.seconds() for name, each in passes.items()} for _ in shown(num_rounds, "crops")][1:]
         found = {name: quartiles([num_images / each[name] for each in rounds]) for name in passes}
         for name, dataset in crops.items():
             found[name]["bytes"] = dataset[0]["pixel_values"].nbytes

@@ -7,6 +7,7 @@ import time
 import torch
 
 from modeling_cjepa import CJepaConfig, CJepaModel
+from trainers.benchmark import quartiles, shown
 from trainers.decoding import decode_image
 from trainers.embedding import encoding
 from trainers.errors import InputError
@@ -65,16 +66,14 @@ def benchmark_features(
             write_features(model, data, folder, arguments, {split: table})
 
     times: dict[str, list[float]] = {"forward": [], "features": []}
-    for round_number in range(num_rounds + 1):
+    for round_number in shown(num_rounds, "features"):
         for name, work in (("forward", forward), ("features", features)):
             started = time.perf_counter()
             work()
             if round_number > 0:  # the first one sets things up
                 times[name].append(time.perf_counter() - started)
     found = {"num_images": len(pixels), "device": device.type}
-    for name, seconds in times.items():
-        low, median, high = statistics.quantiles(seconds, n=4)
-        found[name] = {"median": median, "low": low, "high": high}
+    found |= {name: quartiles(seconds) for name, seconds in times.items()}
     # of the two that followed each other: what else the machine did slowed both
     found["factor"] = statistics.median(b / a for a, b in zip(times["forward"], times["features"], strict=True))
     return found

@@ -7,6 +7,7 @@ import time
 import torch
 from transformers import PreTrainedModel
 
+from trainers.benchmark import quartiles, shown
 from trainers.datasets import seeded
 from trainers.errors import InputError
 from trainers.model_facts import count
@@ -54,7 +55,7 @@ def benchmark_levels(recipe: Recipe, batch_size: int = 64, num_rounds: int = 5) 
     memories = [step_of(number).memory() for number in numbers]  # one after the other: each has the device to itself
     steps = [step_of(number) for number in numbers]
     times = [[] for _ in steps]
-    for round_number in range(num_rounds + 1):
+    for round_number in shown(num_rounds, "steps"):
         for step, of_step in zip(steps, times, strict=True):
             with seeded(round_number):  # the masks, the same each time
                 seconds = step.timed()
@@ -62,9 +63,8 @@ def benchmark_levels(recipe: Recipe, batch_size: int = 64, num_rounds: int = 5) 
                 of_step.append(1000 * seconds)
     rows = []
     for number, of_step, memory in zip(numbers, times, memories, strict=True):
-        low, median, high = statistics.quantiles(of_step, n=4)
-        rows.append({"levels": number, "median": median, "low": low, "high": high} | memory)
-        rows[-1]["factor"] = median / rows[0]["median"]
+        rows.append({"levels": number} | quartiles(of_step) | memory)
+        rows[-1]["factor"] = rows[-1]["median"] / rows[0]["median"]
     return rows
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import IJepaConfig, IJepaModel
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining
-from trainers.benchmark import quartiles
+from trainers.benchmark import quartiles, shown
 from trainers.errors import InputError
 from trainers.publishing import save_model
 from trainers.reports import markdown_table
@@ -87,7 +87,7 @@ def benchmark_loading(num_rounds: int = 9, **sizes) -> dict:
         model = CJepaForPreTraining(CJepaConfig(**sizes))
         save_model(model, None, folders["whole"])
         save_model(model.cjepa, None, folders["encoder"])
-        rounds = [{name: _load(folder) for name, folder in folders.items()} for _ in range(num_rounds + 1)][1:]
+        rounds = [{name: _load(folder) for name, folder in folders.items()} for _ in shown(num_rounds, "loading")][1:]
     return {name: _summary([each[name] for each in rounds], [each["ijepa"] for each in rounds]) for name in WHAT}
 
 

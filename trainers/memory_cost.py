@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from modeling_cjepa.configuration_cjepa import pair
 from modeling_cjepa.masking_cjepa import sample_block_masks
@@ -59,7 +60,10 @@ def benchmark_memory(
         raise InputError("`cjepa benchmark memory` reads peaks of memory from /proc; run it on Linux.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision, batch_sizes = chosen_precision(precision, device), (batch_size // 4, batch_size)
-    rounds = [{kind: _in_a_process(kind, fields, batch_sizes, precision) for kind in WHAT} for _ in range(num_rounds)]
+    rounds = [
+        {kind: _in_a_process(kind, fields, batch_sizes, precision) for kind in WHAT}
+        for _ in tqdm(range(num_rounds), desc="processes", unit="round")
+    ]
     found = {kind: _summary(kind, rounds, batch_sizes, free_memory(device)) for kind in WHAT}
     for kind in WHAT:
         of_kind, reference = (found[name][str(batch_size)]["peak"]["median"] for name in (kind, "reference"))

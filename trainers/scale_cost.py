@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from trainers.bare_steps import BareSteps, chosen_precision, fields_of
-from trainers.benchmark import quartiles
+from trainers.benchmark import quartiles, shown
 from trainers.errors import InputError
 from trainers.flops import model_flops, wait_for
 from trainers.reports import markdown_table
@@ -60,7 +60,7 @@ def benchmark_scale(
     for name, (changes, factor) in grown_by(fields).items():
         before = Steps(fields, batch_size, precision, device)
         after = Steps(fields | changes, factor * batch_size, precision, device)
-        growths[name] = _summary([(before.round(), after.round()) for _ in range(num_rounds + 1)][1:])
+        growths[name] = _summary([(before.round(), after.round()) for _ in shown(num_rounds, name)][1:])
     if device.type == "cpu":
         growths[PROCESSES] = _summary(_rounds_of_processes(fields, batch_size, precision, num_rounds))
     return {
@@ -123,7 +123,7 @@ def _rounds_of_processes(fields: dict, batch_size: int, precision: str, num_roun
         workers = mp.spawn(_work, arguments, nprocs=2, join=False)
         steps, alone = Steps(fields, batch_size, precision, torch.device("cpu")), []
         try:
-            for _ in range(num_rounds + 1):
+            for _ in shown(num_rounds, PROCESSES):
                 alone.append(steps.round())
                 barrier.wait(_LONGEST)
                 barrier.wait(_LONGEST)

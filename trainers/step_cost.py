@@ -7,7 +7,7 @@ import torch
 
 from trainers.allocator import keep_freed_memory
 from trainers.bare_steps import BareSteps, chosen_precision, fields_of
-from trainers.benchmark import loop_masks, quartiles, step_rows
+from trainers.benchmark import loop_masks, quartiles, shown, step_rows
 from trainers.dry_step import LiveBytes
 from trainers.errors import InputError
 from trainers.flops import matmul_rate, model_flops, wait_for
@@ -74,7 +74,7 @@ def benchmark_step(
     if difference > _MOST_APART[precision]:
         raise InputError(f"The losses of ours and of the reference differ by {difference:.1e}: it is no comparison.")
     rates = [matmul_rate(device, precision)]
-    rounds = [race.round() for _ in range(num_rounds + 1)][1:]
+    rounds = [race.round() for _ in shown(num_rounds, "steps")][1:]
     rates.append(matmul_rate(device, precision))  # what else the machine does slows one or the other
     return {
         "size": size, "batch_size": batch_size, "device": device.type, "threads": torch.get_num_threads(),
