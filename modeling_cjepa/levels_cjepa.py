@@ -91,7 +91,7 @@ class MaskedLevel(NamedTuple):
             with torch.no_grad():
                 rows = append_constant(self.rows(predictions), other_rows)
                 return prediction, {"prediction": prediction, **self._watched_terms(rows, prediction)}
-        terms = self._regularizer_terms(append_constant(self.rows(predictions), other_rows), prediction)
+        terms = self.regularizer_terms(append_constant(self.rows(predictions), other_rows), prediction)
         weighted = [getattr(self.config, f"{name}_weight") * term for name, term in terms.items()]
         return prediction + regularizer_weight * sum(weighted), {"prediction": prediction, **terms}
 
@@ -100,9 +100,9 @@ class MaskedLevel(NamedTuple):
         has_one_block = self.config.regularizer == "blocks" and rows.shape[1] < 2
         if has_one_block or rows.shape[0] * count_processes() < 2:
             return {}
-        return self._regularizer_terms(rows, prediction)
+        return self.regularizer_terms(rows, prediction)
 
-    def _regularizer_terms(self, rows, prediction) -> dict[str, torch.Tensor]:
+    def regularizer_terms(self, rows, prediction) -> dict[str, torch.Tensor]:
         """
         VICReg's terms of the global batch in the configured reading: (A) `blocks`, (B) `context`, (C) `pair`.
 

@@ -1,5 +1,7 @@
 """The cost of the training loop: bare steps that do what a trainer's do, turns without its saves, and the command."""
 
+import signal
+
 import pytest
 import torch
 from tiny import FLAGS
@@ -31,15 +33,33 @@ def test_a_bare_step_is_a_step(tmp_path):
     assert not torch.equal(start, trainer.model.context_encoder.layernorm.bias)
 
 
-def test_command_prints_a_table(capsys, tmp_path, monkeypatch):
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A recipe that takes seconds, alone in the current folder."""
     monkeypatch.chdir(tmp_path)
     sizes = {flag.removeprefix("--"): int(value) for flag, value in zip(FLAGS[:14:2], FLAGS[1:14:2], strict=True)}
     sizes |= {"logging_steps": 2, "num_train_images": 64, "num_eval_images": 16, "use_cpu": True}
     write_recipe(read_recipe("cjepa_scenes", sizes).values, path := tmp_path / "tiny.yaml")
-    assert main(["benchmark", "training", str(path), "--rounds", "2"]) == 0
+    return path
+
+
+def test_command_prints_a_table(tiny, capsys, tmp_path):
+    assert main(["benchmark", "training", str(tiny), "--rounds", "2"]) == 0
     said = capsys.readouterr().out
     assert "| of the trainer " in said and "overhead" in said and "rounds of 2 steps" in said
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+def test_what_a_signal_stops_is_no_measurement(tiny, monkeypatch):
+    step = _BareSteps.step
+
+    def interrupted(self):
+        step(self)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(_BareSteps, "step", interrupted)
+    with pytest.raises(InputError, match="Stopped at step 1 of 7: nothing was measured"):
+        benchmark_training(read_recipe(tiny), num_rounds=2)
 
 
 def test_too_few_rounds_are_refused():

@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from modeling_cjepa.losses_cjepa import prediction_loss
 from trainers.allocator import keep_freed_memory
 from trainers.bare_steps import BareSteps, chosen_precision, fields_of
 from trainers.benchmark import loop_masks, quartiles, shown, step_rows
@@ -56,9 +57,9 @@ def benchmark_step(
         the share of `matmul_rate` (the device's, in FLOP/s) at which it does the `flops_per_image` of
         [`~flops.model_flops`] (the rounds' mean), which are the reference's for all, so that a step that saves some
         of that work has a higher one; `memory`, the bytes that a step takes at most beside weights and the optimizer's
-        averages; `parts`, the share of our step, uncompiled, of each of its parts; `reference_masks`, the share of
-        the reference's step in which its masks are drawn; and `difference` of the losses of reference and ours
-        without the regulariser.
+        averages; `parts`, the share of our step, uncompiled, of each of its parts, taken one by one;
+        `reference_masks`, the share of the reference's step in which its masks are drawn; and `difference` of the
+        losses of reference and ours without the regulariser.
 
     Raises:
         InputError: There is no such size or precision, too little to measure with, or the losses differ.
@@ -169,23 +170,29 @@ class _Race:
             return (ours - self.reference.loss(self.images, *self.masks)).abs().item()
 
     def part_seconds(self) -> dict[str, float]:
-        """Seconds of the parts of a step of ours; `loss and signs` is what the others leave of the forward pass."""
+        """Seconds of the parts of a step of ours."""
         model, images, watch, found = self.ours.model, self.images, _Stopwatch(self.device), {}
         masks = self.draw_masks()
         found["masks"] = watch.seconds()
         self.masks = self.masks if self.keeps_masks else masks
-        context_ids, target_ids = self.masks
         with self.ours.autocast:
             with torch.no_grad():
-                model.cjepa.encode(images)
+                (tokens,) = model.cjepa.encode(images)
             found["target encoder"] = watch.seconds()
-            context = model.context_encoder.encode(images, context_ids)[0].last_hidden_state
+            (level,) = model._levels(images, *self.masks)
             found["context encoder"] = watch.seconds()
-            model.predictor(context, context_ids, target_ids, model.config.grid_size)
+            predictions = level.predict()
             found["predictor"] = watch.seconds()
-            loss = model(images, *self.masks).loss
-            whole = watch.seconds()
-        found["loss and signs"] = max(whole - sum(found.values()) + found["masks"], 0.0)
+        tokens = tokens.last_hidden_state
+        targets = level.targets(tokens)
+        prediction = prediction_loss(predictions, targets, model.config.prediction_loss)
+        found["prediction loss"] = watch.seconds()
+        level.regularizer_terms(level.rows(predictions), prediction)
+        found["regulariser"] = watch.seconds()
+        level.signs(predictions, targets, tokens)
+        found["signs of collapse"] = watch.seconds()
+        loss, _ = level.loss(predictions, targets, model.config.regularizer_weight, [])
+        watch.seconds()  # of what was computed twice
         loss.backward()
         found["backward"] = watch.seconds()
         self.ours.optimizer.step()

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, TrainerCallback
 
 from modeling_cjepa.configuration_cjepa import pair
-from trainers.benchmark import decay_groups, quartiles, step_rows
+from trainers.benchmark import decay_groups, quartiles, shown, step_rows
 from trainers.errors import InputError
 from trainers.flops import wait_for
 from trainers.pretraining import build_model, build_trainer, training_arguments
@@ -39,7 +39,7 @@ def benchmark_training(recipe: Recipe, num_rounds: int = 9) -> dict:
         take to be written alone.
 
     Raises:
-        InputError: There are too few rounds to measure with, or the images are too few.
+        InputError: There are too few rounds to measure with, or the images are too few, or a signal stopped it.
     """
     if num_rounds < 2:
         raise InputError(f"--rounds {num_rounds} must be 2 or more.")
@@ -52,10 +52,12 @@ def benchmark_training(recipe: Recipe, num_rounds: int = 9) -> dict:
         model = build_model(recipe, args)
         source, _ = load_sources(recipe.data, max(pair(model.config.image_size)), progress=False)
         trainer = build_trainer(recipe, model, args, source)
-        turns = _Turns(_BareSteps(trainer), int(args.logging_steps), args.device)
+        turns = _Turns(_BareSteps(trainer), int(args.logging_steps), num_rounds, args.device)
         trainer.pop_callback(PrinterCallback)
         trainer.add_callback(turns)
         trainer.train()
+        if trainer.state.global_step < args.max_steps:
+            raise InputError(f"Stopped at step {trainer.state.global_step} of {args.max_steps}: nothing was measured.")
         found = _summary(turns)
         save = _time_save(trainer, Path(folder))
     batch_size = args.train_batch_size * args.gradient_accumulation_steps
@@ -107,8 +109,8 @@ class _Turns(TrainerCallback):
     both alike; of a whole round where steps are queued on a device, so that none waits for it in between.
     """
 
-    def __init__(self, bare: _BareSteps, length: int, device: torch.device):
-        self.bare, self.length = bare, length
+    def __init__(self, bare: _BareSteps, length: int, num_rounds: int, device: torch.device):
+        self.bare, self.length, self.rounds = bare, length, iter(shown(num_rounds, "rounds"))
         self.turn = 1 if device.type == "cpu" else length
         # seconds of each round
         self.seconds: dict[str, list[float]] = {"trainer": [], "bare": []}
@@ -121,6 +123,7 @@ class _Turns(TrainerCallback):
         if state.global_step:
             self.seconds["trainer"][-1] += now - self.started
         if state.global_step % self.length == 0:
+            next(self.rounds, None)
             for seconds in self.seconds.values():
                 seconds.append(0.0)
         for _ in range(self.turn):
