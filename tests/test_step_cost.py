@@ -64,6 +64,9 @@ def test_factors_are_over_the_reference_s_time(small, of_known_speed):
     assert {name: row["median"] for name, row in found["factor"].items()} == {
         "ours": 1.5, "shared_context": 3.0, "mask_sets": 6.0,
     }  # fmt: skip
+    assert {name: row["median"] for name, row in found["factor_of_ours"].items()} == {
+        "shared_context": 2.0, "mask_sets": 4.0,
+    }  # fmt: skip
     assert found["parts"] == {"masks": 0.25, "backward": 0.75} and found["reference_masks"] == 0.25
     assert "drawn by a loop, are 25.0% of their step" in format_step_cost(found)
 

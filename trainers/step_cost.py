@@ -53,7 +53,8 @@ def benchmark_step(
 
     Returns:
         `dict`: `size`, `batch_size`, `device`, `threads`, `precision`, `compiled`; by the names of [`RACERS`] the
-        quartiles of `seconds`, of `factor` (the reference's seconds over the racer's, round by round) and of `mfu`,
+        quartiles of `seconds`, of `factor` (the reference's seconds over the racer's, round by round), of
+        `factor_of_ours` (the seconds of ours over the variant's) and of `mfu`,
         the share of `matmul_rate` (the device's, in FLOP/s) at which it does the `flops_per_image` of
         [`~flops.model_flops`] (the rounds' mean), which are the reference's for all, so that a step that saves some
         of that work has a higher one; `memory`, the bytes that a step takes at most beside weights and the optimizer's
@@ -90,6 +91,9 @@ def _summary(rounds: list[tuple[int, dict, float, dict]], batch_size: int, rate:
     return {
         "seconds": {name: quartiles([each[name] for each in seconds]) for name in RACERS},
         "factor": {name: quartiles([each["reference"] / each[name] for each in seconds]) for name in _FIELDS},
+        "factor_of_ours": {
+            name: quartiles([each["ours"] / each[name] for each in seconds]) for name in _FIELDS if name != "ours"
+        },
         "mfu": {
             name: quartiles([
                 work * batch_size / each[name] / rate for work, each in zip(flops, seconds, strict=True)
@@ -220,10 +224,13 @@ def format_step_cost(found: dict) -> str:
     """The measurements as two tables."""
     spread = "{median:.2f} ({low:.2f} - {high:.2f})"
     cells = step_rows(found["seconds"] | {"batch_size": found["batch_size"]}, RACERS)
-    cells[0][2:] = ["mask sets/s", "times the speed", "MFU", "MiB a mask set"]
+    cells[0][2:] = ["mask sets/s", "times the speed", "times ours", "MFU", "MiB a mask set"]
     for row, name in zip(cells[1:], RACERS, strict=True):
         row += [
-            spread.format(**found["factor"][name]) if name in found["factor"] else "1",
+            *(
+                spread.format(**found[factor][name]) if name in found[factor] else "1" if name == base else ""
+                for factor, base in (("factor", "reference"), ("factor_of_ours", "ours"))
+            ),
             f"{found['mfu'][name]['median']:.1%}",
             f"{found['memory'][name] / found['batch_size'] / 2**20:.2f}",
         ]
