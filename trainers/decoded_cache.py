@@ -10,9 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from functools import cached_property
@@ -30,7 +28,7 @@ from tqdm import tqdm
 from trainers.datasets import ImageSource, StoredImages
 from trainers.decoding import Box, UnreadableImage, open_image, stored_bytes
 from trainers.errors import InputError, first_line
-from trainers.files import is_disk_full, leftovers, make_place
+from trainers.files import is_disk_full, leftovers, make_place, unfinished_beside
 from trainers.processes import in_main_process
 
 # of the files, and of how their pixels are made
@@ -179,6 +177,8 @@ def _check_place(folder: Path):
     """Raises `InputError` if a folder cannot be made there."""
     if not folder.name or folder.is_symlink():
         raise InputError(f"--decoded_cache {folder} is no folder that can be made; name a new one, such as decoded.")
+    for killed in leftovers(folder):
+        shutil.rmtree(killed, ignore_errors=True)
     make_place(folder, "--decoded_cache")
 
 
@@ -227,11 +227,7 @@ class _Shrunk(torch.utils.data.Dataset):
 
 def _write(folder: Path, source: ImageSource, made_of: dict, num_workers: int, progress: bool) -> Iterator[None]:
     """Writes a cache, an item for each batch of images."""
-    # of this machine: that of another one, which shares the folder, may be at work
-    begun = f".{folder.name}.{socket.gethostname()}."
-    for killed in leftovers(folder, rf"{re.escape(begun)}(?P<pid>\d+)\.tmp"):
-        shutil.rmtree(killed, ignore_errors=True)
-    unfinished = folder.with_name(f"{begun}{os.getpid()}.tmp")
+    unfinished = unfinished_beside(folder)
     # a generator of its own: the loader draws a seed for its workers, and shall not draw it from the caller's
     loader = DataLoader(_Shrunk(source.images, made_of["size"]), _BATCH_SIZE, sampler=range(len(source)),
                         num_workers=num_workers, collate_fn=list, generator=torch.Generator())  # fmt: skip
