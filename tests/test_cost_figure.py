@@ -1,6 +1,7 @@
 """The pictures of benchmarks show every figure, and lie beside it."""
 
 import json
+import os
 
 import pytest
 from matplotlib.figure import Figure
@@ -91,4 +92,42 @@ def test_a_place_that_cannot_be_written_to_is_said_before(tmp_path):
     with pytest.raises(InputError, match="cannot be made"):
         check_output(str(tmp_path / "file" / "cost.json"))
     check_output(str(tmp_path / "new" / "cost.json"))
-    assert (tmp_path / "new").is_dir()
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["/proc/x.json", "/sys/x.json", "n" * 250, "n" * 300])
+def test_a_place_that_takes_no_file_is_said_before(output, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"--output .* cannot be made \(.*\); name another place"):
+        check_output(output)
+
+
+@pytest.mark.parametrize("name", ["pipe.json", "pipe.png", "folder.png", "loop.json", "link.json"])
+def test_what_is_no_file_is_not_replaced(name, tmp_path):
+    place = tmp_path / name
+    if place.stem == "pipe":
+        os.mkfifo(place)
+    elif place.stem == "folder":
+        place.mkdir()
+    else:
+        os.mkfifo(tmp_path / "pipe")
+        place.symlink_to(name if place.stem == "loop" else "pipe")
+    with pytest.raises(InputError, match="is there and is no file; name another"):
+        check_output(str(place.with_suffix(".json")))
+
+
+def test_figures_are_written_to_the_files_of_links_and_into_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "figures.json").write_text("old")
+    for name in ("json", "png"):  # there is no picture yet
+        (tmp_path / f"step.{name}").symlink_to(f"kept/figures.{name}")
+    check_output("~/step.json")
+    assert (tmp_path / "kept" / "figures.json").read_text() == "old"
+    write_costs("~/step.json", FOUND["step"], cost_panels.step_panels(FOUND["step"]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "step.json", "step.png"]
+    assert all((tmp_path / f"step.{name}").is_symlink() for name in ("json", "png"))
+    assert "machine" in json.loads((tmp_path / "kept" / "figures.json").read_text())
+    assert (tmp_path / "kept" / "figures.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="--output ~nouser/x begins with a user"):
+        check_output("~nouser/x")

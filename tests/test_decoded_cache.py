@@ -29,6 +29,7 @@ from trainers.datasets import ImageDataset, ImageSource, StoredImages, sample_se
 from trainers.decoded_cache import with_cache
 from trainers.decoding import Box, DecodedImage
 from trainers.errors import InputError
+from trainers.sources import DataArguments, load_sources
 from trainers.stream_sources import PretrainDataArguments
 from trainers.train_data import StoredTrainData
 from trainers.transforms import train_transform
@@ -125,7 +126,8 @@ def test_what_is_written_does_not_depend_on_who_decodes_and_how_long(source, tmp
 
 def test_a_cache_is_found_again(source, tmp_path, monkeypatch):
     first = with_cache(source, tmp_path / "cache", SIZE, progress=False)
-    monkeypatch.setattr(decoded_cache, "open_image", None)
+    for unneeded in ("open_image", "stored_bytes"):
+        monkeypatch.setattr(decoded_cache, unneeded, None)
     again = with_cache(source, tmp_path / "cache", SIZE, progress=False)
     assert np.array_equal(first.images[4], again.images[4])
 
@@ -134,6 +136,16 @@ def made_of_another_version(folder: Path):
     index = load_file(folder / "index.safetensors")
     made_of = decoded_cache.DecodedCache(folder).made_of | {"version": 0}
     save_file(index, folder / "index.safetensors", {"made_of": json.dumps(made_of)})
+
+
+def made_of_a_list(folder: Path):
+    save_file(load_file(folder / "index.safetensors"), folder / "index.safetensors", {"made_of": "[1]"})
+
+
+def without_sizes(folder: Path):
+    made_of = json.dumps(decoded_cache.DecodedCache(folder).made_of)
+    nothing = dict.fromkeys(("heights", "widths"), np.zeros(0, np.int32))
+    save_file(nothing, folder / "index.safetensors", {"made_of": made_of})
 
 
 def cut_off(folder: Path):
@@ -149,6 +161,8 @@ def something_else(folder: Path):
     ("change", "words"),
     [
         (made_of_another_version, "is of another version of cjepa; remove it, or name another folder"),
+        (made_of_a_list, "holds no decoded images .*; name a new folder"),
+        (without_sizes, "is damaged .*; remove it"),
         (cut_off, "is damaged .pixels.bin has 1,000 bytes.; remove it"),
         (something_else, "holds no decoded images .*; name a new folder"),
     ],
@@ -173,14 +187,57 @@ def test_a_cache_of_other_images_or_another_size_is_refused(source, tmp_path):
 
 
 def test_rows_without_names_are_known_by_their_bytes(tmp_path):
-    def rows(*numbers):
-        items = [{"bytes": number * b"x", "path": None} for number in numbers]
+    def rows(*numbers, letter=b"x"):
+        items = [{"bytes": number * letter, "path": None} for number in numbers]
         return ImageSource(StoredImages(pa.chunked_array([pa.array(items, datasets.Image().pa_type)])), name="rows")
 
     with_cache(rows(3, 4, 5), tmp_path / "cache", SIZE, progress=False)
     with_cache(rows(3, 4, 5), tmp_path / "cache", SIZE, progress=False)
-    with pytest.raises(InputError, match="is of other images than those of rows"):
-        with_cache(rows(3, 5, 4), tmp_path / "cache", SIZE, progress=False)
+    for others in (rows(3, 5, 4), rows(3, 4, 5, letter=b"y")):
+        with pytest.raises(InputError, match="is of other images than those of rows"):
+            with_cache(others, tmp_path / "cache", SIZE, progress=False)
+
+
+def test_a_table_on_the_disk_is_known_by_its_file_and_the_column_of_the_images(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    items = [{"bytes": (photos / name).read_bytes(), "path": None} for name in ("0.jpg", "4.jpg", "6.jpg")]
+    columns = {"image": items, "turned": items[::-1]}
+    features = datasets.Features(dict.fromkeys(columns, datasets.Image()))
+    datasets.Dataset.from_dict(columns, features).to_parquet(tmp_path / "rows.parquet")
+
+    def open_column(name):
+        source, _ = load_sources(DataArguments(dataset=str(tmp_path / "rows.parquet"), image_column=name))
+        return with_cache(source, tmp_path / "cache", SIZE, progress=False)
+
+    first = open_column("image")
+    with pytest.raises(InputError, match="is of other images than those of .*rows.parquet"):
+        open_column("turned")
+    monkeypatch.setattr(decoded_cache, "stored_bytes", None)
+    assert np.array_equal(open_column("image").images[1], first.images[1])
+
+
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_one_image_of_many_that_was_replaced_is_seen(tmp_path, is_copy):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(600):
+        Image.new("RGB", (2, 2), (number % 256, 0, 0)).save(folder / f"{number:03d}.bmp")
+
+    def open_cache():
+        source = ImageSource(StoredImages.of_files(sorted(folder.iterdir())), name="pictures")
+        return with_cache(source, tmp_path / "cache", SIZE, progress=False)
+
+    open_cache()
+    if is_copy:
+        folder = Path(shutil.copytree(folder, tmp_path / "copy" / "pictures"))
+        assert len(open_cache()) == 600
+    replaced = folder / "001.bmp"
+    before = replaced.stat()
+    Image.new("RGB", (2, 2), (77, 0, 0)).save(replaced)
+    os.utime(replaced, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert replaced.stat().st_size == before.st_size
+    with pytest.raises(InputError, match="is of other images than those of pictures"):
+        open_cache()
 
 
 def _killed(source, folder):
@@ -198,6 +255,14 @@ def test_what_a_killed_process_left_is_not_used_and_is_removed(source, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == [f".cache.{socket.gethostname()}.{process.pid}.tmp"]
     cached = with_cache(source, tmp_path / "cache", SIZE, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"] and len(cached) == 10
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_removed(source, tmp_path):
+    left = tmp_path / f".cache.{socket.gethostname()}.{os.getpid()}.tmp"
+    left.mkdir()
+    (left / "pixels.bin").touch()
+    with_cache(source, tmp_path / "cache", SIZE, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_what_another_machine_writes_is_left_alone(source, tmp_path):
@@ -230,10 +295,15 @@ def test_places_where_no_cache_can_be_are_said_in_a_sentence(source, tmp_path, m
     (tmp_path / "nothing").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     monkeypatch.chdir(tmp_path / "nothing")
-    for place, sentence in ((tmp_path / "file" / "cache", "cannot be made"), (".", "no folder that can be made"),
-                            (tmp_path / "link", "no folder that can be made")):  # fmt: skip
-        with pytest.raises(InputError, match=sentence):
-            with_cache(source, place, SIZE, progress=False)
+    refused = {
+        "cannot be made": (tmp_path / "file" / "cache", "n" * 255, "n" * 300, "a\0b"),
+        "no folder that can be made": (".", tmp_path / "link"),
+        "a user whose folder is not known": ("~nouser/x",),
+    }
+    for sentence, places in refused.items():
+        for place in places:
+            with pytest.raises(InputError, match=sentence):
+                with_cache(source, place, SIZE, progress=False)
     whole = with_cache(source, tmp_path / "cache", SIZE, progress=False)
     (tmp_path / "alias").symlink_to(tmp_path / "cache")
     assert len(with_cache(source, tmp_path / "alias", SIZE, progress=False)) == len(whole)

@@ -152,6 +152,18 @@ def turned_behind_a_look_alike() -> dict:
     return {"bytes": data[:2] + b"\xff\xed" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:], "path": None}
 
 
+def turned_behind(header: bytes) -> dict:
+    data = turned()["bytes"]
+    return {"bytes": data[:20] + header + data[20:], "path": None}
+
+
+def turned_behind_a_filled_mark() -> dict:
+    """With a segment whose mark is filled up; if the filling is taken for a mark, the next one looks like a scan."""
+    content, length = bytearray(0xFFFE - 2), 0xE2FF  # as the bytes behind the filling are read then
+    content[length - 3 : length - 1] = b"\xff\xda"
+    return turned_behind(b"\xff\xff\xe2\xff\xfe" + content)
+
+
 def turned_by_xmp() -> dict:
     words = '<x:xmpmeta><rdf:Description tiff:Orientation="8" /></x:xmpmeta>'
     return jpeg(textured(), xmp=words.encode())
@@ -159,6 +171,9 @@ def turned_by_xmp() -> dict:
 
 UNUSUAL = {
     "turned behind a look-alike": turned_behind_a_look_alike,
+    "turned behind a segment of no length": lambda: turned_behind(b"\xff\xe5\0\0"),
+    "turned behind a segment of length 1": lambda: turned_behind(b"\xff\xe5\0\1"),
+    "turned behind a filled mark": turned_behind_a_filled_mark,
     "turned": turned,
     "turned by XMP": turned_by_xmp,
     "gray": lambda: jpeg(textured().convert("L")),

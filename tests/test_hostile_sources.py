@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -273,8 +274,9 @@ def test_a_full_disk_is_told_from_a_place_that_cannot_be():
 
 
 def test_what_a_killed_convert_left_is_removed_and_another_s_file_is_not(folder, tmp_path):
-    (tmp_path / f".a.pth.tar.{ended_process()}.tmp").touch()
-    other = tmp_path / f".a.pth.tar.{os.getppid()}.tmp"
+    begun = f".a.pth.tar.{socket.gethostname()}"
+    (tmp_path / f"{begun}.{ended_process()}.tmp").touch()
+    other = tmp_path / f"{begun}.{os.getppid()}.tmp"
     other.touch()
     convert(str(folder), tmp_path / "a.pth.tar", to="authors")
     assert {path.name for path in tmp_path.iterdir()} == {"ours", "a.pth.tar", other.name}

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -475,7 +476,7 @@ def test_full_disk_is_said_and_leaves_no_half_folder(run, tmp_path, capsys, monk
 
 
 def test_whole_folder_may_be_read_by_others_and_clears_what_a_killed_run_left(tmp_path):
-    killed = tmp_path / f".final-unfinished-{ended_process()}-x"
+    killed = tmp_path / f".final.{socket.gethostname()}.{ended_process()}.tmp"
     killed.mkdir()
     (killed / "weights").touch()
     before = os.umask(0o027)
@@ -490,7 +491,8 @@ def test_whole_folder_may_be_read_by_others_and_clears_what_a_killed_run_left(tm
 
 
 def test_whole_folder_leaves_what_is_not_of_a_run_or_still_written(tmp_path):
-    others = [".final-notes", f".final-unfinished-{os.getppid()}-x"]
+    others = [f".final.{socket.gethostname()}.{os.getppid()}.tmp", f".final.other-machine.{ended_process()}.tmp"]
+    others = sorted([".final-notes", *others])
     for name in others:
         (tmp_path / name).mkdir()
     with whole_folder(tmp_path / "final"):

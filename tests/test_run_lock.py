@@ -53,6 +53,16 @@ def test_another_run_is_refused_until_the_first_has_ended(busy, capsys):
     assert main(command) == 0
 
 
+@pytest.mark.parametrize("place", ["/proc/x", "/sys/x", "n" * 300, "dangling", "file/x", ""])
+def test_a_folder_that_cannot_be_made_is_said_before_images_are_read(place, tmp_path, capsys, monkeypatch):
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pretraining, "prepare", None)
+    fails_in_one_sentence(capsys, main(["pretrain", "cjepa_scenes", *FLAGS, "--output_dir", place]), "--output_dir")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
+
+
 def test_a_fine_tuning_is_refused_too(busy, encoder, photos, capsys):
     fails_in_one_sentence(capsys, finetune(encoder, photos, busy[0]), f"Another run is writing into {busy[0]}")
     assert [path.name for path in busy[0].iterdir()] == [".lock"]

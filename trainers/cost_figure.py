@@ -1,5 +1,6 @@
 """The pictures of `cjepa benchmark`: bars of medians with their quartiles, and shares of a whole as one bar."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from trainers.errors import InputError
-from trainers.files import make_place, whole_file, write_json
+from trainers.files import make_place, user_path, whole_file, write_json
 from trainers.reports import machine_facts, software_facts
 
 _DPI = 160
@@ -53,24 +54,34 @@ def write_costs(output: str, found: dict | list, panels: Sequence[Bars | Shares]
     Writes what was measured, and a picture of it beside.
 
     Args:
-        output (`str`): The JSON file; the picture has the same name with `.png`.
+        output (`str`): The JSON file; the picture has the same name with `.png`. Of a link its file is written.
         found (`dict` or `list`): The measurements; a list is written as `rows`, and the facts of machine and software
             beside.
         panels (`Sequence` of [`Bars`] or [`Shares`]): What is drawn, from the top.
     """
+    json_file, picture = _places(user_path(output, "--output"))
     facts = {"machine": machine_facts(), "software": software_facts()}
-    write_json(output, (found if isinstance(found, dict) else {"rows": found}) | facts)
-    draw_costs(panels, Path(output).with_suffix(".png"))
+    write_json(json_file, (found if isinstance(found, dict) else {"rows": found}) | facts)
+    draw_costs(panels, picture)
 
 
 def check_output(output: str | None):
     """Refuses, before anything is measured, a file that its picture would replace, or that cannot be written."""
     if output is None:
         return
-    path = Path(output)
-    if path.suffix.lower() == ".png" or path.is_dir():
+    path = user_path(output, "--output")
+    if path.suffix.lower() == ".png" or os.path.isdir(path):
         raise InputError(f"--output {output} is no JSON file; name one, such as cost.json; a PNG goes beside it.")
-    make_place(path, "--output")
+    for place in _places(path):
+        # a pipe or a device would be replaced by a file
+        if os.path.lexists(place) and not place.is_file():
+            raise InputError(f"--output {output}: {place} is there and is no file; name another.")
+        make_place(place, "--output")
+
+
+def _places(path: Path) -> list[Path]:
+    """Where the figures and their picture are written: what is a link stays one."""
+    return [Path(os.path.realpath(file)) for file in (path, path.with_suffix(".png"))]
 
 
 def draw_costs(panels: Sequence[Bars | Shares], path: Path):

@@ -37,6 +37,8 @@ class ImageSource:
         name (`str`): What an error calls the data set.
         without_labels (`str`, *optional*): Why it has no labels and what to do, in a sentence, where that is known.
         chosen_by (`str`, *optional*): The flag by which these are some of a data set's images only.
+        tables (`tuple[str, ...]`): The files on the disk that hold the rows, none if they are in memory.
+        table_column (`str`, *optional*): The images' column there.
     """
 
     images: "np.ndarray | StoredImages"
@@ -45,6 +47,8 @@ class ImageSource:
     name: str = "data set"
     without_labels: str | None = None
     chosen_by: str | None = None
+    tables: tuple[str, ...] = ()
+    table_column: str | None = None
 
     def __len__(self) -> int:
         return len(self.images)

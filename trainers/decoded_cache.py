@@ -1,26 +1,25 @@
 """Train images decoded once: their pixels in one file that is mapped into memory, read without a decoder.
 
-A folder holds `pixels.bin`, the images behind each other as (H, W, 3) uint8, and `index.safetensors`: where each
-begins (`offsets`), `heights` and `widths`, and of which images it was made. It is renamed to its own name when all is
-written, so that what a killed process leaves is never read.
+A folder holds `pixels.bin`, the images behind each other as (H, W, 3) uint8, and `index.safetensors`: `heights` and
+`widths`, and of which images it was made. It is renamed to its own name when all is written, so that what a killed
+process leaves is never read.
+
+It stands for those images alone that it was made of: their encoded bytes are hashed as they are decoded. Files, of
+images or of tables of them, that still have their sizes, inodes and times of change are known to be these without
+reading them. Where one has not, as in a copy, all encoded bytes are read and hashed again at the start.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
-import socket
 import time
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -30,13 +29,14 @@ from tqdm import tqdm
 from trainers.datasets import ImageSource, StoredImages
 from trainers.decoding import Box, UnreadableImage, open_image, stored_bytes
 from trainers.errors import InputError, first_line
-from trainers.files import is_disk_full, leftovers, make_place
+from trainers.files import is_disk_full, leftovers, make_place, unfinished_beside, user_path
+from trainers.image_contents import bytes_hash, file_stamps
 from trainers.processes import in_main_process
 
 # of the files, and of how their pixels are made
-_VERSION = 1
+_VERSION = 2
 _PIXELS, _INDEX = "pixels.bin", "index.safetensors"
-# images whose sizes tell how much room all need, and whose bytes tell which images they are
+# images whose sizes tell how much room all need
 _NUM_MEASURED = 256
 _BATCH_SIZE = 16
 # how long the other processes wait for a sign of the one that writes
@@ -75,8 +75,9 @@ class DecodedCache:
     def __init__(self, folder: Path):
         self.folder = folder
         with safe_open(str(folder / _INDEX), "numpy") as file:
-            self.made_of = json.loads(file.metadata()["made_of"])
-            self.offsets, self.heights, self.widths = map(file.get_tensor, ("offsets", "heights", "widths"))
+            self.made_of = dict(json.loads(file.metadata()["made_of"]))
+            self.heights, self.widths = map(file.get_tensor, ("heights", "widths"))
+        self.offsets = np.append(0, np.cumsum(3 * self.heights.astype(np.int64) * self.widths))
 
     @cached_property
     def _memory(self) -> np.ndarray:
@@ -111,39 +112,22 @@ def with_cache(
     Raises:
         InputError: The images are in memory, the folder holds something else, or the disk has no room for them.
     """
-    folder, images = Path(folder).expanduser(), source.images
+    folder, images = user_path(folder, "--decoded_cache"), source.images
     if not isinstance(images, StoredImages):
         raise InputError(f"The images of {source.name} are decoded already; leave --decoded_cache out.")
-    made_of = {"version": _VERSION, "size": size, "images": _identity(source)}
-    if not in_main_process(_is_there, folder, made_of, source.name):
+    made_of = {"version": _VERSION, "size": size, "images": source.fingerprint()}
+    if in_main_process(_is_there, folder, made_of, source.name):
+        steps = _compare(folder, source, made_of, num_workers, progress)
+    else:
         in_main_process(_check_room, folder, source, size)
         in_main_process(_check_place, folder)
         steps = _write(folder, source, made_of, num_workers, progress)
-        while not in_main_process(_go_on, steps):
-            pass
+    while not in_main_process(_go_on, steps):
+        pass
     if not folder.is_dir():
         raise InputError(f"--decoded_cache {folder} is not on this machine; name a folder that all machines share.")
     cache = DecodedCache(folder)
     return dataclasses.replace(source, images=CachedImages(images.column, images.indices, cache))
-
-
-def _identity(source: ImageSource) -> str:
-    """The source's fingerprint, and a hash of how many bytes each image has, and of all bytes of some of them."""
-    images = source.images
-    sizes = pc.binary_length(pc.struct_field(images.column, "bytes")).take(pa.array(images.indices)).to_pylist()
-    sizes = [_file_size(path) if size is None else size for size, path in zip(sizes, images.paths(), strict=True)]
-    digest = hashlib.sha256(json.dumps(sizes).encode())
-    for at in _some(source):
-        with contextlib.suppress(UnreadableImage):
-            digest.update(stored_bytes(images[int(at)]))
-    return f"{source.fingerprint()}, {digest.hexdigest()[:16]}"
-
-
-def _file_size(path: str | None) -> int | None:
-    try:
-        return None if path is None else os.stat(path).st_size
-    except (OSError, ValueError):  # which is told of the image when it is read
-        return None
 
 
 def _some(source: ImageSource) -> np.ndarray:
@@ -152,8 +136,8 @@ def _some(source: ImageSource) -> np.ndarray:
 
 
 def _is_there(folder: Path, made_of: dict, name: str) -> bool:
-    """Whether a folder is a cache of these images; raises `InputError` if it is anything else."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    """Whether a folder is a cache of what is given of its images; raises `InputError` if it is anything else."""
+    if not os.path.exists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
         cache = DecodedCache(folder)
@@ -164,8 +148,9 @@ def _is_there(folder: Path, made_of: dict, name: str) -> bool:
         ) from error
     if size != cache.offsets[-1]:
         raise InputError(f"--decoded_cache {folder} is damaged ({_PIXELS} has {size:,} bytes); remove it.")
-    for key, what in (("version", "another version of cjepa"), ("images", "other images than those of " + name)):
-        if cache.made_of.get(key) != made_of[key]:
+    others = f"other images than those of {name}"
+    for key, what in (("version", "another version of cjepa"), ("images", others), ("contents", others)):
+        if key in made_of and cache.made_of.get(key) != made_of[key]:
             raise InputError(f"--decoded_cache {folder} is of {what}; remove it, or name another folder.")
     if cache.made_of["size"] != made_of["size"]:
         raise InputError(
@@ -176,9 +161,11 @@ def _is_there(folder: Path, made_of: dict, name: str) -> bool:
 
 
 def _check_place(folder: Path):
-    """Raises `InputError` if a folder cannot be made there."""
-    if not folder.name or folder.is_symlink():
+    """Raises `InputError` if a folder cannot be made there; what killed processes have begun there is removed."""
+    if not folder.name or os.path.islink(folder):
         raise InputError(f"--decoded_cache {folder} is no folder that can be made; name a new one, such as decoded.")
+    for killed in leftovers(folder):
+        shutil.rmtree(killed, ignore_errors=True)
     make_place(folder, "--decoded_cache")
 
 
@@ -187,7 +174,7 @@ def _check_room(folder: Path, source: ImageSource, size: int):
     chosen = _some(source)
     num_bytes = [3 * height * width for height, width in (_stored_size(source.images[at], size) for at in chosen)]
     needed = sum(num_bytes) / len(chosen) * len(source)
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    there = next(parent for parent in (folder, *folder.absolute().parents) if os.path.exists(parent))
     free = shutil.disk_usage(there).free
     if needed > free:
         raise InputError(
@@ -210,49 +197,74 @@ def _shrunk_size(image, size: int) -> tuple[int, int]:
     return max(round(image.height * share), 1), max(round(image.width * share), 1)
 
 
-class _Shrunk(torch.utils.data.Dataset):
-    """The pixels (H, W, 3) of images as a cache holds them; None of those that cannot be read."""
+class _Encoded(torch.utils.data.Dataset):
+    """Images' encoded bytes, as what is made of them; None stands for those that are not there."""
 
-    def __init__(self, images: StoredImages, size: int):
-        self.images, self.size = images, size
+    def __init__(self, images: StoredImages, make: Callable):
+        self.images, self.make = images, make
 
-    def __getitem__(self, index: int) -> np.ndarray | None:
+    def __getitem__(self, index: int):
         try:
-            image = open_image(self.images[index])
-            whole = Box(0, 0, image.height, image.width)
-            return image.crop(whole, _shrunk_size(image, self.size)).permute(1, 2, 0).contiguous().numpy()
+            data = stored_bytes(self.images[index])
         except UnreadableImage:
-            return None
+            data = None
+        return self.make(data)
+
+
+def _hash_and_pixels(data: bytes | None, size: int) -> tuple[bytes, np.ndarray | None]:
+    """The hash of an image, and its pixels (H, W, 3) as a cache holds them; None if it cannot be read."""
+    try:
+        image = open_image({"bytes": data, "path": None})
+        whole = Box(0, 0, image.height, image.width)
+        pixels = image.crop(whole, _shrunk_size(image, size)).permute(1, 2, 0).contiguous().numpy()
+    except UnreadableImage:
+        pixels = None
+    return bytes_hash(data), pixels
+
+
+def _batches(images: StoredImages, make: Callable, num_workers: int, doing: str, progress: bool) -> Iterator[list]:
+    """What is made of the encoded bytes of all images, with a bar."""
+    # a generator of its own: the loader draws a seed for its workers, and shall not draw it from the caller's
+    loader = DataLoader(_Encoded(images, make), _BATCH_SIZE, sampler=range(len(images)),
+                        num_workers=num_workers, collate_fn=list, generator=torch.Generator())  # fmt: skip
+    with tqdm(total=len(images), desc=doing, unit="image", disable=not progress) as bar:
+        for batch in loader:
+            yield batch
+            bar.update(len(batch))
+
+
+def _compare(folder: Path, source: ImageSource, made_of: dict, num_workers: int, progress: bool) -> Iterator[None]:
+    """Raises `InputError` if the images are not those of a cache, an item for each batch that is read for it."""
+    stamps = file_stamps(source)
+    if stamps is not None and stamps == DecodedCache(folder).made_of.get("stamps"):
+        return
+    contents = hashlib.sha256()
+    for batch in _batches(source.images, bytes_hash, num_workers, "comparing images", progress):
+        for digest in batch:
+            contents.update(digest)
+        yield
+    _is_there(folder, made_of | {"contents": contents.hexdigest()}, source.name)
 
 
 def _write(folder: Path, source: ImageSource, made_of: dict, num_workers: int, progress: bool) -> Iterator[None]:
     """Writes a cache, an item for each batch of images."""
-    # of this machine: that of another one, which shares the folder, may be at work
-    begun = f".{folder.name}.{socket.gethostname()}."
-    for killed in leftovers(folder, rf"{re.escape(begun)}(?P<pid>\d+)\.tmp"):
-        shutil.rmtree(killed, ignore_errors=True)
-    unfinished = folder.with_name(f"{begun}{os.getpid()}.tmp")
-    # a generator of its own: the loader draws a seed for its workers, and shall not draw it from the caller's
-    loader = DataLoader(_Shrunk(source.images, made_of["size"]), _BATCH_SIZE, sampler=range(len(source)),
-                        num_workers=num_workers, collate_fn=list, generator=torch.Generator())  # fmt: skip
-    sizes = []
+    unfinished, make = unfinished_beside(folder), partial(_hash_and_pixels, size=made_of["size"])
+    # before the files are read: what is written to them meanwhile is seen at the next start
+    made_of, contents, sizes = made_of | {"stamps": file_stamps(source)}, hashlib.sha256(), []
     try:
         unfinished.mkdir(parents=True)
-        with (
-            (unfinished / _PIXELS).open("wb") as file,
-            tqdm(total=len(source), desc="decoding images", unit="image", disable=not progress) as bar,
-        ):
-            for batch in loader:
-                for pixels in batch:
+        with (unfinished / _PIXELS).open("wb") as file:
+            for batch in _batches(source.images, make, num_workers, "decoding images", progress):
+                for digest, pixels in batch:
+                    contents.update(digest)
                     sizes.append((0, 0) if pixels is None else pixels.shape[:2])
                     file.write(b"" if pixels is None else pixels)
-                bar.update(len(batch))
                 yield
             file.flush()
             os.fsync(file.fileno())
-        heights, widths = np.array(sizes, dtype=np.int32).T.copy()
-        offsets = np.append(0, np.cumsum(3 * heights.astype(np.int64) * widths))
-        index = {"offsets": offsets, "heights": heights, "widths": widths.copy()}
+        made_of["contents"] = contents.hexdigest()
+        heights, widths = np.array(sizes, dtype=np.int32).T
+        index = {"heights": heights.copy(), "widths": widths.copy()}
         # not by `save_file`, whose files no other user may read
         (unfinished / _INDEX).write_bytes(save(index, {"made_of": json.dumps(made_of)}))
         _put_in_place(unfinished, folder, made_of, source.name)

@@ -213,11 +213,10 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
 
 def _usual_jpeg(data: bytes) -> EncodedJpeg | None:
     """A JPEG in colour of whose header Pillow need not be asked, which takes five times as long; None of all else."""
-    if (
-        simplejpeg is None
-        or not data.startswith(b"\xff\xd8\xff")
-        or any(mark in _header(data) for mark in _FOR_PILLOW)
-    ):
+    if simplejpeg is None or not data.startswith(b"\xff\xd8\xff"):
+        return None
+    header = _header(data)
+    if header is None or any(mark in header for mark in _FOR_PILLOW):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -227,12 +226,16 @@ def _usual_jpeg(data: bytes) -> EncodedJpeg | None:
     return EncodedJpeg(data, width, height) if is_usual else None
 
 
-def _header(data: bytes) -> bytes:
-    """A JPEG up to its first scan: segment by segment, as their contents may look like a mark."""
+def _header(data: bytes) -> bytes | None:
+    """
+    A JPEG up to its first scan: segment by segment, as their contents may look like a mark. None if something else
+    stands between them, of which decoders make what they like; a length below 2 leads into itself, where no mark is.
+    """
     at = 2
-    while data[at : at + 1] == b"\xff" and data[at : at + 2] != _FIRST_SCAN:
-        # a mark may be filled up with bytes of its first
-        at += 1 if data[at + 1 : at + 2] == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    while (mark := data[at : at + 2]) != _FIRST_SCAN:
+        if mark[:1] != b"\xff" or mark == b"\xff\xff":
+            return None
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return data[:at]
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import socket
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,11 +24,11 @@ def whole_file(path: str | Path):
         path (`str` or `Path`): The file; its folder is made if there is none.
 
     Returns:
-        `Path`: Where to write: a hidden file beside it, `.NAME.PROCESS.tmp`, which is removed if the writing fails.
+        `Path`: Where to write: a hidden file beside it, which is removed if the writing fails.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = unfinished_beside(path)
     try:
         yield unfinished
         os.replace(unfinished, path)
@@ -47,27 +48,41 @@ def write_text_atomically(path: str | Path, text: str):
         unfinished.write_text(text, encoding="utf-8")
 
 
-def leftovers(path: Path, name: str) -> list[Path]:
+def unfinished_beside(path: Path) -> Path:
+    """Where this process writes a file or folder before it has its name: `.NAME.MACHINE.PROCESS.tmp` beside it."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def leftovers(path: Path) -> list[Path]:
     """
-    What killed processes have left beside a file or folder that they were to write.
+    What killed processes of this machine have left beside a file or folder that they were to write.
 
     Args:
         path (`Path`): The file or folder.
-        name (`str`): What their names are like: a regular expression, with the process in its group `pid`.
 
     Returns:
-        `list[Path]`: Those of processes that are no more, or have the number of this one.
+        `list[Path]`: Those of processes that are no more, or have the number of this one. What another machine, which
+        shares the disk, has begun is not among them: it may be at work.
     """
     if not path.parent.is_dir():
         return []
-    matches = ((each, re.fullmatch(name, each.name)) for each in path.parent.iterdir())
-    pids = ((each, int(match["pid"])) for each, match in matches if match)
+    begun = re.escape(f".{path.name}.{socket.gethostname()}.")
+    matches = ((each, re.fullmatch(rf"{begun}(\d+)\.tmp", each.name)) for each in path.parent.iterdir())
+    pids = ((each, int(match[1])) for each, match in matches if match)
     return [each for each, pid in pids if pid == os.getpid() or not psutil.pid_exists(pid)]
+
+
+def user_path(path: str | Path, flag: str) -> Path:
+    """A path that a user gave, without its `~`; raises `InputError`, naming the flag, if there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{flag} {path} begins with a user whose folder is not known; name another place.") from error
 
 
 def make_place(path: Path, flag: str):
     """
-    Makes the folder that a file or folder shall be in.
+    Makes the folder that a file or folder shall be in, and tries to write there, under the name it will have first.
 
     Args:
         path (`Path`): The file or folder.
@@ -78,10 +93,11 @@ def make_place(path: Path, flag: str):
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{flag} {path} cannot be made ({error}); name another place.") from error
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{flag} {path} cannot be made: {path.parent} is not yours to write to; name another place.")
+        unfinished = unfinished_beside(path)
+        unfinished.touch()
+        unfinished.unlink()
+    except (OSError, ValueError) as error:  # the latter of names with a NUL
+        raise InputError(f"{flag} {path} cannot be made ({first_line(error)}); name another place.") from error
 
 
 @contextmanager

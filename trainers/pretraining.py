@@ -183,6 +183,8 @@ def start_arguments(training_class: type[TrainingArguments], values: dict, name:
     if num_processes > 1 and not torch.accelerator.is_available():
         # without it, transformers starts a run in each process
         values.setdefault("use_cpu", True)
+    if values.get("output_dir") == "":
+        raise InputError("--output_dir '' names no folder; name one, or leave it out.")
     if "output_dir" not in values:
         folder = [f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"]
         if num_processes > 1:
@@ -191,7 +193,7 @@ def start_arguments(training_class: type[TrainingArguments], values: dict, name:
             broadcast_object_list(folder)
         values["output_dir"] = folder[0]
     output = Path(values["output_dir"])
-    if any(path.exists() and not path.is_dir() for path in (output, *output.parents)):
+    if any(os.path.exists(path) and not os.path.isdir(path) for path in (output, *output.parents)):
         raise InputError(f"--output_dir {output} is a file or lies in one; name a folder.")
     try:
         args = training_class(**values)

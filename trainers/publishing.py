@@ -5,9 +5,7 @@ package is not installed.
 """
 
 import os
-import re
 import shutil
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import modeling_cjepa
 from trainers.errors import InputError
-from trainers.files import leftovers
+from trainers.files import leftovers, unfinished_beside
 
 AUTO_MAPS = {
     "cjepa": {
@@ -59,18 +57,18 @@ def whole_folder(folder: Path):
 
 def _unfinished_folder(folder: Path) -> Path:
     """An empty folder beside one that is to be made; what a killed process has left there is removed."""
-    prefix = f".{folder.name}-unfinished-"
+    unfinished = unfinished_beside(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in leftovers(folder, rf"{re.escape(prefix)}(?P<pid>\d+)-\w+"):
+        for leftover in leftovers(folder):
             shutil.rmtree(leftover)
-        return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder.parent))
+        unfinished.mkdir(parents=True)
+        return unfinished
     except OSError as error:
         raise InputError(f"{folder} cannot be made ({error.strerror}); name another folder.") from error
 
 
 def _allow_as_usual(folder: Path):
-    """Gives a folder and its files the rights of new ones: temporary folders and weights are their owner's alone."""
+    """Gives a folder and its files the rights of new ones: weights are their owner's alone."""
     umask = os.umask(0)
     os.umask(umask)
     for path in (folder, *folder.rglob("*")):

@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from trainers.errors import InputError
+from trainers.files import make_place
 from trainers.processes import in_main_process
 
 try:
@@ -26,7 +27,7 @@ def only_run_in(output: Path):
         output (`Path`): The run's folder, which is made, and removed again if nothing was written into it.
 
     Raises:
-        InputError: Another run is in it.
+        InputError: Another run is in it, or it cannot be made or written to.
     """
     with ExitStack() as stack:
         in_main_process(_lock, output, stack)
@@ -34,11 +35,10 @@ def only_run_in(output: Path):
 
 
 def _lock(output: Path, stack: ExitStack):
-    is_new = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
-    if is_new:
-        stack.callback(_remove_if_empty, output)
     path = output / _LOCK
+    if not os.path.exists(output):
+        stack.callback(_remove_if_empty, output)
+    make_place(path, "--output_dir")
     while fcntl is not None:
         file = stack.enter_context(open(path, "w"))
         try:

@@ -242,7 +242,8 @@ def source_of(rows, arguments: DataArguments, split: str) -> ImageSource:
                          "--image_column.") from error  # fmt: skip
     if labels is None:
         without_labels = without_labels or one_class_folder(images, arguments.dataset, name)
-    return ImageSource(images, labels, label_names, name, without_labels)
+    tables = tuple(file["filename"] for file in rows.cache_files)
+    return ImageSource(images, labels, label_names, name, without_labels, tables=tables, table_column=image_column)
 
 
 def find_image_column(rows, name: str) -> str:

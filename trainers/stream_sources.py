@@ -35,7 +35,9 @@ class PretrainDataArguments(DataArguments):
     decoded_cache: str | None = field(
         default=None,
         metadata={"help": "folder that keeps the train images decoded, so that no crop needs a decoder; it is made "
-                          "if it is not there, in one pass over the images"},
+                          "if it is not there, in one pass over the images, and refused if they are not those it was "
+                          "made of; where a file was written since or is a copy, all are read at the start to "
+                          "see that"},
     )  # fmt: skip
     decoded_size: int = field(
         default=256, metadata={"help": "pixels of the short side that the cache shrinks larger images to"}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +180,7 @@ def _write(target: Format, model, processor, output: Path, source: str, source_f
     if target.suffix:
         if not output.name.endswith(target.suffix):
             raise InputError(f"{output} is to be a file of {target.what}; give a name that ends in {target.suffix}.")
-        for leftover in leftovers(output, rf"\.{re.escape(output.name)}\.(?P<pid>\d+)\.tmp"):
+        for leftover in leftovers(output):
             leftover.unlink()
         with whole_file(output) as unfinished:
             _tell(writer(model, processor, unfinished), checks, notes)
