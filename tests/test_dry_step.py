@@ -63,8 +63,8 @@ def test_it_needs_the_bytes_of_the_real_step(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_counts_the_operations_of_the_real_step(kind):
     model, dry = KINDS[kind](), dry_step(kind)
-    inputs = dry._batch(4, place=8)
-    real = (torch.randn(inputs[0].shape), *inputs[1:])
+    images, *masks = dry._batch(4, place=8)
+    real = torch.randn(images.shape), *(torch.zeros(ids.shape, dtype=ids.dtype) for ids in masks)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(*real).loss.backward()
     assert dry.flops(4) == counter.get_total_flops() // 4
@@ -75,3 +75,19 @@ def test_activations_grow_with_the_batch_and_less_with_checkpointing():
     sizes = {"hidden_size": 64, "num_hidden_layers": 6, "predictor_num_hidden_layers": 4}
     plain, checkpointed = dry_step("cjepa", **sizes), dry_step("cjepa", checkpointing=True, **sizes)
     assert plain.peak(64) - plain.peak(32) > 1.5 * (checkpointed.peak(64) - checkpointed.peak(32)) > 0
+
+
+def test_masks_of_many_images_are_drawn_of_some(monkeypatch):
+    dry, rows = dry_step("cjepa", num_mask_sets=2), []
+    draw = dry.model.sample_masks
+
+    def sample_masks(num_rows, **kwargs):
+        rows.append(num_rows)
+        assert num_rows <= 4096
+        return draw(num_rows, **kwargs)
+
+    monkeypatch.setattr(dry.model, "sample_masks", sample_masks)
+    _, *masks = dry._batch(1_000_000)
+    assert [len(ids) for ids in masks] == [2_000_000, 2_000_000] and rows
+    each = (dry.peak(2_000_000) - dry.peak(1_000_000)) / 1_000_000
+    assert each == pytest.approx((dry.peak(16_384) - dry.peak(8_192)) / 8_192, rel=1e-3)

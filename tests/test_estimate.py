@@ -2,12 +2,14 @@
 
 import pytest
 from tiny import FLAGS, RESNET, sjea_level, tiny_config
+from training_worker import build_trainer
 from transformers import ResNetConfig, ResNetModel
 
 from modeling_cjepa import CJepaForPreTraining
 from trainers import estimate as estimate_module
 from trainers.cli import main
 from trainers.estimate import estimate, format_estimate
+from trainers.pretraining import training_arguments
 from trainers.recipes import read_recipe
 
 TINY = {name.removeprefix("--"): int(value) for name, value in zip(FLAGS[:14:2], FLAGS[1:14:2], strict=True)}
@@ -59,7 +61,9 @@ def test_time_is_operations_over_the_assumed_rate():
     found = found_of(max_steps=100, per_device_train_batch_size=8, gradient_accumulation_steps=2)
     assert found["num_images"] == 1600
     assert found["hours"] == pytest.approx(1600 * found["flops_per_image"] / (found["assumed_mfu"] * 2e9) / 3600)
-    assert found_of(num_train_images=50, num_train_epochs=3.0)["num_images"] == 150
+    by_epochs = {"num_train_epochs": 3.0, "per_device_train_batch_size": 8}
+    assert found_of(num_train_images=50, **by_epochs)["num_images"] == 152  # the last batch is full, too
+    assert found_of("cjepa_scenes", **by_epochs)["num_images"] == 30_000
     unknown = found_of()
     assert unknown["num_images"] is None and "hours a million images" in format_estimate(unknown)
 
@@ -69,6 +73,95 @@ def test_checkpoints_that_are_kept():
     weights = found["weights"] + found["target_encoder"]
     assert found["disk"] == 4 * found["checkpoint"] + weights
     assert found_of(max_steps=100, save_steps=30, save_total_limit=2)["disk"] == 2 * found["checkpoint"] + weights
+    long = found_of(num_train_images=45_000, num_train_epochs=100.0, per_device_train_batch_size=32)
+    assert long["disk"] == 282 * found["checkpoint"] + weights  # 140,625 steps, one each 500 and the last
+    assert "for 282 checkpoints that the run keeps" in format_estimate(long)
+
+
+@pytest.mark.parametrize(
+    "saves",
+    [
+        {"max_steps": 7, "save_steps": 2},
+        {"max_steps": 7, "save_steps": 0},
+        {"max_steps": 7, "save_steps": 0.3},
+        {"max_steps": 7, "save_strategy": "no"},
+        {"max_steps": 7, "save_strategy": "epoch"},
+        {"num_train_epochs": 1.7, "save_strategy": "epoch", "gradient_accumulation_steps": 2},
+        {"num_train_epochs": 2.0, "save_strategy": "epoch"},
+        {"max_steps": 7, "save_steps": 1, "save_total_limit": 2, "keep_checkpoints_every": 3},
+        {"max_steps": 6, "save_steps": 2, "save_total_limit": 1, "keep_checkpoints_every": 3},
+        {"max_steps": 4, "save_steps": 3, "save_total_limit": 0},
+    ],
+    ids=str,
+)
+def test_as_many_checkpoints_are_told_as_a_run_keeps(tmp_path, saves):
+    saves = {"save_strategy": "steps", "per_device_train_batch_size": 8} | saves
+    trainer = build_trainer(str(tmp_path), saves, num_images=28)
+    trainer.train()
+    assert estimate_module._num_checkpoints(trainer.args, 28) == len(list(tmp_path.glob("checkpoint-*")))
+
+
+def test_checkpoints_of_a_run_whose_images_are_not_counted(monkeypatch):
+    found = found_of()
+    assert found["num_checkpoints"] is None and found["fits"]
+    said = format_estimate(found)
+    assert "depends on the number of train images, which is not known" in said
+    room = (found["free_disk"] - found["weights"] - found["target_encoder"]) // found["checkpoint"]
+    assert f"It fits if no more than {room:,} checkpoints are kept" in said
+    assert found_of(save_strategy="epoch", max_steps=9)["num_checkpoints"] is None
+    assert found_of(save_total_limit=3)["num_checkpoints"] == 3
+
+
+def test_processes_share_the_memory_of_a_cpu(monkeypatch):
+    monkeypatch.setattr(estimate_module, "free_memory", lambda device: 2**30)
+    recipe = read_recipe("cjepa_cifar10", TINY | {"precision": "float32", "use_cpu": True})
+    args = training_arguments(recipe)
+    monkeypatch.setattr(estimate_module, "training_arguments", lambda recipe: args)
+    monkeypatch.setattr(type(args), "world_size", 2)
+    found = estimate(recipe)
+    assert found["processes"] == 2 and found["free"] == 2**29 + PROGRAM
+
+
+def test_a_process_may_have_one_image_where_another_has_more(monkeypatch):
+    recipe = read_recipe("cjepa_cifar10", TINY | {"use_cpu": True, "per_device_train_batch_size": 1})
+    args = training_arguments(recipe)
+    monkeypatch.setattr(estimate_module, "training_arguments", lambda recipe: args)
+    monkeypatch.setattr(type(args), "world_size", 2)
+    assert estimate(recipe)["fits"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--per_device_train_batch_size 1", "A batch of 1 image has no variance"),
+        ("--num_train_images 3", "has 3 images, fewer than the 16 of a batch"),
+        ("--resume_from_checkpoint nowhere", "nowhere is no whole checkpoint"),
+        ("--attn_implementation flex_attention", "'flex_attention' trains on a GPU only"),
+        ("--attn_implementation nonsense", '"nonsense"` is not supported'),
+        ("--streaming true --num_train_images null", "scenes is no table that can be streamed"),
+        ("--fsdp full_shard", "fsdp shards a model over processes"),
+    ],
+)
+def test_what_a_run_refuses_before_its_images_has_no_estimate(tmp_path, capsys, flags, said):
+    command = ["pretrain", "cjepa_scenes", *FLAGS, "--output_dir", str(tmp_path / "run"), *flags.split()]
+    for more in ([], ["--estimate"]):
+        assert main([*command, *more]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_folder_of_another_run_has_no_estimate(tmp_path, capsys):
+    command = ["pretrain", "cjepa_scenes", *FLAGS, "--output_dir", str(tmp_path), "--estimate"]
+    (tmp_path / "checkpoint-3").mkdir()
+    assert main(command) == 2
+    assert "already holds checkpoint-3" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_a_checkpoint_of_another_model_has_no_estimate(tmp_path, capsys):
+    build_trainer(str(tmp_path), {"max_steps": 1, "save_strategy": "steps"}).train()
+    command = ["pretrain", "cjepa_scenes", *FLAGS, "--output_dir", str(tmp_path), "--estimate"]
+    assert main([*command, "--resume_from_checkpoint", "last"]) == 2
+    assert "was trained with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["cjepa_stack_scenes", "sjea_cifar10", "vicreg_cifar10"])
@@ -114,7 +207,8 @@ def test_a_device_that_is_not_known_is_refused(capsys, monkeypatch):
 
 
 def test_a_full_disk_is_said(capsys, monkeypatch):
-    monkeypatch.setattr(estimate_module, "_disk", lambda step, args: {"checkpoint": 9, "disk": 9, "free_disk": 8})
+    full = {"checkpoint": 9, "num_checkpoints": 1, "disk": 9, "free_disk": 8}
+    monkeypatch.setattr(estimate_module, "_disk", lambda step, args, known: full)
     assert main(["pretrain", "cjepa_cifar10", *FLAGS, "--estimate"]) == 1
     assert "It does not fit on the disk" in capsys.readouterr().out
 

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -232,6 +232,17 @@ def removed_on_error(folder: Path):
         raise
 
 
+def num_kept(steps: Collection[int], limit: int | None, every: int | None) -> int:
+    """How many checkpoints of a run that saves after these steps [`rotate_checkpoints`] leaves, no other staying."""
+    staying = sum(_stays(step, every) for step in steps)
+    others = len(steps) - staying
+    return staying + (min(others, limit) if limit and limit > 0 else others)
+
+
+def _stays(step: int, every: int | None) -> bool:
+    return bool(every) and step % every == 0
+
+
 def rotate_checkpoints(output: Path, step: int, limit: int | None, every: int | None, kept: Iterable[str] = ()):
     """
     Removes the oldest checkpoints when a new one is whole.
@@ -246,7 +257,7 @@ def rotate_checkpoints(output: Path, step: int, limit: int | None, every: int | 
     if not limit or limit < 0:
         return
     numbers = [(checkpoint_step(path), path) for path in reversed(all_checkpoints(output))]
-    counted = [path for number, path in numbers if number <= step and not (every and number % every == 0)]
+    counted = [path for number, path in numbers if number <= step and not _stays(number, every)]
     kept = {*kept, f"checkpoint-{step}"}
     removable = [path for path in counted if path.name not in kept]
     num_kept = max(limit, len(counted) - len(removable))

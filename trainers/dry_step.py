@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 
 # draws of masks, of which those with the most tokens need the most memory
 _NUM_DRAWS = 16
+# rows of a draw at most: their number hardly changes what is left of the shortest mask any more
+_MOST_ROWS = 4096
 
 
 class LiveBytes(TorchDispatchMode):
@@ -53,6 +55,13 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(output, torch.Tensor):
                 self._add(output)
         return outputs
+
+
+class ReadsZero(TorchDispatchMode):
+    """Reads 0, while it is entered, where the value of a tensor is asked for: there is none, and 0 is a position."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return 0 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
 
 
 class DryStep:
@@ -109,11 +118,14 @@ class DryStep:
         if not hasattr(self.model, "sample_masks"):
             return (images,)
         generator, num_rows = torch.Generator().manual_seed(0), batch_size * self.model.config.num_mask_sets
-        draws = [self.model.sample_masks(num_rows, generator=generator, device="cpu") for _ in range(_NUM_DRAWS)]
-        return images, *sorted(draws, key=lambda masks: masks[0].shape[1] + masks[1].shape[2])[place]
+        drawn = min(num_rows, _MOST_ROWS)
+        draws = [self.model.sample_masks(drawn, generator=generator, device="cpu") for _ in range(_NUM_DRAWS)]
+        masks = sorted(draws, key=lambda masks: masks[0].shape[1] + masks[1].shape[2])[place]
+        with self.mode, self.live:
+            return images, *(ids.new_empty(num_rows, *ids.shape[1:]) for ids in masks)
 
     def _loss(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        with self.autocast:
+        with self.autocast, ReadsZero():
             return self.model(*batch).loss
 
     def _finish(self, loss: torch.Tensor):

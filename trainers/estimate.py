@@ -2,19 +2,31 @@
 
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
 import torch
 from transformers import PreTrainedModel, Trainer
 
+from trainers.checkpoint_files import num_kept
 from trainers.dry_step import DryStep
 from trainers.errors import InputError
 from trainers.flops import matmul_rate
 from trainers.model_facts import parameters_by_part
-from trainers.pretraining import can_checkpoint, check_checkpointing, training_arguments
+from trainers.pretraining import (
+    can_checkpoint,
+    check_training,
+    choose_attention,
+    find_own_checkpoint,
+    training_arguments,
+)
+from trainers.progress import RunClock
 from trainers.recipes import Recipe
 from trainers.reports import markdown_table
+from trainers.run_lock import only_run_in
+from trainers.sources import known_num_train_images
+from trainers.stream_sources import stream_files
 from trainers.training_args import JepaTrainingArguments
 from trainers.warm_start import read_start
 
@@ -42,51 +54,78 @@ def estimate(recipe: Recipe) -> dict:
         `dict`: `recipe`, `device`, `precision`, `processes`, `batch_size` (images a process and forward pass);
         `parameters` by part, `flops_per_image`; in bytes `weights` (trained), `target_encoder`, `gradients`,
         `optimizer`, `activations`, `program` (0 on a GPU) and `margin` (the rest of `peak`), `bytes_per_image`,
-        `peak`, `free`, `checkpoint`,
-        `disk` (all checkpoints that are kept), `free_disk`; `fits`, both memory and disk; `largest_batch_size`, 0 if
-        none fits; `could_checkpoint`, whether gradient checkpointing would need less; `matmul_rate` in FLOP/s,
-        `assumed_mfu`, `images_per_second`, of all processes; `num_images` of the run and `hours`, both None where the
-        number of images is not known.
+        `peak`, `free`, `checkpoint`; `num_checkpoints` that are kept; in bytes `disk`, for these, and for one where
+        their number is None, and for the model at last, and `free_disk`; `fits`, both memory and disk;
+        `largest_batch_size`, 0 if none fits; `could_checkpoint`, whether gradient checkpointing would need less;
+        `matmul_rate` in FLOP/s, `assumed_mfu`, `images_per_second`, of all processes; `num_images` that the run reads
+        and `hours`. `num_checkpoints`, `num_images` and `hours` are None where they follow from the number of train
+        images and it is not known.
 
     Raises:
-        InputError: The recipe cannot be run as it is, or the device is neither a CPU nor one of CUDA.
+        InputError: The recipe cannot be run as it is, which is told as by the run as far as it needs no image; or the
+            device is neither a CPU nor one of CUDA.
     """
     args = training_arguments(recipe)
     if args.device.type not in MARGIN:
         raise InputError(f"--estimate knows no {args.device.type}; give --use_cpu, or run it where there is CUDA.")
     if recipe.run.start_from is not None:
         read_start(recipe)
-    step, batch_size = _dry_step(recipe, args), args.train_batch_size
-    found = _memory(step, batch_size, args) | _disk(step, args)
+    known = known_num_train_images(recipe.data)
+    model = _model(recipe, args)
+    _check_start(recipe, model, args, known)
+    # there are no statistics of one image, where another process may have a second
+    step, batch_size = _dry_step(recipe, model, args), max(args.train_batch_size, 2)
+    found = _memory(step, batch_size, args) | _disk(step, args, known)
     precision, device = "bf16" if args.bf16 else "float32", args.device
     flops, rate, mfu = step.flops(batch_size), matmul_rate(device, precision), ASSUMED_MFU[device.type, precision]
     speed = args.world_size * mfu * rate / flops
-    num_images = _num_images(recipe, args)
+    steps = _num_steps(args, known)
+    num_images = None if steps is None else steps * _images_of_step(args)
     return {
         "recipe": recipe.name, "device": device.type, "precision": precision, "processes": args.world_size,
-        "batch_size": batch_size, "parameters": parameters_by_part(step.model), "flops_per_image": flops, **found,
-        "matmul_rate": rate, "assumed_mfu": mfu, "images_per_second": speed, "num_images": num_images,
-        "could_checkpoint": can_checkpoint(step.model) and not args.gradient_checkpointing,
+        "batch_size": args.train_batch_size, "parameters": parameters_by_part(model), **found,
+        "flops_per_image": flops, "matmul_rate": rate, "assumed_mfu": mfu, "images_per_second": speed,
+        "num_images": num_images,
+        "could_checkpoint": can_checkpoint(model) and not args.gradient_checkpointing,
         "hours": None if num_images is None else num_images / speed / 3600,
         "fits": found["peak"] <= found["free"] and found["disk"] <= found["free_disk"],
     }  # fmt: skip
 
 
-def _dry_step(recipe: Recipe, args: JepaTrainingArguments) -> DryStep:
-    attention = recipe.run.attention(args.device, args.bf16)
-    if attention not in ("eager", "sdpa"):
-        attention = "sdpa"  # the others need a GPU's kernels, and as much memory
-    objective = recipe.objective
+def _model(recipe: Recipe, args: JepaTrainingArguments) -> PreTrainedModel:
+    """The model of a recipe, of which only shapes are there."""
+    objective, attention = recipe.objective, choose_attention(recipe, args)
     try:
         with torch.device("meta"):
-            model = objective.model_class._from_config(
+            return objective.model_class._from_config(
                 objective.build_config(recipe.model), attn_implementation=attention
             )
-        check_checkpointing(model, args)
+    except (ValueError, ImportError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def _check_start(recipe: Recipe, model: PreTrainedModel, args: JepaTrainingArguments, known: int | None):
+    """Refuses what the run itself would refuse before it looks at an image."""
+    output = Path(args.output_dir)
+    # looking for checkpoints may put one back, which would be in the way of a run that is saving it
+    with only_run_in(output) if output.exists() else nullcontext():
+        find_own_checkpoint(args, model)
+    if recipe.data.streaming:
+        stream_files(recipe.data)
+    check_training(recipe, model, args, known, recipe.data.dataset)
+
+
+def _dry_step(recipe: Recipe, model: PreTrainedModel, args: JepaTrainingArguments) -> DryStep:
+    if choose_attention(recipe, args) not in ("eager", "sdpa"):
+        model.set_attn_implementation("sdpa")  # the others need a GPU's kernels, and as much memory
+    try:
         if args.gradient_checkpointing:
             model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         return DryStep(
-            model, lambda size: objective.random_batch(model.config, size), args.bf16, _optimizer(args, model)
+            model,
+            lambda size: recipe.objective.random_batch(model.config, size),
+            args.bf16,
+            _optimizer(args, model),
         )
     except (ValueError, ImportError) as error:
         raise InputError(" ".join(str(error).split())) from error
@@ -131,30 +170,51 @@ def program_memory(device: torch.device) -> int:
     return psutil.Process().memory_info().rss if device.type == "cpu" else 0
 
 
-def _disk(step: DryStep, args: JepaTrainingArguments) -> dict:
+def _disk(step: DryStep, args: JepaTrainingArguments, known: int | None) -> dict:
     """Bytes of a checkpoint, weights of all parts and the optimizer's averages, and of those that are kept."""
-    checkpoint = step.weights + step.averages
-    number = args.save_total_limit or 1
-    if args.save_total_limit is None and args.max_steps > 0 and args.save_strategy == "steps":
-        every = args.save_steps if args.save_steps >= 1 else args.save_steps * args.max_steps
-        number = math.ceil(args.max_steps / every)
+    checkpoint, number = step.weights + step.averages, _num_checkpoints(args, known)
     folder = Path(args.output_dir).absolute()
     while not folder.is_dir():
         folder = folder.parent
     # and the model that is published at last
     return {
         "checkpoint": checkpoint,
-        "disk": number * checkpoint + step.weights,
+        "num_checkpoints": number,
+        "disk": (1 if number is None else number) * checkpoint + step.weights,
         "free_disk": shutil.disk_usage(folder).free,
     }
 
 
-def _num_images(recipe: Recipe, args: JepaTrainingArguments) -> int | None:
-    """The images that the run sees; None where their number is known only once they are read."""
+def _num_checkpoints(args: JepaTrainingArguments, known: int | None) -> int | None:
+    """How many checkpoints the run keeps at most; None where that is known only once its images are."""
+    saved, limit, every = _saved_steps(args, known), args.save_total_limit, args.keep_checkpoints_every
+    if saved is None:
+        return limit if limit and limit > 0 and every is None else None
+    return num_kept(saved, limit, every)
+
+
+def _saved_steps(args: JepaTrainingArguments, known: int | None) -> set[int] | None:
+    """After which steps the run saves a checkpoint; None where that is known only once its images are."""
+    if args.save_strategy not in ("steps", "epoch"):
+        return set()  # `best` is by evaluations, and pre-training makes none
+    steps, batch = _num_steps(args, known), _images_of_step(args)
+    if steps is None or (args.save_strategy == "epoch" and known is None):
+        return None
+    if args.save_strategy == "epoch":
+        return {steps, *(math.ceil(number * known / batch) for number in range(1, steps * batch // known + 1))}
+    every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
+    return {steps, *(range(every, steps, every) if every > 0 else ())}
+
+
+def _num_steps(args: JepaTrainingArguments, known: int | None) -> int | None:
+    """Steps of the run; None where their number is known only once its images are read."""
     if args.max_steps > 0:
-        return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    known = recipe.data.num_train_images
-    return None if known is None else math.ceil(known * args.num_train_epochs)
+        return args.max_steps
+    return None if known is None else RunClock(_images_of_step(args), round(args.num_train_epochs * known)).num_steps()
+
+
+def _images_of_step(args: JepaTrainingArguments) -> int:
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def format_estimate(found: dict) -> str:
@@ -174,11 +234,22 @@ def format_estimate(found: dict) -> str:
             f"{found['device']} in {found['precision']}; {found['flops_per_image'] / 1e9:.2f} GFLOP an image",
             *markdown_table(cells),
             _duration(found),
-            f"disk: {found['checkpoint'] / _GIB:.2f} GiB a checkpoint, {found['disk'] / _GIB:.2f} GiB for those that "
-            f"are kept, {found['free_disk'] / _GIB:.1f} GiB free",
+            _disk_space(found),
             verdict(found),
         ]
     )
+
+
+def _disk_space(found: dict) -> str:
+    each, free = f"{found['checkpoint'] / _GIB:.2f} GiB a checkpoint", f"{found['free_disk'] / _GIB:.1f} GiB free"
+    number = found["num_checkpoints"]
+    if number is None:
+        return (
+            f"disk: {each}, {free}; how many are kept depends on the number of train images, which is not known "
+            "before they are read: give --num_train_images, --max_steps or --save_total_limit"
+        )
+    kept = f"{number} checkpoint{'s' if number != 1 else ''} that the run keeps and the model at last"
+    return f"disk: {each}, {found['disk'] / _GIB:.2f} GiB for {kept}, {free}"
 
 
 def _duration(found: dict) -> str:
@@ -202,4 +273,8 @@ def verdict(found: dict) -> str:
         return f"It does not fit in memory ({each}): {', or '.join(advice)}."
     if found["disk"] > found["free_disk"]:
         return "It does not fit on the disk: make room, or lower --save_total_limit."
-    return f"It fits; so would batches of about {found['largest_batch_size']} images a process ({each})."
+    condition = ""
+    if found["num_checkpoints"] is None:
+        most = 1 + (found["free_disk"] - found["disk"]) // found["checkpoint"]
+        condition = f" if no more than {most:,} checkpoints are kept"
+    return f"It fits{condition}; so would batches of about {found['largest_batch_size']} images a process ({each})."

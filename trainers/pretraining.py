@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import set_seed
+from transformers.training_args import ParallelMode
 
 from modeling_cjepa.configuration_cjepa import pair
 from trainers.allocator import keep_freed_memory
@@ -74,9 +75,7 @@ def pretrain(recipe: Recipe) -> Path | None:
 
 def prepare(recipe: Recipe, args: JepaTrainingArguments, model) -> tuple[JepaTrainer, Labelled | None, str | None]:
     """The trainer of a run, what gives labelled images, and the checkpoint to go on from; its folder is as it was."""
-    checkpoint = find_checkpoint(args)
-    if checkpoint is not None:
-        check_same_model(checkpoint, model.config)
+    checkpoint = find_own_checkpoint(args, model)
     if args.process_index == 0:
         print(describe(recipe, model, args), flush=True)
         if checkpoint is not None:
@@ -89,6 +88,14 @@ def prepare(recipe: Recipe, args: JepaTrainingArguments, model) -> tuple[JepaTra
     trainer = build_trainer(recipe, model, args, train)
     trainer.describe_run = partial(run_facts, recipe, trainer, model)
     return trainer, labelled, checkpoint
+
+
+def find_own_checkpoint(args: JepaTrainingArguments, model: PreTrainedModel) -> str | None:
+    """As [`find_checkpoint`]; one of another model is refused, too."""
+    checkpoint = find_checkpoint(args)
+    if checkpoint is not None:
+        check_same_model(checkpoint, model.config)
+    return checkpoint
 
 
 def _run(recipe: Recipe, trainer: JepaTrainer, labelled: Labelled | None, checkpoint: str | None) -> Path | None:
@@ -207,11 +214,17 @@ def start_arguments(training_class: type[TrainingArguments], values: dict, name:
     return args
 
 
-def build_model(recipe: Recipe, args: JepaTrainingArguments) -> PreTrainedModel:
-    """The model of a recipe, initialised from its seed."""
+def choose_attention(recipe: Recipe, args: JepaTrainingArguments) -> str:
+    """The implementation of attention on the run's device; one that does not train there is refused."""
     attention = recipe.run.attention(args.device, args.bf16)
     if attention == "flex_attention" and args.device.type == "cpu":
         raise InputError("attn_implementation='flex_attention' trains on a GPU only; choose sdpa or eager.")
+    return attention
+
+
+def build_model(recipe: Recipe, args: JepaTrainingArguments) -> PreTrainedModel:
+    """The model of a recipe, initialised from its seed."""
+    attention = choose_attention(recipe, args)
     start = None if recipe.run.start_from is None else read_start(recipe)
     set_seed(args.seed)
     try:
@@ -228,32 +241,51 @@ def build_model(recipe: Recipe, args: JepaTrainingArguments) -> PreTrainedModel:
 
 def build_trainer(recipe: Recipe, model, args, train_source: ImageSource | Shards) -> JepaTrainer:
     """The trainer of a recipe on its train images."""
-    batch_size = args.train_batch_size * args.world_size
     num_images = train_source.num_images if isinstance(train_source, Shards) else len(train_source)
-    if num_images is not None and num_images < batch_size:
-        raise InputError(
-            f"{train_source.name} has {num_images} images, fewer than the {batch_size} of a batch over all "
-            "processes; lower --per_device_train_batch_size or give more images."
-        )
-    if recipe.objective.batch_of_one_is_error(model.config):
-        if batch_size < 2:
-            raise InputError("A batch of 1 image has no variance; raise --per_device_train_batch_size to 2 or more.")
-    check_checkpointing(model, args)
+    check_training(recipe, model, args, num_images, train_source.name)
     try:
         return recipe.objective.build_trainer(model, args, recipe.data, train_source)
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         raise InputError(f"The run cannot start: {' '.join(str(error).split())}") from error
 
 
+def check_training(
+    recipe: Recipe, model: PreTrainedModel, args: JepaTrainingArguments, num_images: int | None, name: str
+):
+    """
+    Refuses what cannot be trained, as far as that is known without looking at an image.
+
+    Args:
+        recipe ([`Recipe`]): What to train by.
+        model (`PreTrainedModel`): What to train.
+        args ([`JepaTrainingArguments`]): How.
+        num_images (`int`, *optional*): Train images; None where their number is not known.
+        name (`str`): What an error calls them.
+
+    Raises:
+        InputError: A batch is too large for the images or too small for the loss, or the model or the processes
+            cannot do what the arguments ask for.
+    """
+    batch_size = args.train_batch_size * args.world_size
+    if num_images is not None and num_images < batch_size:
+        raise InputError(
+            f"{name} has {num_images} images, fewer than the {batch_size} of a batch over all processes; lower "
+            "--per_device_train_batch_size or give more images."
+        )
+    if batch_size < 2 and recipe.objective.batch_of_one_is_error(model.config):
+        raise InputError("A batch of 1 image has no variance; raise --per_device_train_batch_size to 2 or more.")
+    if args.gradient_checkpointing and not can_checkpoint(model):
+        raise InputError("gradient_checkpointing: no layer of this model can do it; leave it out.")
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise InputError(
+            "fsdp shards a model over processes that a launcher has started, and none has; start the run with "
+            "torchrun or accelerate launch, or leave --fsdp out."
+        )
+
+
 def can_checkpoint(model: PreTrainedModel) -> bool:
     """Whether a layer of a model can compute its activations again instead of keeping them."""
     return any(hasattr(module, "gradient_checkpointing") for module in model.modules())
-
-
-def check_checkpointing(model: PreTrainedModel, args: TrainingArguments):
-    """Refuses gradient checkpointing where no layer of a model can do it."""
-    if args.gradient_checkpointing and not can_checkpoint(model):
-        raise InputError("gradient_checkpointing: no layer of this model can do it; leave it out.")
 
 
 def describe(recipe: Recipe, model, args) -> str:

@@ -117,6 +117,11 @@ def load_sources(
     return _as_many_as_asked(train, evaluation, arguments)
 
 
+def known_num_train_images(arguments: DataArguments) -> int | None:
+    """Train images, or how many there are at most, where that is known before they are loaded; else None."""
+    return arguments.num_train_images or (NUM_SCENES["train"] if arguments.dataset == "scenes" else None)
+
+
 def named_splits(splits: dict, arguments: DataArguments) -> tuple[dict, str | None]:
     """
     The splits with that to train on, and the name of that to evaluate on, None if there is none.

@@ -14,7 +14,7 @@ from trainers.errors import InputError, first_line
 from trainers.sources import DataArguments, named_splits, source_of, table_files
 from trainers.streams import Shards
 from trainers.subsets import with_common_classes
-from trainers.tables import ImageTable, load_tables
+from trainers.tables import ImageTable, check_streamable, load_tables
 
 # images that the probes after a run are fitted and tested on, where the recipe does not say
 NUM_PROBE_IMAGES, NUM_EVAL_IMAGES = 10_000, 5_000
@@ -114,10 +114,7 @@ def load_stream(arguments: PretrainDataArguments) -> Stream:
     Raises:
         InputError: There is no such data set, split or column, or it is not in shards.
     """
-    suffix, files = table_files(arguments)
-    if suffix is None and Path(arguments.dataset).expanduser().is_dir():
-        raise InputError(f"{arguments.dataset} is a folder of image files, which are read one by one as it is; leave "
-                         "--streaming out.")  # fmt: skip
+    suffix, files = stream_files(arguments)
     tables, evaluation = named_splits(load_tables(arguments, streaming=True), arguments)
     train = tables[arguments.train_split]
     # one split may have been called otherwise by its files' names
@@ -126,6 +123,16 @@ def load_stream(arguments: PretrainDataArguments) -> Stream:
     num_images = sum(shard_rows.values()) or _told_by_the_hub(train, arguments)
     shards = Shards(train.rows, train.image_column, train.name, files, num_images, shard_rows)
     return Stream(arguments, train, tables.get(evaluation), shards)
+
+
+def stream_files(arguments: PretrainDataArguments) -> tuple[str | None, dict[str, list[str]]]:
+    """As [`~sources.table_files`]; what cannot be streamed is refused."""
+    suffix, files = table_files(arguments)
+    if suffix is None and Path(arguments.dataset).expanduser().is_dir():
+        raise InputError(f"{arguments.dataset} is a folder of image files, which are read one by one as it is; leave "
+                         "--streaming out.")  # fmt: skip
+    check_streamable(arguments)
+    return suffix, files
 
 
 def _rows_of_parquet(files: list[str]) -> dict[int, int]:

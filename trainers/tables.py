@@ -95,6 +95,16 @@ class ImageTable:
         return found
 
 
+def check_streamable(arguments: DataArguments):
+    """Refuses to stream what is no table."""
+    if _has_own_sources(arguments):
+        raise InputError(f"{arguments.dataset} is no table that can be streamed; leave --streaming out.")
+
+
+def _has_own_sources(arguments: DataArguments) -> bool:
+    return arguments.dataset == "scenes" or is_clevr(Path(arguments.dataset).expanduser())
+
+
 def load_tables(
     arguments: DataArguments,
     image_size: int = 32,
@@ -118,10 +128,9 @@ def load_tables(
     Raises:
         InputError: There is no such data set or column, or it cannot be streamed.
     """
-    folder = Path(arguments.dataset).expanduser()
-    if arguments.dataset == "scenes" or is_clevr(folder):
-        if streaming:
-            raise InputError(f"{arguments.dataset} is no table that can be streamed; leave --streaming out.")
+    if streaming:
+        check_streamable(arguments)
+    if _has_own_sources(arguments):
         sources = _own_sources(arguments, image_size, num_images, progress)
         splits = {split: _rows_of(source) for split, source in sources.items()}
         # which label was asked for has been chosen
