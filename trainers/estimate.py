@@ -1,6 +1,7 @@
 """What a run of pre-training will take, told before it: memory, arithmetic, time and disk; nothing is trained."""
 
 import math
+import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -174,7 +175,7 @@ def _disk(step: DryStep, args: JepaTrainingArguments, known: int | None) -> dict
     """Bytes of a checkpoint, weights of all parts and the optimizer's averages, and of those that are kept."""
     checkpoint, number = step.weights + step.averages, _num_checkpoints(args, known)
     folder = Path(args.output_dir).absolute()
-    while not folder.is_dir():
+    while not os.path.isdir(folder):
         folder = folder.parent
     # and the model that is published at last
     return {
