@@ -140,6 +140,7 @@ def test_a_process_may_have_one_image_where_another_has_more(monkeypatch):
         ("--attn_implementation nonsense", '"nonsense"` is not supported'),
         ("--streaming true --num_train_images null", "scenes is no table that can be streamed"),
         ("--fsdp full_shard", "fsdp shards a model over processes"),
+        (f"--output_dir {'n' * 300}", "cannot be a folder"),
     ],
 )
 def test_what_a_run_refuses_before_its_images_has_no_estimate(tmp_path, capsys, flags, said):

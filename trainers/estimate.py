@@ -109,7 +109,7 @@ def _check_start(recipe: Recipe, model: PreTrainedModel, args: JepaTrainingArgum
     """Refuses what the run itself would refuse before it looks at an image."""
     output = Path(args.output_dir)
     # looking for checkpoints may put one back, which would be in the way of a run that is saving it
-    with only_run_in(output) if output.exists() else nullcontext():
+    with only_run_in(output) if os.path.exists(output) else nullcontext():
         find_own_checkpoint(args, model)
     if recipe.data.streaming:
         stream_files(recipe.data)

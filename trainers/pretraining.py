@@ -200,6 +200,12 @@ def start_arguments(training_class: type[TrainingArguments], values: dict, name:
             broadcast_object_list(folder)
         values["output_dir"] = folder[0]
     output = Path(values["output_dir"])
+    try:
+        os.lstat(output)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise InputError(f"--output_dir {output} cannot be a folder ({error}); name another.") from error
     if any(os.path.exists(path) and not os.path.isdir(path) for path in (output, *output.parents)):
         raise InputError(f"--output_dir {output} is a file or lies in one; name a folder.")
     try:
