@@ -33,7 +33,7 @@ def test_steps_of_all_and_shares_of_the_parts_of_ours(small):
 
 
 def test_every_racer_takes_its_own_steps_on_the_same_masks(small, monkeypatch):
-    race = step_cost._Race(SIZES["small"], 4, "float32", torch.device("cpu"), compiles=False)
+    race = step_cost._Race(SIZES["small"], 4, "float32", torch.device("cpu"), compile_mode=None)
     seen = {}
     for name, steps in race.racers.items():
 
@@ -72,7 +72,7 @@ def test_factors_are_over_the_reference_s_time(small, of_known_speed):
 
 
 def test_masks_are_part_of_every_step(small, monkeypatch):
-    race = step_cost._Race(SIZES["small"], 4, "float32", torch.device("cpu"), compiles=False)
+    race = step_cost._Race(SIZES["small"], 4, "float32", torch.device("cpu"), compile_mode=None)
     steps = []
     monkeypatch.setattr(step_cost, "loop_masks", lambda number, grid, generator: steps.append(("loop", number, grid)))
     draw = race.draw_masks
@@ -108,7 +108,7 @@ def test_compiled_steps_learn_the_same(small, monkeypatch):
     monkeypatch.setattr(step_cost.torch, "compile", partial(torch.compile, backend="aot_eager"))
     race, plain = (
         step_cost._Race(SIZES["small"] | {"predictor_num_hidden_layers": 1, "num_hidden_layers": 1}, 4, "float32",
-                        torch.device("cpu"), compiles) for compiles in (True, False)
+                        torch.device("cpu"), mode) for mode in ("default", None)
     )  # fmt: skip
     plain.ours.model.load_state_dict(race.ours.model.state_dict())
     plain.images, plain.masks = race.images, race.masks
@@ -129,7 +129,8 @@ def test_another_function_is_no_comparison(small, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [(["--size", "huge"], "--size 'huge' is not known"), (["--rounds", "1"], "--rounds 1 2 or more"),
-     (["--precision", "fp8"], "--precision 'fp8' is not known")],
+     (["--precision", "fp8"], "--precision 'fp8' is not known"),
+     (["--compile", "fast"], "--compile 'fast' is not known")],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_one_sentence(arguments, sentence, capsys):
     assert main(["benchmark", "step", *arguments]) == 2

@@ -34,7 +34,10 @@ def add_step(parts):
         rounds=9,
     )
     _add_size_and_precision(parser)
-    parser.add_argument("--compile", action="store_true", help="compile ours; all rounds then have the same masks")
+    parser.add_argument(
+        "--compile", metavar="MODE", nargs="?", const="default", help="compile ours, in a mode of torch.compile if "
+        "one is given, such as reduce-overhead, which makes CUDA graphs; all rounds then have the same masks",
+    )  # fmt: skip
     parser.set_defaults(run=run_step)
 
 

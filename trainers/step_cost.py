@@ -26,6 +26,8 @@ _FIELDS = {
     "shared_context": {"predictor_attention": "shared_context"},
     "mask_sets": {"predictor_attention": "shared_context", "num_mask_sets": 2},
 }
+# torch.compile's; by the second and third steps are recorded as CUDA graphs on a GPU
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # the largest difference of the two losses, without our regulariser, that leaves them the same function
 _MOST_APART = {"float32": 1e-4, "bf16": 1e-2}
 
@@ -35,7 +37,7 @@ def benchmark_step(
     batch_size: int = 64,
     num_rounds: int = 9,
     precision: str | None = None,
-    compiles: bool = False,
+    compile_mode: str | None = None,
 ) -> dict:
     """
     Times whole steps of [`ReferenceStep`], I-JEPA's, and of ours, C-JEPA's with its regulariser, in turns.
@@ -49,10 +51,11 @@ def benchmark_step(
         batch_size (`int`): Masks of a step, and images but where they have two mask sets; an even number.
         num_rounds (`int`): Timed steps of each, after one that is not counted.
         precision (`"float32"` or `"bf16"`, *optional*): Of all; what the device multiplies faster when not given.
-        compiles (`bool`): Whether ours and its variants are compiled; all rounds then have the same masks.
+        compile_mode (`str`, *optional*): One of [`COMPILE_MODES`], torch.compile's, in which ours and its variants are
+            compiled; all rounds then have the same masks. Not compiled when not given.
 
     Returns:
-        `dict`: `size`, `batch_size`, `device`, `threads`, `precision`, `compiled`; by the names of [`RACERS`] the
+        `dict`: `size`, `batch_size`, `device`, `threads`, `precision`, `compile_mode`; by the names of [`RACERS`] the
         quartiles of `seconds`, of `factor` (the reference's seconds over the racer's, round by round), of
         `factor_of_ours` (the seconds of ours over the variant's) and of `mfu`,
         the share of `matmul_rate` (the device's, in FLOP/s) at which it does the `flops_per_image` of
@@ -63,15 +66,17 @@ def benchmark_step(
         losses of reference and ours without the regulariser.
 
     Raises:
-        InputError: There is no such size or precision, too little to measure with, or the losses differ.
+        InputError: There is no such size, precision or mode, too little to measure with, or the losses differ.
     """
     fields = fields_of(size)
     if batch_size < 2 or batch_size % 2 or num_rounds < 2:
         raise InputError(f"--batch_size {batch_size} must be an even number and --rounds {num_rounds} 2 or more.")
+    if compile_mode not in (None, *COMPILE_MODES):
+        raise InputError(f"--compile {compile_mode!r} is not known; choose {', '.join(COMPILE_MODES)}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = chosen_precision(precision, device)
     keep_freed_memory()  # of all alike
-    race = _Race(fields, batch_size, precision, device, compiles)
+    race = _Race(fields, batch_size, precision, device, compile_mode)
     difference = race.difference()
     if difference > _MOST_APART[precision]:
         raise InputError(f"The losses of ours and of the reference differ by {difference:.1e}: it is no comparison.")
@@ -80,7 +85,7 @@ def benchmark_step(
     rates.append(matmul_rate(device, precision))  # what else the machine does slows one or the other
     return {
         "size": size, "batch_size": batch_size, "device": device.type, "threads": torch.get_num_threads(),
-        "precision": precision, "compiled": compiles, "difference": difference,
+        "precision": precision, "compile_mode": compile_mode, "difference": difference,
         "memory": {name: race.memory(name) for name in RACERS},
     } | _summary(rounds, batch_size, max(rates))  # fmt: skip
 
@@ -111,16 +116,16 @@ def _summary(rounds: list[tuple[int, dict, float, dict]], batch_size: int, rate:
 class _Race:
     """Steps of the reference and of ours, which have the same weights, and of the variants, under the same masks."""
 
-    def __init__(self, fields: dict, batch_size: int, precision: str, device: torch.device, compiles: bool):
+    def __init__(self, fields: dict, batch_size: int, precision: str, device: torch.device, compile_mode: str | None):
         fields = fields | {"layer_norm_eps": 1e-6}
         self.ours, *variants = (BareSteps(fields | changes, precision, device) for changes in _FIELDS.values())
         self.reference = ReferenceStep(self.ours.model, precision=precision)
-        self.device, self.batch_size, self.keeps_masks = device, batch_size, compiles
+        self.device, self.batch_size, self.keeps_masks = device, batch_size, compile_mode is not None
         self.images, self.generator = self.ours.images(batch_size), torch.Generator().manual_seed(0)
         self.masks = self.draw_masks()
         self.racers = dict(zip(RACERS, (self.reference, self.ours, *variants), strict=True))
-        for steps in (self.ours, *variants) if compiles else ():
-            steps.run = torch.compile(steps.model)
+        for steps in (self.ours, *variants) if self.keeps_masks else ():
+            steps.run = torch.compile(steps.model, mode=compile_mode)
 
     def draw_masks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Masks of a step."""
@@ -238,7 +243,7 @@ def format_step_cost(found: dict) -> str:
     return "\n".join(
         [
             f"{found['size']}, {found['batch_size']} images, {found['precision']}, {found['device']}, "
-            f"{found['threads']} threads{', ours compiled' if found['compiled'] else ''}",
+            f"{found['threads']} threads{f', ours compiled ({mode})' if (mode := found['compile_mode']) else ''}",
             *markdown_table(cells),
             f"\nwithout the regulariser the losses of the first two differ by {found['difference']:.1e}; MFU is "
             f"{found['flops_per_image'] / 1e9:.2f} GFLOP an image of the authors' step, over the seconds and the "
