@@ -232,7 +232,7 @@ def removed_on_error(folder: Path):
         raise
 
 
-def num_kept(steps: Collection[int], limit: int | None, every: int | None) -> int:
+def count_kept(steps: Collection[int], limit: int | None, every: int | None) -> int:
     """How many checkpoints of a run that saves after these steps [`rotate_checkpoints`] leaves, no other staying."""
     staying = sum(_stays(step, every) for step in steps)
     others = len(steps) - staying

@@ -17,17 +17,8 @@ _WIDTH = 7.2
 _BAR, _FRAME = 0.34, 0.85
 _COLUMNS = 3  # of the legend of shares
 _COLORS = (
-    "#7f7f7f",
-    "#1f77b4",
-    "#2ca02c",
-    "#ff7f0e",
-    "#9467bd",
-    "#8c564b",
-    "#17becf",
-    "#e377c2",
-    "#bcbd22",
-    "#393b79",
-)
+    "#7f7f7f", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#17becf", "#e377c2", "#bcbd22", "#393b79",
+)  # fmt: skip
 
 
 @dataclass

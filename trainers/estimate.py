@@ -1,7 +1,6 @@
 """What a run of pre-training will take, told before it: memory, arithmetic, time and disk; nothing is trained."""
 
 import math
-import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +9,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel, Trainer
 
-from trainers.checkpoint_files import num_kept
+from trainers.checkpoint_files import count_kept
 from trainers.dry_step import DryStep
 from trainers.errors import InputError
 from trainers.flops import matmul_rate
@@ -109,7 +108,7 @@ def _check_start(recipe: Recipe, model: PreTrainedModel, args: JepaTrainingArgum
     """Refuses what the run itself would refuse before it looks at an image."""
     output = Path(args.output_dir)
     # looking for checkpoints may put one back, which would be in the way of a run that is saving it
-    with only_run_in(output) if os.path.exists(output) else nullcontext():
+    with only_run_in(output) if output.exists() else nullcontext():
         find_own_checkpoint(args, model)
     if recipe.data.streaming:
         stream_files(recipe.data)
@@ -175,7 +174,7 @@ def _disk(step: DryStep, args: JepaTrainingArguments, known: int | None) -> dict
     """Bytes of a checkpoint, weights of all parts and the optimizer's averages, and of those that are kept."""
     checkpoint, number = step.weights + step.averages, _num_checkpoints(args, known)
     folder = Path(args.output_dir).absolute()
-    while not os.path.isdir(folder):
+    while not folder.is_dir():
         folder = folder.parent
     # and the model that is published at last
     return {
@@ -191,7 +190,7 @@ def _num_checkpoints(args: JepaTrainingArguments, known: int | None) -> int | No
     saved, limit, every = _saved_steps(args, known), args.save_total_limit, args.keep_checkpoints_every
     if saved is None:
         return limit if limit and limit > 0 and every is None else None
-    return num_kept(saved, limit, every)
+    return count_kept(saved, limit, every)
 
 
 def _saved_steps(args: JepaTrainingArguments, known: int | None) -> set[int] | None:

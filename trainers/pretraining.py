@@ -190,8 +190,6 @@ def start_arguments(training_class: type[TrainingArguments], values: dict, name:
     if num_processes > 1 and not torch.accelerator.is_available():
         # without it, transformers starts a run in each process
         values.setdefault("use_cpu", True)
-    if values.get("output_dir") == "":
-        raise InputError("--output_dir '' names no folder; name one, or leave it out.")
     if "output_dir" not in values:
         folder = [f"runs/{name}-{datetime.now():%Y%m%d-%H%M%S}"]
         if num_processes > 1:
@@ -199,15 +197,7 @@ def start_arguments(training_class: type[TrainingArguments], values: dict, name:
             PartialState(cpu=bool(values.get("use_cpu", False)))
             broadcast_object_list(folder)
         values["output_dir"] = folder[0]
-    output = Path(values["output_dir"])
-    try:
-        os.lstat(output)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError) as error:
-        raise InputError(f"--output_dir {output} cannot be a folder ({error}); name another.") from error
-    if any(os.path.exists(path) and not os.path.isdir(path) for path in (output, *output.parents)):
-        raise InputError(f"--output_dir {output} is a file or lies in one; name a folder.")
+    _check_output_dir(values["output_dir"])
     try:
         args = training_class(**values)
     except (ValueError, TypeError, ImportError) as error:
@@ -218,6 +208,21 @@ def start_arguments(training_class: type[TrainingArguments], values: dict, name:
             "many as there are devices, or all on the CPU with --use_cpu."
         )
     return args
+
+
+def _check_output_dir(output_dir: str):
+    """Refuses what is no folder and cannot be one, though it is not made yet."""
+    output = Path(output_dir)
+    if output_dir == "":
+        raise InputError("--output_dir '' names no folder; name one, or leave it out.")
+    try:
+        os.lstat(output)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise InputError(f"--output_dir {output} cannot be a folder ({error}); name another.") from error
+    if any(path.exists() and not path.is_dir() for path in (output, *output.parents)):
+        raise InputError(f"--output_dir {output} is a file or lies in one; name a folder.")
 
 
 def choose_attention(recipe: Recipe, args: JepaTrainingArguments) -> str:
