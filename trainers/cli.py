@@ -8,6 +8,7 @@ from transformers.utils import logging
 from trainers.cli_benchmark import add_benchmark
 from trainers.cli_convert import add_convert
 from trainers.cli_doctor import add_doctor
+from trainers.cli_experiment import add_experiment
 from trainers.cli_features import add_features
 from trainers.cli_finetune import add_finetune
 from trainers.cli_models import add_evaluate
@@ -69,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (
         add_pretrain, add_doctor, add_evaluate, add_probe, add_finetune, add_features, add_visualize, add_convert,
-        add_publish, add_benchmark,
+        add_publish, add_benchmark, add_experiment,
     ):  # fmt: skip
         add(commands)
     return parser

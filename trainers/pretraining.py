@@ -132,10 +132,10 @@ def load_images(
     recipe: Recipe, image_size: int, args: JepaTrainingArguments
 ) -> tuple[ImageSource | Shards, Labelled | None]:
     """The images to train on, and what gives labelled ones to evaluate with; None, which is said, if it cannot be."""
-    reason = None
+    reason = None if recipe.run.evaluate else "--evaluate false."
     if recipe.data.streaming:
         stream = load_stream(recipe.data)
-        train, reason = stream.shards, stream.without_evaluation()
+        train, reason = stream.shards, reason or stream.without_evaluation()
         labelled = partial(stream.some_images, recipe.evaluation.num_probe_images)
         lanes = choose_lanes(train.num_shards, args.world_size, train.name)
         unequal = uneven_lanes(train.num_shards, lanes, train.shard_rows)
@@ -147,7 +147,7 @@ def load_images(
         try:
             labelled()
         except InputError as error:
-            reason = error
+            reason = reason or error
     if reason is not None and args.process_index == 0:
         print(f"The encoder will be saved, but not evaluated: {reason}", flush=True)
     return train, labelled if reason is None else None

@@ -43,6 +43,9 @@ class RunArguments:
             "computes in bf16 (sdpa's backward pass is slower there)"
         },
     )
+    evaluate: bool = field(
+        default=True, metadata={"help": "evaluate the encoder at the end, where the images have labels"}
+    )
     start_from: str | None = field(
         default=None,
         metadata={

@@ -1,4 +1,4 @@
-"""The files that travel with the package: recipes (YAML) and templates of model cards (Jinja).
+"""The files that travel with the package: recipes and experiments (YAML), templates of model cards (Jinja).
 
 A wheel carries them inside `trainers`; a checkout, installed in editable mode or not at all, keeps them beside it.
 """
@@ -18,12 +18,18 @@ def _folder(in_wheel: str, in_checkout: str) -> Path:
 
 
 _RECIPES = _folder("recipes", "scripts/recipes")
+_EXPERIMENTS = _folder("experiments", "scripts/experiments")
 _TEMPLATES = _folder("model_cards", "model_cards")
 
 
 def recipe_names() -> list[str]:
     """Return the names of the shipped recipes, sorted, without `.yaml`."""
-    return sorted(path.stem for path in _RECIPES.glob("*.yaml"))
+    return _names(_RECIPES)
+
+
+def experiment_names() -> list[str]:
+    """Return the names of the shipped experiments, sorted, without `.yaml`."""
+    return _names(_EXPERIMENTS)
 
 
 def recipe_path(name: str | Path) -> Path:
@@ -40,14 +46,27 @@ def recipe_path(name: str | Path) -> Path:
     Raises:
         InputError: If there is neither such a file nor such a shipped recipe.
     """
+    return _yaml_path(name, _RECIPES, "recipe")
+
+
+def experiment_path(name: str | Path) -> Path:
+    """Find an experiment, as [`recipe_path`] finds a recipe."""
+    return _yaml_path(name, _EXPERIMENTS, "experiment")
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def _yaml_path(name: str | Path, folder: Path, kind: str) -> Path:
     if Path(name).is_file():
         return Path(name)
     stem = str(name).removesuffix(".yaml")
-    if stem not in recipe_names():
+    if stem not in _names(folder):
         raise InputError(
-            f"There is no recipe '{name}': give the path of a YAML file or one of {', '.join(recipe_names())}."
+            f"There is no {kind} '{name}': give the path of a YAML file or one of {', '.join(_names(folder))}."
         )
-    return _RECIPES / f"{stem}.yaml"
+    return folder / f"{stem}.yaml"
 
 
 def template_path(name: str) -> Path:

@@ -1,0 +1,295 @@
+"""`cjepa experiment`: several methods with several seeds, and what they say together."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from PIL import Image
+
+from tests.tiny import FLAGS
+from trainers.cli import main
+from trainers.cli_experiment import public_command
+from trainers.errors import InputError
+from trainers.experiment_figures import draw_experiment
+from trainers.experiment_plan import choose_runs, read_experiment
+from trainers.experiment_results import format_rows, images_until, interval, summarise, write_results
+from trainers.experiment_runs import Call, carry_out_run
+from trainers.resources import experiment_names
+
+SETTINGS = dict(zip((flag[2:] for flag in FLAGS[:-1:2]), map(yaml.safe_load, FLAGS[1:-1:2]), strict=True))
+SETTINGS |= {"use_cpu": True, "disable_tqdm": True, "max_steps": 4, "final_regularizer_weight": 0.0}
+PLAN = {
+    "title": "With and without", "dataset": "scenes-64", "recipe": "cjepa_scenes", "seeds": [1, 2],
+    "methods": {"c-jepa": {}, "i-jepa": {"regularizer_weight": 0.0}}, "settings": SETTINGS,
+}  # fmt: skip
+
+
+def written(folder, **changes):
+    path = folder / "small.yaml"
+    path.write_text(yaml.dump(PLAN | changes))
+    return str(path)
+
+
+def a_run(method, seed, knn, *earlier, linear=50.0, begin=10.0, **changes):
+    """What was found of a run of 100 images between evaluations."""
+    row = {"encoder": "", "linear": linear, "rankme": 9.0, "feature_std": 0.5}
+    points = [
+        {"step": 10 * at, "images_seen": 100 * at, "rows": [row | {"knn": value}]}
+        for at, value in enumerate((*earlier, knn), start=1)
+    ]
+    return {
+        "method": method, "seed": seed, "swept": {}, "images": {"num_test": 400}, "points": points,
+        "baselines": [row | {"knn": begin}], "signs": {"lidar": 3.0},
+        "training": {"images_seen": points[-1]["images_seen"], "seconds": 60.0 * seed},
+        "machine": {"processor": "P", "threads": 2}, "software": {"commit": f"c{seed}"},
+    } | changes  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of an experiment that was carried out, and the results beside another one's."""
+    folder = tmp_path_factory.mktemp("experiment")
+    results = folder / "results"
+    results.mkdir()
+    (results / "summary.json").write_text(json.dumps([{"experiment": "another"}, {"experiment": "small", "value": 0}]))
+    given = written(folder, num_checkpoints=2, context_encoder=True, figure="curves", reach={"knn": 0.5})
+    arguments = ["experiment", given, "--output", str(folder / "runs"), "--results", str(results), "--jobs", "2"]
+    assert main(arguments) == 0
+    return folder, arguments
+
+
+def test_every_method_is_trained_with_every_seed_and_evaluated_on_its_way(done):
+    folder, _ = done
+    for method in ("c-jepa", "i-jepa"):
+        for seed in (1, 2):
+            found = json.loads((folder / f"runs/{method}/seed-{seed}/evaluation.json").read_text())
+            assert [point["step"] for point in found["points"]] == [2, 4]
+            assert found["settings"]["seed"] == seed
+            assert [row["encoder"] for row in found["points"][-1]["rows"]] == ["", "context encoder"]
+    weights = {
+        m: yaml.safe_load((folder / f"runs/{m}/seed-1/settings.yaml").read_text()) for m in ("c-jepa", "i-jepa")
+    }
+    assert weights["i-jepa"]["regularizer_weight"] == 0.0 != weights["c-jepa"]["regularizer_weight"]
+
+
+def test_the_figures_are_those_of_cjepa_evaluate(done, tmp_path):
+    folder, _ = done
+    final = folder / "runs/c-jepa/seed-1/final"
+    assert main(["evaluate", str(final), "--output", str(tmp_path / "own.json"), "--seed", "1", "--disable_tqdm"]) == 0
+    own = json.loads((tmp_path / "own.json").read_text())["rows"]
+    found = json.loads((folder / "runs/c-jepa/seed-1/evaluation.json").read_text())
+    for name in ("knn", "linear", "rankme"):
+        assert found["points"][-1]["rows"][0][name] == own[0][name]
+        assert found["baselines"][0][name] == own[1][name]
+    pixels = json.loads((folder / "runs/raw_pixels.json").read_text())
+    assert (pixels["knn"], pixels["linear"]) == (own[2]["knn"], own[2]["linear"])
+
+
+def test_results_are_written_beside_those_of_others(done):
+    folder, _ = done
+    summary = json.loads((folder / "results/summary.json").read_text())
+    assert [row["experiment"] for row in summary].count("another") == 1
+    rows = [row for row in summary if row["experiment"] == "small"]
+    assert {row["method"] for row in rows} == {
+        "c-jepa", "c-jepa, context encoder", "i-jepa", "i-jepa, context encoder", "random encoder", "raw pixels",
+    }  # fmt: skip
+    row = next(row for row in rows if (row["method"], row["metric"]) == ("c-jepa", "knn"))
+    assert row.keys() == {
+        "experiment", "method", "dataset", "metric", "value", "ci95", "seeds", "images_seen", "seconds", "machine",
+        "commit", "command",
+    }  # fmt: skip
+    assert row["seeds"] == [1, 2] and row["images_seen"] == 4 * 16 and row["seconds"] > 0
+    assert row["command"].startswith("cjepa experiment") and str(folder) not in json.dumps(rows)
+    assert "| c-jepa " in (folder / "results/small.md").read_text()
+    assert Image.open(folder / "results/small.png").width > 500
+    assert len(json.loads((folder / "results/small.json").read_text())["runs"]) == 4
+
+
+def test_what_is_done_is_not_done_again(done, capsys):
+    folder, arguments = done
+    written_at = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/final/model.safetensors")}
+    assert len(written_at) == 4
+    assert main(arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in written_at} == written_at
+    assert main([*arguments, "--list"]) == 0
+    assert capsys.readouterr().out.count("done  ") == 4
+
+
+def test_a_run_with_other_settings_is_not_taken_for_done(done, capsys):
+    _, arguments = done
+    assert main([*arguments, "--max_steps", "5"]) == 2
+    assert "holds a run with other settings than small has now" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
+    given = written(tmp_path, num_checkpoints=2, baselines=False)
+    experiment = read_experiment(given)
+    call = Call(given, {}, str(tmp_path / "runs"), "cjepa experiment small")
+    (run,) = choose_runs(experiment, ["c-jepa"], [1])
+
+    asked = []
+
+    def stopped(recipe):
+        asked.append(recipe.values.get("resume_from_checkpoint"))
+        (call.folder(run) / "checkpoint-2").mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr("trainers.experiment_runs.pretrain", stopped)
+    for _ in range(2):
+        with pytest.raises(InputError, match="c-jepa, seed 1, was stopped; repeat the command"):
+            carry_out_run(experiment, run, call)
+    assert asked == [None, "last"]
+
+
+def test_a_run_that_fails_ends_the_experiment(tmp_path, capfd):
+    given = written(tmp_path, methods={"good": {}, "bad": {"num_train_images": 3}}, baselines=False)
+    assert main(["experiment", given, "--output", str(tmp_path / "runs")]) == 2
+    told = capfd.readouterr().err
+    assert "bad, seed 1, ended with status 2, see above; what is done is kept" in told
+    assert "fewer than the 16 of a batch" in told
+    assert not (tmp_path / "runs/good/seed-2").exists()
+
+
+def test_interval_of_a_mean_is_students():
+    values = [50.0, 52.0, 54.0]
+    half = 4.302653 * 2.0 / math.sqrt(3)
+    assert interval(values) == pytest.approx([52 - half, 52 + half])
+    assert interval([50.0]) is None
+
+
+def test_rows_are_means_over_seeds(tmp_path):
+    experiment = read_experiment(written(tmp_path))
+    found = [a_run("c-jepa", 1, 40.0), a_run("c-jepa", 2, 44.0), a_run("i-jepa", 1, 30.0)]
+    rows = {(row["method"], row["metric"]): row for row in summarise(experiment, found, None, "the command")}
+    knn = rows["c-jepa", "knn"]
+    assert knn["value"] == 42.0 and knn["ci95"] == pytest.approx(interval([40.0, 44.0]))
+    assert (knn["seeds"], knn["seconds"], knn["images_seen"]) == ([1, 2], 90.0, 100)
+    assert (knn["machine"], knn["commit"], knn["command"]) == ("P, 2 threads", "c1, c2", "the command")
+    low, high = rows["i-jepa", "knn"]["ci95"]
+    assert low < 30 < high and high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.3 * 0.7 / 400), rel=0.05)
+    assert rows["i-jepa", "rankme"]["ci95"] is None
+    assert rows["c-jepa", "lidar"]["value"] == 3.0
+
+
+def test_one_random_encoder_stands_for_all_methods_that_have_it(tmp_path):
+    experiment = read_experiment(written(tmp_path))
+    alike = [a_run("c-jepa", 1, 40.0), a_run("i-jepa", 1, 30.0)]
+    methods = [row["method"] for row in summarise(experiment, alike, None, "")]
+    assert methods.count("random encoder") == methods.count("c-jepa") - 1  # which has LiDAR, too
+    unlike = [*alike, a_run("s-jea", 1, 30.0, begin=20.0)]
+    named = {row["method"] for row in summarise(experiment, unlike, None, "")}
+    assert {"random encoder of c-jepa, i-jepa", "random encoder of s-jea"} <= named
+    untrained = [row for row in summarise(experiment, alike, None, "") if row["method"] == "random encoder"]
+    assert {(row["images_seen"], row["seconds"]) for row in untrained} == {(0, 0.0)}
+
+
+def test_images_until_an_accuracy_lie_on_lines_between_evaluations(tmp_path):
+    run = a_run("c-jepa", 1, 40.0, 20.0, 30.0)
+    assert images_until(run, "knn", 15.0) == 50
+    assert images_until(run, "knn", 20.0) == 100
+    assert images_until(run, "knn", 35.0) == 250
+    assert images_until(run, "knn", 41.0) is None
+    assert images_until(run, "knn", 5.0) == 0
+    unknown = run | {"baselines": []}
+    assert images_until(unknown, "knn", 15.0) == 100
+
+    experiment = read_experiment(written(tmp_path, reach={"knn": 35.0}))
+    rows = summarise(experiment, [run, a_run("i-jepa", 1, 34.0)], None, "")
+    reached = {row["method"]: row["value"] for row in rows if row["metric"] == "images_to_knn_35"}
+    assert reached == {"c-jepa": 250, "i-jepa": None}
+    assert "not reached" in format_rows(experiment, rows)
+
+
+def test_a_sweep_is_every_combination(tmp_path):
+    experiment = read_experiment(
+        written(tmp_path, sweep={"ema_momentum": [0.0, 0.9], "learning_rate": [0.001, 0.01, 0.1]}, seeds=[1])
+    )
+    runs = experiment.runs()
+    assert len({run.place for run in runs}) == len(runs) == 2 * 6
+    assert "i-jepa, ema_momentum 0.9, learning_rate 0.01" in [run.method for run in runs]
+    assert all(run.settings["learning_rate"] == run.swept["learning_rate"] for run in runs)
+    assert len(choose_runs(experiment, ["i-jepa"], None)) == 6
+
+    together = read_experiment(written(tmp_path, sweep={"ema_momentum, final_ema_momentum": [0.0, 0.9]}))
+    run = together.runs()[-1]
+    assert run.method == "i-jepa, ema_momentum 0.9"
+    assert run.settings["ema_momentum"] == run.settings["final_ema_momentum"] == 0.9
+
+
+@pytest.mark.parametrize("figure", ["bars", "curves", "map"])
+def test_every_figure_shows_what_it_is_given(tmp_path, figure):
+    sweep = {"ema_momentum": [0.0, 0.9], "learning_rate": [0.001, 0.01]}
+    experiment = read_experiment(written(tmp_path, sweep=sweep, figure=figure))
+    found = [a_run(run.method, run.seed, 40.0 + number, 35.0) for number, run in enumerate(experiment.runs())]
+    pixels = {"knn": 30.0, "linear": 35.0, "rankme": 80.0, "feature_std": 0.2}
+    rows = summarise(experiment, found, pixels, "")
+    draw_experiment(experiment, found, rows, tmp_path / "drawn.png")
+    assert Image.open(tmp_path / "drawn.png").width > 500
+
+
+def test_a_broken_summary_is_not_replaced(tmp_path):
+    experiment = read_experiment(written(tmp_path))
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(InputError, match="summary.json is no list of rows"):
+        write_results(tmp_path, experiment, [], [])
+    assert (tmp_path / "summary.json").read_text() == "{"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"titel": "x"}, "unknown key 'titel' .did you mean 'title'"),
+        ({"methods": None}, "'methods' is missing"),
+        ({"methods": ["c-jepa"]}, "must be a mapping of names"),
+        ({"methods": {"a": {"regularizer_wieght": 0.0}}}, "small.yaml, a: .*unknown key 'regularizer_wieght'"),
+        ({"methods": {"a": {"seed": 3}}}, "seed is set for each run"),
+        ({"settings": {"output_dir": "x"}}, "output_dir is set for each run"),
+        ({"recipe": "nowhere"}, "no recipe 'nowhere'"),
+        ({"seeds": []}, r"seeds=\[\] must be a list of numbers"),
+        ({"seeds": 42}, "seeds=42 must be a list of numbers"),
+        ({"sweep": {"ema_momentum": 0.5}}, "ema_momentum=0.5 must be a list of numbers"),
+        ({"figure": "pie"}, "figure='pie' is not known"),
+        ({"figure": "map"}, "a map has two swept keys"),
+        ({"num_checkpoints": 0}, "num_checkpoints=0 must be a whole number"),
+        ({"reach": {"top5": 50.0}}, "reach: 'top5' is not known; choose knn or linear"),
+    ],
+)
+def test_a_mistake_in_an_experiment_is_told(tmp_path, changes, told):
+    with pytest.raises(InputError, match=told):
+        read_experiment(written(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--regularizer_weight", "0.1"], "is what runs of small differ in"),
+        (["--seed", "1"], "--seed is set for each run of an experiment"),
+        (["--methods", "cjepa"], "'cjepa' is not one of small .did you mean 'c-jepa'"),
+        (["--seeds", "7"], "--seeds 7 is not one of small, which has"),
+        (["--jobs", "0"], "--jobs 0 is too small"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_told(tmp_path, capsys, flags, told):
+    assert main(["experiment", written(tmp_path), *flags, "--list"]) == 2
+    assert re.search(told, capsys.readouterr().err)
+
+
+def test_the_command_that_is_told_is_everybodys():
+    command = ["experiment", "cpu", "--dataset", "/my/images", "--seeds", "1", "2", "--max_steps", "5", "--jobs=2"]
+    assert public_command(command) == "cjepa experiment cpu --max_steps 5"
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_shipped_experiments_are_sound(name):
+    assert len(read_experiment(name).runs()) >= 2
+
+
+def test_pretraining_is_not_evaluated_if_so_asked(tmp_path):
+    command = [sys.executable, "-m", "trainers.cli", "pretrain", "cjepa_scenes", *FLAGS, "--max_steps", "2"]
+    given = ["--evaluate", "false", "--output_dir", str(tmp_path / "run")]
+    printed = subprocess.run([*command, *given], capture_output=True, text=True, check=True).stdout
+    assert "not evaluated: --evaluate false" in printed
+    assert "evaluation" not in json.loads((tmp_path / "run/final/results.json").read_text())

@@ -1,0 +1,113 @@
+"""Pictures of an experiment: the course of its methods, their ends side by side, or a map over two swept keys."""
+
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from trainers.experiment_plan import ACCURACIES, Experiment
+from trainers.experiment_results import by_method, course_of, interval
+from trainers.files import whole_file
+
+_TITLES = {
+    "knn": "kNN, % correct", "linear": "linear probe, % correct", "rankme": "effective rank (RankMe)",
+    "lidar": "LiDAR", "feature_std": "standard deviation of features",
+}  # fmt: skip
+# what has to be beaten, and is not trained
+_BASELINES = ("random encoder", "raw pixels")
+_DPI = 120
+
+
+def draw_experiment(experiment: Experiment, found: list[dict], rows: list[dict], path: Path):
+    """
+    Draws an experiment as its `figure` says.
+
+    Args:
+        experiment ([`Experiment`]): What.
+        found (`list[dict]`): Of [`~experiment_results.finished_runs`].
+        rows (`list[dict]`): Of [`~experiment_results.summarise`].
+        path (`Path`): The PNG to write.
+    """
+    draw = {"curves": _curves, "bars": _bars, "map": _maps}[experiment.figure]
+    figure = draw(experiment, found, rows)
+    figure.suptitle(experiment.title, fontsize=11)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=_DPI, format="png")
+
+
+def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure:
+    """kNN and linear probe over the images seen: means over seeds, and their 95 % intervals as bands."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, 2), ACCURACIES, strict=True):
+        for method, runs in by_method(found).items():
+            points = list(zip(*(course_of(run, metric) for run in runs), strict=True))
+            images = [point[0][0] for point in points]
+            values = [[value for _, value in point] for point in points]
+            (line,) = axes.plot(images, list(map(statistics.mean, values)), marker="o", markersize=3, label=method)
+            bands = [interval(each) for each in values]
+            if None not in bands:
+                axes.fill_between(images, *zip(*bands, strict=True), color=line.get_color(), alpha=0.15, linewidth=0)
+        for row, style in zip(_baselines(rows, metric), ("--", ":", "-."), strict=False):
+            axes.axhline(row["value"], color="gray", linestyle=style, linewidth=1, label=row["method"])
+        axes.set_title(_TITLES[metric], fontsize=10)
+        axes.set_xlabel("images seen", fontsize=9)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _baselines(rows: list[dict], metric: str) -> list[dict]:
+    return [row for row in rows if row["metric"] == metric and row["method"].startswith(_BASELINES)]
+
+
+def _bars(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure:
+    """The rows of kNN, linear probe and RankMe, each with its interval."""
+    metrics = (*ACCURACIES, "rankme")
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure = Figure(figsize=(13, 1.4 + 0.32 * len(methods)), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, 3, sharey=True), metrics, strict=True):
+        of = {row["method"]: row for row in rows if row["metric"] == metric}
+        for place, method in enumerate(methods):
+            if method not in of:
+                continue
+            value, ci95 = of[method]["value"], of[method]["ci95"]
+            color = "gray" if method.startswith(_BASELINES) else "tab:blue"
+            axes.plot(value, place, "o", color=color)
+            if ci95:
+                axes.plot(ci95, [place, place], "-", color=color, linewidth=2, alpha=0.6)
+        axes.set_title(_TITLES[metric], fontsize=10)
+        axes.grid(alpha=0.3)
+    axes.set_yticks(range(len(methods)), methods, fontsize=8)
+    axes.invert_yaxis()
+    return figure
+
+
+def _maps(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure:
+    """A row of maps a method, a column a metric; the first swept key goes up, the second to the right."""
+    (up, ups), (right, rights) = experiment.swept.items()
+    metrics = [metric for metric in _TITLES if any(row["metric"] == metric for row in rows)]
+    figure = Figure(
+        figsize=(0.8 + len(metrics) * (1.2 + 0.5 * len(rights)), len(experiment.methods) * (1.2 + 0.4 * len(ups))),
+        layout="constrained",
+    )
+    grid = figure.subplots(len(experiment.methods), len(metrics), squeeze=False)
+    for column, metric in enumerate(metrics):
+        of = {row["method"]: row["value"] for row in rows if row["metric"] == metric}
+        known = [value for method, value in of.items() if not method.startswith(_BASELINES)]
+        for line, method in zip(grid, experiment.methods, strict=True):
+            axes = line[column]
+            values = [
+                [of.get(f"{method}, {up} {of_up:g}, {right} {of_right:g}", float("nan")) for of_right in rights]
+                for of_up in reversed(ups)
+            ]
+            image = axes.imshow(values, vmin=min(known), vmax=max(known), cmap="viridis", aspect="auto")
+            for y, of_row in enumerate(values):
+                for x, value in enumerate(of_row):
+                    shade = "black" if image.norm(value) > 0.6 else "white"
+                    axes.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=7, color=shade)
+            axes.set_title(f"{method}: {_TITLES[metric]}", fontsize=8)
+            axes.set_xticks(range(len(rights)), [f"{value:g}" for value in rights], fontsize=7)
+            axes.set_yticks(range(len(ups)), [f"{value:g}" for value in reversed(ups)], fontsize=7)
+            axes.set_xlabel(right, fontsize=8)
+            axes.set_ylabel(up, fontsize=8)
+    return figure

@@ -1,0 +1,189 @@
+"""Carries out the runs of an experiment: trains each, or goes on with it, and evaluates it."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Event
+
+import torch
+from tqdm import tqdm
+from transformers.utils import logging
+
+from trainers.checkpoint_files import LAST, present_checkpoints
+from trainers.errors import InputError, plain_message
+from trainers.experiment_evaluation import evaluate_run
+from trainers.experiment_plan import Experiment, Run, choose_runs, read_experiment
+from trainers.files import make_place, write_json, write_text_atomically
+from trainers.pretraining import pretrain
+from trainers.public_facts import public_facts
+from trainers.recipe_files import recipe_text
+
+EVALUATION = "evaluation.json"
+SETTINGS = "settings.yaml"
+# what of an experiment the figures of its runs depend on, beside their settings
+_MEASURED = ("num_checkpoints", "context_encoder", "level", "baselines")
+# what the last log of a run tells
+_SIGNS = ("rankme", "lidar", "feature_std", "loss")
+
+
+@dataclass
+class Call:
+    """
+    A call of `cjepa experiment`.
+
+    Args:
+        experiment (`str`): The file or the name that was given.
+        overrides (`dict`): Keys of a recipe that are laid on all runs.
+        output (`str`): The folder of all runs.
+        command (`str`): The command as results tell it.
+    """
+
+    experiment: str
+    overrides: dict
+    output: str
+    command: str
+
+    def folder(self, run: Run) -> Path:
+        """That of a run."""
+        return Path(self.output) / run.place
+
+
+def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int = 1):
+    """
+    Trains and evaluates the runs that are not done yet, each in a process of its own.
+
+    Args:
+        experiment ([`Experiment`]): What they belong to.
+        runs (`list` of [`Run`]): Which of its runs.
+        call ([`Call`]): How.
+        num_jobs (`int`): How many at a time. What several print is kept in `log.txt` of their folders.
+
+    Raises:
+        InputError: A run failed, or its folder holds one with other settings; what is done is kept.
+    """
+    make_place(Path(call.output, "runs"), "--output")
+    for run in runs:
+        _check_settings(experiment, run, call.folder(run))
+    missing = [run for run in runs if not is_done(call.folder(run))]
+    failed = Event()
+    with (
+        tqdm(total=len(runs), initial=len(runs) - len(missing), desc=experiment.name, unit="run") as bar,
+        ThreadPoolExecutor(num_jobs) as pool,
+    ):
+        try:
+            for _ in pool.map(lambda run: _carry_out_elsewhere(run, call, num_jobs, failed), missing):
+                bar.update()
+        finally:
+            failed.set()  # those that wait do not begin
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the run of a folder is trained and evaluated."""
+    return (folder / EVALUATION).is_file()
+
+
+def _check_settings(experiment: Experiment, run: Run, folder: Path):
+    """Refuses to go on with a run, or to take one for done, that has other settings than the experiment says."""
+    path = folder / SETTINGS
+    if path.is_file() and path.read_text(encoding="utf-8") != _settings_text(experiment, run):
+        raise InputError(
+            f"{folder} holds a run with other settings than {experiment.name} has now, see {SETTINGS} there; name "
+            "another --output, or remove that folder."
+        )
+
+
+def _settings_text(experiment: Experiment, run: Run) -> str:
+    """All that a run's figures depend on."""
+    measured = {
+        name: getattr(experiment, name) for name in ("num_checkpoints", "context_encoder", "level", "baselines")
+    }
+    return recipe_text(run.read(Path()).values | measured)
+
+
+def _carry_out_elsewhere(run: Run, call: Call, num_jobs: int, failed: Event):
+    """A run in a process of its own, as [`main`] does it."""
+    if failed.is_set():
+        return
+    told = json.dumps(asdict(call) | {"method": run.method, "seed": run.seed})
+    command, folder = [sys.executable, "-m", __name__, told], call.folder(run)
+    if num_jobs == 1:
+        tqdm.write(f"\n{run.method}, seed {run.seed}")
+        status, where = subprocess.run(command, check=False).returncode, "see above"
+    else:
+        threads = max(torch.get_num_threads() // num_jobs, 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "log.txt", "a", encoding="utf-8") as log:
+            environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+            status = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment).returncode
+        where = f"see {log.name}"
+        tqdm.write(f"{run.method}, seed {run.seed}: {'failed' if status else 'done'}")
+    if status:
+        failed.set()
+        raise InputError(f"{run.method}, seed {run.seed}, ended with status {status}, {where}; what is done is kept.")
+
+
+def carry_out_run(experiment: Experiment, run: Run, call: Call):
+    """
+    Trains a run to its end, from its last checkpoint where there is one, evaluates it, and writes what was found.
+
+    Args:
+        experiment ([`Experiment`]), run ([`Run`]), call ([`Call`]): Which run, and how.
+
+    Raises:
+        InputError: It cannot be trained or was stopped by a signal.
+    """
+    folder = call.folder(run)
+    final = folder / "final"
+    if not final.is_dir():
+        write_text_atomically(folder / SETTINGS, _settings_text(experiment, run))
+        saving = {"save_strategy": "steps", "save_steps": 1 / experiment.num_checkpoints, "save_total_limit": None}
+        resuming = {"resume_from_checkpoint": LAST} if present_checkpoints(folder) else {}
+        recipe = run.read(Path(call.output), **saving, **resuming)
+        recipe.command = shlex.split(call.command)[1:]
+        if pretrain(recipe) is None:
+            raise InputError(f"{run.method}, seed {run.seed}, was stopped; repeat the command to go on.")
+    facts = public_facts(json.loads((final / "results.json").read_text(encoding="utf-8")))
+    last_log = next((entry for entry in reversed(facts["history"]) if "rankme" in entry), {})
+    kept = {name: facts[name] for name in ("settings", "training", "machine", "software")}
+    found = evaluate_run(experiment, run.read(Path(call.output)), folder, facts["training"])
+    write_json(
+        folder / EVALUATION,
+        {"method": run.method, "seed": run.seed, "swept": run.swept, **kept}
+        | {"diagnosis": facts["diagnosis"]["state"], "signs": {name: last_log.get(name) for name in _SIGNS}}
+        | found,
+    )
+
+
+def main(told: str) -> int:
+    """
+    Carries out one run, for [`carry_out`].
+
+    Args:
+        told (`str`): The fields of [`Call`], `method` and `seed` as JSON.
+
+    Returns:
+        `int`: The exit status.
+    """
+    fields = json.loads(told)
+    method, seed = fields.pop("method"), fields.pop("seed")
+    call = Call(**fields)
+    logging.disable_progress_bar()  # of single files, which would break up the run's own
+    experiment = read_experiment(call.experiment, call.overrides)
+    try:
+        (run,) = choose_runs(experiment, [method], [seed])
+        carry_out_run(experiment, run, call)
+    except InputError as error:
+        print(f"\ncjepa: {plain_message(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
