@@ -4,7 +4,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
-REGULARIZERS = ("blocks", "context", "pair")
+READINGS = ("blocks", "context", "pair")  # of the paper
+REGULARIZERS = (*READINGS, "views")
 PREDICTOR_ATTENTIONS = ("per_block", "shared_context")
 PREDICTION_LOSSES = ("smooth_l1", "mse")
 CLASSIFIER_POOLINGS = ("mean", "last4", "attentive")
@@ -12,7 +13,7 @@ _COUNTS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size",
     "num_channels", "predictor_hidden_size", "predictor_num_hidden_layers", "predictor_num_attention_heads",
     "predictor_intermediate_size", "expander_hidden_size", "num_target_blocks", "num_mask_sets",
-    "min_context_patches",
+    "num_views", "min_context_patches",
 )  # fmt: skip
 # what a level of a stack has of its own, and what all have in common
 _LEVEL_FIELDS = (
@@ -23,7 +24,10 @@ _LEVEL_FIELDS = (
     "predictor_intermediate_size", "predictor_attention", "prediction_loss", "regularizer", "regularizer_weight",
     "invariance_weight", "variance_weight", "covariance_weight", "expander_hidden_size",
 )  # fmt: skip
-_MASK_FIELDS = ("num_target_blocks", "target_scale", "target_aspect_ratio", "context_scale", "min_context_patches")
+_SHARED_FIELDS = (
+    "num_target_blocks", "target_scale", "target_aspect_ratio", "context_scale", "min_context_patches",
+    "num_mask_sets", "num_views",
+)  # fmt: skip
 
 
 class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -48,6 +52,8 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
         image_size (`int` or `[height, width]`, defaults to 224): Pixels of a training image. Any other size works too.
         patch_size (`int` or `[height, width]`, defaults to 16): Pixels of a patch.
         num_channels (`int`, defaults to 3): Channels of an image.
+        stem_hidden_sizes (`list[int]`, *optional*): Widths of convolutional stages in place of the projection of
+            patches, each of which halves the image: k of them make patches of 2^k pixels. A projection when not given.
         qkv_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
         predictor_hidden_size (`int`, defaults to 384): Width P of the predictor.
         predictor_num_hidden_layers (`int`, defaults to 6): Layers of the predictor (I-JEPA: 6 for S, B; 12 for L, H).
@@ -59,10 +65,11 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
             and is computed once an image, which is faster.
         prediction_loss (`"smooth_l1"` or `"mse"`, defaults to `"smooth_l1"`): Distance of predictions and targets;
             I-JEPA's code has the first, its paper the second.
-        regularizer (`"blocks"`, `"context"` or `"pair"`, defaults to `"context"`): Which reading of the C-JEPA paper's
-            VICReg term is used. `"blocks"`: Algorithm 1, on every pair of predicted blocks. `"context"`: the
-            appendix's listing, variance and covariance of the context encoder's mean token, the prediction loss as
-            invariance. `"pair"`: VICReg on (mean context token, mean predicted token).
+        regularizer (`"blocks"`, `"context"`, `"pair"` or `"views"`, defaults to `"context"`): What VICReg's term acts
+            on, in three readings of the C-JEPA paper and one beyond it. `"blocks"`: Algorithm 1, every pair of
+            predicted blocks. `"context"`: the appendix's listing, variance and covariance of the context encoder's
+            mean token, the prediction loss as invariance. `"pair"`: the mean context token and the mean predicted
+            token. `"views"`: the mean context tokens of an image's views and mask sets, of which there are 2 or more.
         regularizer_weight (`float`, defaults to 0.001): beta_vicreg; 0 is exactly I-JEPA.
         invariance_weight (`float`, defaults to 25.0): beta_sim.
         variance_weight (`float`, defaults to 25.0): beta_std.
@@ -77,6 +84,8 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
         min_context_patches (`int`, defaults to 10): Fewest patches a context may have.
         num_mask_sets (`int`, defaults to 1): Pairs of a context and its target blocks that are drawn of an image in a
             step. They share the target encoder's pass; each is one more image to the regulariser.
+        num_views (`int`, defaults to 1): Crops that are made of an image, each with masks and predictions of its own.
+            With 2 or more, pre-training reads images as `(B, num_views, C, H, W)`.
         upper_levels (`list[dict]`, *optional*): Levels on top of this one, none when not given: level 1 reads this
             encoder's tokens, 2x2 of them merged, level 2 those of level 1, and so on, each with encoders, predictor
             and regulariser of its own. An entry holds the fields of this class that differ from level 0's (sizes of
@@ -117,6 +126,7 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
+    stem_hidden_sizes: list[int] | None = None
     qkv_bias: bool = True
     predictor_hidden_size: int = 384
     predictor_num_hidden_layers: int = 6
@@ -136,6 +146,7 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
     context_scale: list[float] | tuple[float, float] = (0.85, 1.0)
     min_context_patches: int = 10
     num_mask_sets: int = 1
+    num_views: int = 1
     upper_levels: list[dict] | None = None
     level: int | None = None
     level_weight: float = 1.0
@@ -204,8 +215,10 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
             ValueError: An entry of `upper_levels` has a field that is not one of a level's, or a wrong value.
         """
         shared = {name: getattr(self, name) for name in _LEVEL_FIELDS}
-        shared |= {name: getattr(self, name) for name in _MASK_FIELDS + ("num_channels", "image_size", "patch_size")}
-        config = CJepaConfig(**shared, level_weight=self.level_weight)
+        shared |= {name: getattr(self, name) for name in _SHARED_FIELDS}
+        own = ("num_channels", "image_size", "patch_size", "stem_hidden_sizes")
+        reads = {name: getattr(self, name) for name in own}
+        config = CJepaConfig(**shared, **reads, level_weight=self.level_weight)
         for number, entry in enumerate(self.upper_levels[:level], start=1):
             config = self._upper_config(number, entry, config, shared)
         config._attn_implementation_internal = self._attn_implementation_internal
@@ -287,6 +300,9 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be two numbers, low and high.")
         if self.regularizer == "blocks" and self.num_target_blocks < 2 and self.regularizer_weight > 0:
             raise ValueError("regularizer='blocks' compares target blocks; set num_target_blocks to 2 or more.")
+        if self.regularizer == "views" and self.num_views * self.num_mask_sets < 2 and self.regularizer_weight > 0:
+            raise ValueError("regularizer='views' compares views of an image; set num_views to 2 or more.")
+        check_stem(self.stem_hidden_sizes, pair(self.patch_size))
 
 
 def _is_count(value) -> bool:
@@ -295,6 +311,20 @@ def _is_count(value) -> bool:
 
 def _is_size(value) -> bool:
     return _is_count(value) or isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_count, value))
+
+
+def check_stem(widths: list[int] | None, patch_size: tuple[int, int]):
+    """Refuses, by a `ValueError`, widths of convolutional stages that do not make patches of that size."""
+    if widths is None:
+        return
+    if not isinstance(widths, list | tuple) or not widths or not all(map(_is_count, widths)):
+        raise ValueError(f"stem_hidden_sizes={widths!r} must be a list of whole numbers of 1 or more.")
+    if patch_size != (2 ** len(widths),) * 2:
+        raise ValueError(
+            f"stem_hidden_sizes={list(widths)} halve the image {len(widths)} times, which makes patches of "
+            f"{2 ** len(widths)}x{2 ** len(widths)} pixels, and patch_size is {patch_size[0]}x{patch_size[1]}; change "
+            "one of them."
+        )
 
 
 def is_weight(value) -> bool:

@@ -11,8 +11,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_cjepa import CJepaConfig, pair
+from .configuration_cjepa import CJepaConfig
 from .losses_cjepa import take
+from .stems_cjepa import CJepaStemConv, build_stem
 
 
 def sincos_positions(grid_size: tuple[int, int], width: int) -> torch.Tensor:
@@ -43,12 +44,6 @@ def positions_for(grid_size: tuple[int, int], stored_grid_size: tuple[int, int],
     return sincos_positions(grid_size, table.shape[-1]).unsqueeze(0).to(table)
 
 
-def check_floating_point(pixel_values: torch.Tensor):
-    """Refuses, by a `ValueError`, images of whole numbers, which no processor has normalised."""
-    if not pixel_values.is_floating_point():
-        raise ValueError(f"pixel_values is {pixel_values.dtype}; give normalised images in floating point.")
-
-
 def forget_other_grids(model: nn.Module, mismatched_keys: set[tuple]):
     """Takes position tables of another image size off a loading report: the model has computed its own."""
     tables = [key for key in mismatched_keys if key[0].rpartition(".")[2] == "position_embeddings"]
@@ -71,49 +66,13 @@ def drop_path(branch: torch.Tensor, rate: float, training: bool) -> torch.Tensor
     return branch * kept / (1 - rate)
 
 
-class CJepaPatchEmbeddings(nn.Module):
-    """Linear projection of patches, stored as the convolution it equals."""
-
-    def __init__(self, config: CJepaConfig):
-        super().__init__()
-        self.num_channels = config.num_channels
-        self.patch_size = pair(config.patch_size)
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, self.patch_size, self.patch_size)
-
-    def grid_size(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of images (B, C, H, W); a rest that fills no patch is left out."""
-        _, channels, height, width = pixel_values.shape
-        if channels != self.num_channels:
-            raise ValueError(f"pixel_values has {channels} channels, the model num_channels={self.num_channels}.")
-        rows, columns = height // self.patch_size[0], width // self.patch_size[1]
-        if min(rows, columns) < 1:
-            raise ValueError(
-                f"An image of {height}x{width} pixels is smaller than a patch of "
-                f"{self.patch_size[0]}x{self.patch_size[1]}; resize the images or use a smaller patch_size."
-            )
-        return rows, columns
-
-    def forward(self, pixel_values: torch.Tensor, patch_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Embeds all patches of images (B, C, H, W) to (B, N, D), or only those at `patch_ids` (B, Nc)."""
-        check_floating_point(pixel_values)
-        rows, columns = self.grid_size(pixel_values)
-        height, width = self.patch_size
-        pixels = pixel_values[..., : rows * height, : columns * width]
-        pixels = pixels.reshape(-1, self.num_channels, rows, height, columns, width)
-        patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C * height * width)
-        if patch_ids is not None:
-            patches = take(patches, patch_ids)
-        weight = self.projection.weight
-        return nn.functional.linear(patches.to(weight.dtype), weight.flatten(1), self.projection.bias)
-
-
 class CJepaEmbeddings(nn.Module):
     """Patch embeddings plus positions: the stored table for the configured grid, a computed one for any other."""
 
     def __init__(self, config: CJepaConfig):
         super().__init__()
         self.config = config
-        self.patch_embeddings = CJepaPatchEmbeddings(config)
+        self.patch_embeddings = build_stem(config)
         table = sincos_positions(config.grid_size, config.hidden_size).unsqueeze(0)
         self.register_buffer("position_embeddings", table)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -211,7 +170,9 @@ class CJepaLayer(GradientCheckpointingLayer):
 
 def init_weights(module: nn.Module, config: CJepaConfig):
     """I-JEPA's initialisation of one module: truncated normals, zero biases, and the fixed position tables."""
-    if isinstance(module, nn.Linear | nn.Conv2d):
+    if isinstance(module, CJepaStemConv):
+        module.draw_weights()
+    elif isinstance(module, nn.Linear | nn.Conv2d):
         init.trunc_normal_(module.weight, mean=0.0, std=config.initializer_range)
         if module.bias is not None:
             init.zeros_(module.bias)

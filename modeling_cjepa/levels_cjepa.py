@@ -61,12 +61,15 @@ class MaskedLevel(NamedTuple):
 
     def rows(self, predictions: torch.Tensor | None) -> torch.Tensor:
         """
-        What the regulariser acts on, (B, G, D) in float32: the mean token of the context (`context`, which needs no
-        predictions), of each predicted block (`blocks`), or of the context and of all blocks (`pair`).
+        What the regulariser acts on, (B, G, D) in float32: the mean token of the context (`context`), of all contexts
+        of an image (`views`), both of which need no predictions, of each predicted block (`blocks`), or of the context
+        and of all blocks (`pair`).
         """
         context = self.context.float().mean(dim=1, keepdim=True)
         if self.config.regularizer == "context":
             return context
+        if self.config.regularizer == "views":
+            return context.unflatten(0, (-1, self.config.num_views * self.config.num_mask_sets)).squeeze(2)
         blocks = predictions.float().mean(dim=2)
         if self.config.regularizer == "blocks":
             return blocks
@@ -97,14 +100,15 @@ class MaskedLevel(NamedTuple):
 
     def _watched_terms(self, rows, prediction) -> dict[str, torch.Tensor]:
         """The terms without a weight, left out where one image or one block does not define them."""
-        has_one_block = self.config.regularizer == "blocks" and rows.shape[1] < 2
-        if has_one_block or rows.shape[0] * count_processes() < 2:
+        has_one = self.config.regularizer in ("blocks", "views") and rows.shape[1] < 2
+        if has_one or rows.shape[0] * count_processes() < 2:
             return {}
         return self.regularizer_terms(rows, prediction)
 
     def regularizer_terms(self, rows, prediction) -> dict[str, torch.Tensor]:
         """
-        VICReg's terms of the global batch in the configured reading: (A) `blocks`, (B) `context`, (C) `pair`.
+        VICReg's terms of the global batch in the configured reading: (A) `blocks`, (B) `context`, (C) `pair`; or of
+        `views`.
 
         An expander reads the gathered batch, so that its batch norm, too, sees all of it.
         """

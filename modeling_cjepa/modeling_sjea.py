@@ -16,9 +16,10 @@ from transformers.utils.generic import can_return_tuple
 from .backbones_sjea import has_attention
 from .configuration_cjepa import check_classifier_pooling, choose_level
 from .configuration_sjea import CLASSIFIER_POOLINGS, SJeaConfig
-from .encoders_cjepa import check_floating_point, forget_other_grids
+from .encoders_cjepa import forget_other_grids
 from .heads_cjepa import CJepaAttentivePooling
 from .levels_sjea import LevelOutput, SJeaLevel, as_tokens
+from .stems_cjepa import check_floating_point
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 A stack predicts at every level, under masks that lie over each other: they are drawn on the coarsest grid.
 
-Shapes: B images, R mask sets of an image, C channels, N patches, Nc context patches, M target blocks, K patches a
-block, D width. Masks and what is predicted under them have B * R rows, those of an image side by side.
+Shapes: B images, or views of images where there are several of each, R mask sets of one, C channels, N patches, Nc
+context patches, M target blocks, K patches a block, D width. Masks and what is predicted under them have B * R rows,
+those of an image side by side.
 """
 
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         Draws masks of the configured geometry, see [`~masking_cjepa.sample_block_masks`].
 
         Args:
-            batch_size (`int`): How many: `num_mask_sets` times the number of images.
+            batch_size (`int`): How many: `num_mask_sets` times the number of images or views.
             grid_size (`(rows, columns)`, *optional*): The top level's grid; the configured image's when not given.
             generator (`torch.Generator`, *optional*): The source of randomness.
             device (`torch.device`, *optional*): Where the masks go.
@@ -197,7 +198,8 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         Predicts the target encoder's tokens of the target blocks from the context.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalised images.
+            pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalised images; of several views of each,
+                `(B / num_views, num_views, C, H, W)`.
             context_ids (`torch.Tensor` of shape `(B * R, Nc)`, *optional*): Integer positions of the context patches,
                 on the top level's grid; R is the configuration's `num_mask_sets`.
             target_ids (`torch.Tensor` of shape `(B * R, M, K)`, *optional*): Integer positions of the target blocks,
@@ -215,11 +217,12 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             [`CJepaForPreTrainingOutput`].
 
         Raises:
-            ValueError: One mask was given without the other or does not fit the images, or the batch is too small for
-                batch statistics.
+            ValueError: One mask was given without the other or does not fit the images, there are more or fewer views
+                of an image than `num_views`, or the batch is too small for batch statistics.
         """
         if (context_ids is None) != (target_ids is None):
             raise ValueError("Give both context_ids and target_ids, or neither to have them drawn.")
+        pixel_values = self._flat_views(pixel_values)
         grid_sizes, num_rows = self.grid_sizes(pixel_values), len(pixel_values) * self.config.num_mask_sets
         for name, ids in (("context_ids", context_ids), ("target_ids", target_ids)):
             check_ids(name, ids, num_rows, grid_sizes[-1])
@@ -272,9 +275,9 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         Returns:
             `tuple` of `torch.Tensor` of shape `(B * R, G, D)`: Level by level the G embeddings of an image.
         """
-        levels = self._levels(pixel_values, context_ids, target_ids)
+        levels = self._levels(self._flat_views(pixel_values), context_ids, target_ids)
         # all or none, so that their dropout is drawn as in `forward`
-        predicts = any(level.config.regularizer != "context" for level in levels)
+        predicts = any(level.config.regularizer not in ("context", "views") for level in levels)
         return tuple(level.rows(level.predict() if predicts else None) for level in levels)
 
     def grid_sizes(self, pixel_values: torch.Tensor) -> list[tuple[int, int]]:
@@ -286,9 +289,22 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         shapes = []
         for predictor, expander in zip(*self._heads(), strict=True):
             config = predictor.config
-            num_kinds = {"context": 1, "blocks": config.num_target_blocks, "pair": 2}[config.regularizer]
-            shapes.append((num_kinds, config.hidden_size, isinstance(expander, CJepaExpander)))
+            num_kinds = {
+                "context": 1, "blocks": config.num_target_blocks, "pair": 2,
+                "views": config.num_views * config.num_mask_sets,
+            }  # fmt: skip
+            shapes.append((num_kinds[config.regularizer], config.hidden_size, isinstance(expander, CJepaExpander)))
         return shapes
+
+    def _flat_views(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W), the views of one (B / V, V, C, H, W) side by side; `ValueError` for another V."""
+        num_views = pixel_values.shape[1] if pixel_values.ndim == 5 else 1
+        if num_views != self.config.num_views:
+            raise ValueError(
+                f"pixel_values has {num_views} views of an image, the model num_views={self.config.num_views}; give "
+                "(B, num_views, C, H, W), or (B, C, H, W) for one."
+            )
+        return pixel_values.flatten(0, 1) if pixel_values.ndim == 5 else pixel_values
 
     def _heads(self) -> tuple[list[CJepaPredictor], list[nn.Module]]:
         """Each level's predictor and expander, from the image up."""

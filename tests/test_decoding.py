@@ -13,7 +13,7 @@ from trainers.datasets import ImageDataset, ImageSource, StoredImages, seeded
 from trainers.decoding import Box, DecodedImage, EncodedJpeg, UnreadableImage, decode_image, open_image
 from trainers.errors import InputError
 from trainers.transforms import RandomCrop, eval_transform, train_transform
-from trainers.two_views import TwoViewDataArguments, two_view_transform
+from trainers.views import TwoViewDataArguments, view_transform
 
 WIDTH, HEIGHT = 331, 250
 
@@ -257,5 +257,5 @@ def test_two_views_of_one_scale_decode_an_image_once(monkeypatch):
     shapes, decode = [], decoding._by_pillow
     monkeypatch.setattr(decoding, "simplejpeg", None)
     monkeypatch.setattr(decoding, "_by_pillow", lambda *of: shapes.append((found := decode(*of)).shape) or found)
-    views = two_view_transform((224, 224), TwoViewDataArguments())(open_image(jpeg(textured())))
+    views = view_transform((224, 224), TwoViewDataArguments(), 2)(open_image(jpeg(textured())))
     assert views.shape == (2, 3, 224, 224) and len(shapes) == 1

@@ -63,9 +63,12 @@ def terms_and_gradients(name, rank=0, world_size=1):
 def loss_and_gradients(reading, expander, num_images, rank=0, world_size=1, **changes):
     """The pre-training model's loss on this process's images, with given masks, and its gradients under DDP."""
     changes = {"regularizer_weight": 0.01} | changes
-    model = tiny_model(regularizer=reading, expander_hidden_size=expander, **changes)
-    masks = model.sample_masks(num_images, generator=seeded())
-    batch = [share(x, rank, world_size) for x in (images(num_images), *masks)]
+    num_views = 2 if reading == "views" else 1
+    model = tiny_model(regularizer=reading, expander_hidden_size=expander, num_views=num_views, **changes)
+    masks = model.sample_masks(num_images * num_views, generator=seeded())
+    views = images(num_images * num_views)
+    views = views.unflatten(0, (num_images, 2)) if num_views == 2 else views
+    batch = [share(x, rank, world_size) for x in (views, *masks)]
     return of_model(model, batch, world_size)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tiny import gradients, images, seeded, tiny_config, tiny_model
 
 from modeling_cjepa import CJepaForImageClassification, CJepaForPreTraining
-from modeling_cjepa.configuration_cjepa import REGULARIZERS
+from modeling_cjepa.configuration_cjepa import READINGS
 from modeling_cjepa.losses_cjepa import prediction_loss
 
 
@@ -111,7 +111,7 @@ def test_blocks_are_predicted_on_their_own_from_the_context_alone():
 
 
 @pytest.mark.parametrize("kind", ["smooth_l1", "mse"])
-@pytest.mark.parametrize("reading", REGULARIZERS)
+@pytest.mark.parametrize("reading", READINGS)
 def test_without_regularizer_it_is_exactly_ijepa(reading, kind):
     model = tiny_model(regularizer=reading, regularizer_weight=0.0, prediction_loss=kind)
     output = model(images(), generator=seeded())
@@ -126,7 +126,7 @@ def test_without_regularizer_it_is_exactly_ijepa(reading, kind):
     assert all(torch.equal(ours[name], ijepa[name]) for name in ijepa)
 
 
-@pytest.mark.parametrize("reading", REGULARIZERS)
+@pytest.mark.parametrize("reading", READINGS)
 def test_loss_and_gradients_are_those_of_the_paper(reading):
     model = tiny_model(hidden_size=16, regularizer=reading, regularizer_weight=0.01)
     output = model(images(), generator=seeded())
@@ -159,7 +159,7 @@ def test_each_weight_weighs_its_term(name):
     torch.testing.assert_close(output.loss, expected)
 
 
-@pytest.mark.parametrize("reading", REGULARIZERS)
+@pytest.mark.parametrize("reading", READINGS)
 def test_expander_comes_before_the_regularizer(reading):
     model = tiny_model(regularizer=reading, expander_hidden_size=8, regularizer_weight=0.1)
     output = model(images(), generator=seeded())

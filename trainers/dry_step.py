@@ -117,7 +117,8 @@ class DryStep:
             images = self.random_batch(batch_size)
         if not hasattr(self.model, "sample_masks"):
             return (images,)
-        generator, num_rows = torch.Generator().manual_seed(0), batch_size * self.model.config.num_mask_sets
+        config, generator = self.model.config, torch.Generator().manual_seed(0)
+        num_rows = batch_size * config.num_views * config.num_mask_sets
         drawn = min(num_rows, _MOST_ROWS)
         draws = [self.model.sample_masks(drawn, generator=generator, device="cpu") for _ in range(_NUM_DRAWS)]
         masks = sorted(draws, key=lambda masks: masks[0].shape[1] + masks[1].shape[2])[place]

@@ -70,9 +70,9 @@ class Experiment:
         methods (`dict`): By their names the keys in which they differ; `recipe` may be one of them.
         seeds (`list[int]`): Every method is trained once with each.
         settings (`dict`): Keys laid on the recipes of all methods.
-        sweep (`dict`): Keys with a list of values each: every method is trained with every combination. Keys that shall
-            have the same value are given together, as in `ema_momentum, final_ema_momentum`; runs are called by the
-            first.
+        sweep (`dict`): Keys with a list of values each: every method is trained with every combination. Keys that
+            shall have the same value are given together, as in `ema_momentum, final_ema_momentum`; runs are called by
+            the first.
         num_checkpoints (`int`): At how many places of a run, equally far apart, it is evaluated; the last is its end.
         context_encoder (`bool`): Whether C-JEPA's context encoder is evaluated, too.
         level (`int` or `"all"`, *optional*): Of a stack, whose figures are the method's own; the top one when not

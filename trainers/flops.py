@@ -44,16 +44,26 @@ def model_flops(config: CJepaConfig, num_context: int, num_blocks: int, block_le
         num_patches = math.prod(level.grid_size)
         embedded = num_patches if number == 0 else seen
         has_gradient = number > 0 and not level.stop_gradient
-        found["target encoder"] += _embedding(level, num_patches) + _encoder(level, num_patches)
-        context = (2 + has_gradient) * _embedding(level, embedded) + 3 * _encoder(level, seen)
+        first, later = _embedding(level, num_patches)
+        found["target encoder"] += first + later + _encoder(level, num_patches)
+        first, later = _embedding(level, embedded)
+        context = (2 + has_gradient) * first + 3 * (later + _encoder(level, seen))
         found["context encoder"] += config.num_mask_sets * context
         found["predictor"] += config.num_mask_sets * 3 * _predictor(level, seen, num_blocks, asked)
-    return found
+    return {part: config.num_views * number for part, number in found.items()}
 
 
-def _embedding(level: CJepaConfig, num_patches: int) -> int:
-    values = level.num_channels * math.prod(pair(level.patch_size))
-    return 2 * num_patches * values * level.hidden_size
+def _embedding(level: CJepaConfig, num_patches: int) -> tuple[int, int]:
+    """The products of a stem with what it is given, and those with what it has made of it."""
+    sizes = level.stem_hidden_sizes
+    if sizes is None:
+        return 2 * num_patches * level.num_channels * math.prod(pair(level.patch_size)) * level.hidden_size, 0
+    pixels = [num_patches * 4 ** (len(sizes) - number) for number in range(1, len(sizes) + 1)]
+    first = 2 * pixels[0] * sizes[0] * 16 * level.num_channels  # 4x4 wide, the others 2x2
+    later = zip(pixels[1:], sizes, sizes[1:], strict=False)
+    halving = sum(2 * number * 4 * before * after for number, before, after in later)
+    blocks = sum(2 * 2 * 9 * number * width**2 for number, width in zip(pixels, sizes, strict=True))
+    return first, halving + blocks + 2 * num_patches * sizes[-1] * level.hidden_size
 
 
 def _encoder(level: CJepaConfig, num_tokens: int) -> int:

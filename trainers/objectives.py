@@ -19,8 +19,8 @@ from trainers.trainer import JepaTrainer
 from trainers.trainer_cjepa import CJepaTrainer
 from trainers.trainer_sjea import SJeaTrainer
 from trainers.training_args import CJepaTrainingArguments, JepaTrainingArguments, SJeaTrainingArguments
-from trainers.transforms import image_processor, train_transform
-from trainers.two_views import DeviceColors, TwoViewDataArguments, two_view_transform
+from trainers.transforms import image_processor
+from trainers.views import DeviceColors, TwoViewDataArguments, ViewDataArguments, view_transform
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,19 @@ class Objective:
         """Whether the loss needs the statistics of a batch."""
         return True
 
-    def transform(self, config, data, device: torch.device):
-        """What makes the uint8 tensor of a view, or of views, of an image that [`~decoding.open_image`] gives."""
+    def num_views(self, config) -> int:
+        """How many views the model reads of an image."""
         raise NotImplementedError
 
-    def trainer_options(self, config, data, device: torch.device) -> dict:
+    def transform(self, config, data: ViewDataArguments, device: torch.device):
+        """What makes the uint8 tensor of a view, or of views, of an image that [`~decoding.open_image`] gives."""
+        with_colors = not data.colors_on(device)
+        return view_transform(pair(config.image_size), data, self.num_views(config), with_colors)
+
+    def trainer_options(self, config, data: ViewDataArguments, device: torch.device) -> dict:
         """Arguments of the trainer that depend on the data's."""
-        return {"image_mean": data.image_mean, "image_std": data.image_std}
+        colors = DeviceColors(pair(config.image_size), data) if data.colors_on(device) else None
+        return {"image_mean": data.image_mean, "image_std": data.image_std, "colors": colors}
 
     def build_trainer(
         self, model, args: JepaTrainingArguments, data: PretrainDataArguments, source: ImageSource | Shards
@@ -97,7 +103,7 @@ class CJepa(Objective):
 
     title = "C-JEPA (I-JEPA + VICReg)"
     config_class, model_class, trainer_class = CJepaConfig, CJepaForPreTraining, CJepaTrainer
-    data_class, training_class = PretrainDataArguments, CJepaTrainingArguments
+    data_class, training_class = ViewDataArguments, CJepaTrainingArguments
     downstream = "the target encoder"
 
     def build_model(self, fields, attn_implementation):
@@ -108,15 +114,16 @@ class CJepa(Objective):
     def batch_of_one_is_error(self, config):
         return any(config.level_config(level).regularizer_weight > 0 for level in range(config.num_levels))
 
-    def transform(self, config, data, device):
-        return train_transform(pair(config.image_size), data.crop_scale, data.horizontal_flip)
+    def num_views(self, config):
+        return config.num_views
 
     def lowest_levels(self, config, number):
         config.upper_levels, config.level = config.upper_levels[: number - 1], None
         return config
 
     def random_batch(self, config, batch_size):
-        return torch.randn(batch_size, config.num_channels, *pair(config.image_size))
+        views = [config.num_views] if config.num_views > 1 else []
+        return torch.randn(batch_size, *views, config.num_channels, *pair(config.image_size))
 
     def describe(self, model):
         config = model.config
@@ -147,12 +154,8 @@ class SJea(Objective):
             logger.warning(sentence)
         return model
 
-    def transform(self, config, data, device):
-        return two_view_transform(pair(config.image_size), data, with_colors=not data.colors_on(device))
-
-    def trainer_options(self, config, data, device):
-        colors = DeviceColors(pair(config.image_size), data) if data.colors_on(device) else None
-        return super().trainer_options(config, data, device) | {"colors": colors}
+    def num_views(self, config):
+        return 2
 
     def lowest_levels(self, config, number):
         config.levels, config.level = config.levels[:number], None

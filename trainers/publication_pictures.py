@@ -25,7 +25,7 @@ from trainers.panels import Panel, draw_panels
 from trainers.projections import project
 from trainers.scenes import FAMILIES, Scene, render_scene
 from trainers.transforms import normalize
-from trainers.two_views import TwoViewDataArguments, two_view_transform
+from trainers.views import TwoViewDataArguments, view_transform
 
 MASKS, VIEWS, ATTENTION, EMBEDDINGS = "masks.png", "views.png", "attention.png", "tsne.png"
 _NUM_SHOWN, _NUM_EMBEDDED, _BATCH = 3, 300, 50
@@ -86,7 +86,7 @@ def draw_views(images: list[Image.Image], size: tuple[int, int], settings: dict,
     """
     names = {field.name for field in dataclasses.fields(TwoViewDataArguments)}
     data = TwoViewDataArguments(**{name: value for name, value in settings.items() if name in names})
-    transform, rows = two_view_transform(size, data), []
+    transform, rows = view_transform(size, data, 2), []
     with seeded(_SEED):
         for image in images:
             views = transform(image).permute(0, 2, 3, 1).numpy()

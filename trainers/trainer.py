@@ -13,6 +13,7 @@ from transformers import ProgressCallback
 
 from trainers.callbacks import ImagesPerSecondBar, WeightDecayCallback, weight_decay
 from trainers.cards import CARD, card_text
+from trainers.datasets import sample_seed, seeded
 from trainers.doctor_callback import DoctorCallback
 from trainers.exact_accumulation import check_is_whole, rows_of_step
 from trainers.exchange import ExchangeCallback
@@ -24,6 +25,8 @@ from trainers.public_facts import public_facts
 from trainers.schedules import warmup_cosine
 from trainers.sharding import match_deepspeed
 from trainers.training_args import JepaTrainingArguments
+from trainers.transforms import normalize
+from trainers.views import DeviceColors
 
 
 class JepaTrainer(PositionedTrainer):
@@ -42,6 +45,7 @@ class JepaTrainer(PositionedTrainer):
         args ([`JepaTrainingArguments`]): How.
         image_mean, image_std (`list[float]`): With which uint8 images are normalised on the device; float images are
             taken as they are.
+        colors ([`DeviceColors`], *optional*): Changes the views' colours on the device, where workers only crop.
         kwargs: Further arguments of `transformers.Trainer`, such as `train_dataset`.
 
     Attributes:
@@ -59,6 +63,7 @@ class JepaTrainer(PositionedTrainer):
         *,
         image_mean=(0.485, 0.456, 0.406),
         image_std=(0.229, 0.224, 0.225),
+        colors: DeviceColors | None = None,
         **kwargs,
     ):
         super().__init__(model, args, **kwargs)
@@ -71,6 +76,7 @@ class JepaTrainer(PositionedTrainer):
         self.image_mean, self.image_std = (
             torch.tensor(list(values), device=args.device) for values in (image_mean, image_std)
         )
+        self.colors = colors
         self.doctor = DoctorCallback(model.config, args)
         self.add_callback(self.doctor)
         self.add_callback(WeightDecayCallback(self.clock))
@@ -85,6 +91,15 @@ class JepaTrainer(PositionedTrainer):
     def model_inputs(self, inputs) -> tuple[torch.Tensor, ...]:
         """What the model reads of a batch; of each objective its own."""
         raise NotImplementedError
+
+    def views(self, inputs) -> torch.Tensor:
+        """A batch's images, or their views (B, V, C, H, W), coloured where workers have not done so, normalised."""
+        views = inputs["pixel_values"]
+        if self.colors is not None:
+            # those of this process: their colours are its own, and the same again after a resume
+            with seeded(sample_seed(*self.seed_numbers(), self.args.process_index)):
+                views = self.colors(views.flatten(end_dim=-4)).view_as(views)
+        return normalize(views.flatten(end_dim=-4), self.image_mean, self.image_std).view(views.shape)
 
     def forward_batch(self, model, inputs):
         """The model's output for a batch."""

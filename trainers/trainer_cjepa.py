@@ -12,7 +12,6 @@ from trainers.datasets import sample_seed
 from trainers.schedules import cosine
 from trainers.trainer import JepaTrainer
 from trainers.training_args import CJepaTrainingArguments
-from trainers.transforms import normalize
 
 
 class CJepaTrainer(JepaTrainer):
@@ -43,8 +42,8 @@ class CJepaTrainer(JepaTrainer):
         self.add_callback(self.target_update)
 
     def model_inputs(self, inputs) -> tuple[torch.Tensor, ...]:
-        """A batch (B, C, H, W), normalised, under masks seeded by (seed, step, micro-step)."""
-        pixel_values = normalize(inputs["pixel_values"], self.image_mean, self.image_std)
+        """A batch (B, C, H, W), or (B, V, C, H, W), normalised, under masks seeded by (seed, step, micro-step)."""
+        pixel_values = self.views(inputs)
         return pixel_values, *self._masks(pixel_values)
 
     def loss_options(self, training: bool) -> dict:
@@ -65,8 +64,8 @@ class CJepaTrainer(JepaTrainer):
         """The rows of the global batch's masks that belong to this process."""
         model, args = self.accelerator.unwrap_model(self.model), self.args
         generator = torch.Generator().manual_seed(sample_seed(*self.seed_numbers()))
-        grid_size = model.grid_sizes(pixel_values)[-1]
-        num_sets = model.config.num_mask_sets
+        grid_size = model.grid_sizes(pixel_values.flatten(end_dim=-4))[-1]
+        num_sets = model.config.num_views * model.config.num_mask_sets  # of an image
         images = slice(args.process_index, None, args.world_size)  # as they are dealt
         masks = model.sample_masks(len(pixel_values) * args.world_size * num_sets, grid_size, generator)
         mine = (ids.unflatten(0, (-1, num_sets))[images].flatten(0, 1) for ids in masks)

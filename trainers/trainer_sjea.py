@@ -4,12 +4,9 @@ import torch
 
 from modeling_cjepa import SJeaForPreTraining
 from trainers.batch_norm import synchronize_batch_norms
-from trainers.datasets import sample_seed, seeded
 from trainers.exact_accumulation import check_no_batch_norm
 from trainers.trainer import JepaTrainer
 from trainers.training_args import SJeaTrainingArguments
-from trainers.transforms import normalize
-from trainers.two_views import DeviceColors
 
 
 class SJeaTrainer(JepaTrainer):
@@ -22,16 +19,13 @@ class SJeaTrainer(JepaTrainer):
     Args:
         model ([`SJeaForPreTraining`]): What to train.
         args ([`SJeaTrainingArguments`]): How.
-        colors ([`DeviceColors`], *optional*): Changes the views' colours on the device, where workers only crop.
         kwargs: Further arguments of [`JepaTrainer`].
 
     Raises:
         InputError: `exact_accumulation` is asked for, and a backbone has batch norms.
     """
 
-    def __init__(
-        self, model: SJeaForPreTraining, args: SJeaTrainingArguments, *, colors: DeviceColors | None = None, **kwargs
-    ):
+    def __init__(self, model: SJeaForPreTraining, args: SJeaTrainingArguments, **kwargs):
         if args.exact_accumulation:
             check_no_batch_norm(model.sjea)
         for level in model.sjea.levels:
@@ -41,14 +35,7 @@ class SJeaTrainer(JepaTrainer):
             model = synchronize_batch_norms(model, args.device)
         # convolutions are up to twice as fast so, on CPUs and GPUs
         super().__init__(model.to(memory_format=torch.channels_last), args, **kwargs)
-        self.colors = colors
 
     def model_inputs(self, inputs) -> tuple[torch.Tensor]:
-        """Two views of each image (B, 2, C, H, W), coloured where workers have not done so, normalised."""
-        views = inputs["pixel_values"]
-        if self.colors is not None:
-            # the views of this process: their colours are its own, and the same again after a resume
-            with seeded(sample_seed(*self.seed_numbers(), self.args.process_index)):
-                views = self.colors(views.flatten(0, 1)).unflatten(0, views.shape[:2])
-        pixels = normalize(views.flatten(0, 1), self.image_mean, self.image_std)
-        return (pixels.unflatten(0, views.shape[:2]),)
+        """Two views of each image (B, 2, C, H, W), normalised."""
+        return (self.views(inputs),)

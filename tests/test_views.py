@@ -8,7 +8,7 @@ from PIL import Image
 from trainers.datasets import ImageDataset, ImageSource, seeded
 from trainers.errors import InputError
 from trainers.scenes import render_scenes
-from trainers.two_views import DeviceColors, TwoViewDataArguments, blur_kernel, two_view_transform
+from trainers.views import DeviceColors, TwoViewDataArguments, blur_kernel, view_transform
 
 SIZE = (32, 32)
 # whole images, so that what is left to change are the colours
@@ -22,7 +22,7 @@ def pictures():
 
 
 def by_workers(pictures, **changes):
-    transform = two_view_transform(SIZE, TwoViewDataArguments(**WHOLE, **changes))
+    transform = view_transform(SIZE, TwoViewDataArguments(**WHOLE, **changes), 2)
     with seeded(0):
         return torch.cat([transform(Image.fromarray(picture)) for picture in pictures])
 
@@ -89,7 +89,7 @@ def test_shares_are_those_of_the_paper(pictures, make):
 
 
 def test_views_are_a_function_of_seed_epoch_and_index(pictures):
-    dataset = ImageDataset(ImageSource(pictures), two_view_transform(SIZE, TwoViewDataArguments()), seed=5)
+    dataset = ImageDataset(ImageSource(pictures), view_transform(SIZE, TwoViewDataArguments(), 2), seed=5)
     first = dataset[7]["pixel_values"]
     assert first.shape == (2, 3, 32, 32) and first.dtype == torch.uint8
     dataset[8], torch.rand(3)
@@ -101,9 +101,9 @@ def test_views_are_a_function_of_seed_epoch_and_index(pictures):
 
 def test_crops_and_flips_stay_with_the_workers(pictures):
     data = TwoViewDataArguments()
-    plain = two_view_transform(SIZE, data, with_colors=False)(Image.fromarray(pictures[0]))
+    plain = view_transform(SIZE, data, 2, with_colors=False)(Image.fromarray(pictures[0]))
     assert plain.shape == (2, 3, 32, 32) and not torch.equal(plain[0], plain[1])
-    mirrored = two_view_transform(SIZE, TwoViewDataArguments(**{**WHOLE, "horizontal_flip": True}), with_colors=False)
+    mirrored = view_transform(SIZE, TwoViewDataArguments(**{**WHOLE, "horizontal_flip": True}), 2, with_colors=False)
     flipped = 0
     for picture in pictures[:100]:
         whole = torch.from_numpy(picture).permute(2, 0, 1)
@@ -140,7 +140,7 @@ def test_unfit_values_are_named(values, message):
 
 def test_colors_go_to_a_gpu_only_if_kornia_is_there(monkeypatch):
     found = {"kornia": object()}
-    monkeypatch.setattr("trainers.two_views.find_spec", found.get)
+    monkeypatch.setattr("trainers.views.find_spec", found.get)
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert TwoViewDataArguments().colors_on(gpu) and not TwoViewDataArguments().colors_on(cpu)
     assert TwoViewDataArguments(color_augmentation="device").colors_on(cpu)

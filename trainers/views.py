@@ -1,4 +1,4 @@
-"""Two views of an image, with the augmentation of VICReg and S-JEA: crop, flip, colour jitter, gray, blur, solarise.
+"""Views of an image, with the augmentation of VICReg and S-JEA: crop, flip, colour jitter, gray, blur, solarise.
 
 The crop and the flip are made where the image is decoded, since images differ in size. The colours are changed there,
 too, or, on a GPU, for the whole batch by kornia: every view with parameters of its own, of the same distribution.
@@ -22,16 +22,15 @@ _SOLARIZE_THRESHOLD = 128
 
 
 @dataclass
-class TwoViewDataArguments(PretrainDataArguments):
-    """Which images, and how their two views are made; the defaults are S-JEA's for images of 32 pixels."""
+class ViewDataArguments(PretrainDataArguments):
+    """Which images, and how their views are made; the defaults are I-JEPA's, crops alone."""
 
-    horizontal_flip: bool = field(default=True, metadata={"help": "mirror half of the views"})
     color_jitter: list[float] = field(
         default_factory=lambda: [0.4, 0.4, 0.4, 0.1],
         metadata={"help": "largest change of brightness, contrast, saturation (shares) and hue (turns, up to 0.5)"},
     )
-    color_jitter_probability: float = field(default=0.8, metadata={"help": "share of views with jittered colours"})
-    grayscale_probability: float = field(default=0.2, metadata={"help": "share of views in gray"})
+    color_jitter_probability: float = field(default=0.0, metadata={"help": "share of views with jittered colours"})
+    grayscale_probability: float = field(default=0.0, metadata={"help": "share of views in gray"})
     blur_probability: float = field(default=0.0, metadata={"help": "share of blurred views, sigma 0.1 to 2 pixels"})
     solarize_probability: float = field(default=0.0, metadata={"help": "share of views whose bright half is inverted"})
     color_augmentation: str = field(
@@ -65,33 +64,47 @@ class TwoViewDataArguments(PretrainDataArguments):
         return self.color_augmentation == "device"
 
 
-class TwoViews:
+@dataclass
+class TwoViewDataArguments(ViewDataArguments):
+    """The same with the defaults of S-JEA for images of 32 pixels."""
+
+    horizontal_flip: bool = field(default=True, metadata={"help": "mirror half of the views"})
+    color_jitter_probability: float = field(default=0.8, metadata={"help": "share of views with jittered colours"})
+    grayscale_probability: float = field(default=0.2, metadata={"help": "share of views in gray"})
+
+
+class Views:
     """
-    A random transform, applied twice.
+    A random transform, applied several times.
 
     Args:
         transform (`Callable`): Image to uint8 tensor (3, height, width).
+        num_views (`int`): How often, V.
     """
 
-    def __init__(self, transform: Callable):
-        self.transform = transform
+    def __init__(self, transform: Callable, num_views: int):
+        self.transform, self.num_views = transform, num_views
 
     def __call__(self, image) -> torch.Tensor:
-        """Two views of an image: (2, 3, height, width)."""
-        return torch.stack([self.transform(image), self.transform(image)])
+        """Views of an image: (V, 3, height, width)."""
+        return torch.stack([self.transform(image) for _ in range(self.num_views)])
 
 
-def two_view_transform(image_size: tuple[int, int], data: TwoViewDataArguments, with_colors: bool = True) -> TwoViews:
+def view_transform(
+    image_size: tuple[int, int], data: ViewDataArguments, num_views: int = 1, with_colors: bool = True
+) -> Callable:
     """
     The random views of pre-training.
 
     Args:
         image_size (`(height, width)`): Pixels of a view.
-        data ([`TwoViewDataArguments`]): Crop, flip and colours.
+        data ([`ViewDataArguments`]): Crop, flip and colours.
+        num_views (`int`): How many are made of an image, V.
         with_colors (`bool`): Whether colours are changed here, and not on the device.
 
     Returns:
-        [`TwoViews`]: Image, as [`~transforms.RandomCrop`] takes it, to uint8 tensor (2, 3, height, width).
+        `Callable`: Image, as [`~transforms.RandomCrop`] takes it, to uint8 tensor (V, 3, height, width), or
+        (3, height, width) for one.
     """
     steps = [train_transform(image_size, data.crop_scale, data.horizontal_flip)]
     if with_colors:
@@ -104,8 +117,8 @@ def two_view_transform(image_size: tuple[int, int], data: TwoViewDataArguments, 
         ]
         # on small images a step that never changes one costs as much as one that does
         chosen = [change for change, probability in changes if probability > 0]
-        steps += [v2.ToPILImage(), *chosen, v2.PILToTensor()]
-    return TwoViews(v2.Compose(steps))
+        steps += [v2.ToPILImage(), *chosen, v2.PILToTensor()] if chosen else []
+    return v2.Compose(steps) if num_views == 1 else Views(v2.Compose(steps), num_views)
 
 
 def blur_kernel(image_size: tuple[int, int]) -> int:
@@ -115,17 +128,17 @@ def blur_kernel(image_size: tuple[int, int]) -> int:
 
 class DeviceColors:
     """
-    The colours of [`two_view_transform`] for a batch where it is, by kornia, with parameters drawn for each view.
+    The colours of [`view_transform`] for a batch where it is, by kornia, with parameters drawn for each view.
 
     In which order brightness, contrast, saturation and hue change is drawn once a batch. No module, so that it stays
     where it is when a model is moved: kornia draws where its steps are, and only the CPU's generator is seeded.
 
     Args:
         image_size (`(height, width)`): Pixels of a view.
-        data ([`TwoViewDataArguments`]): The colours.
+        data ([`ViewDataArguments`]): The colours.
     """
 
-    def __init__(self, image_size: tuple[int, int], data: TwoViewDataArguments):
+    def __init__(self, image_size: tuple[int, int], data: ViewDataArguments):
         import kornia.augmentation as K
 
         kernel = blur_kernel(image_size)
