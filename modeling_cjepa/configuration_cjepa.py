@@ -4,17 +4,17 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .checks_cjepa import check_fields, check_level_weights, check_stem, is_size
+
 READINGS = ("blocks", "context", "pair")  # of the paper
 REGULARIZERS = (*READINGS, "views")
 PREDICTOR_ATTENTIONS = ("per_block", "shared_context")
 PREDICTION_LOSSES = ("smooth_l1", "mse")
 CLASSIFIER_POOLINGS = ("mean", "last4", "attentive")
-_COUNTS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size",
-    "num_channels", "predictor_hidden_size", "predictor_num_hidden_layers", "predictor_num_attention_heads",
-    "predictor_intermediate_size", "expander_hidden_size", "num_target_blocks", "num_mask_sets",
-    "num_views", "min_context_patches",
-)  # fmt: skip
+_CHOICES = {
+    "regularizer": REGULARIZERS, "predictor_attention": PREDICTOR_ATTENTIONS, "prediction_loss": PREDICTION_LOSSES,
+    "hidden_act": ACT2FN, "classifier_pooling": CLASSIFIER_POOLINGS,
+}  # fmt: skip
 # what a level of a stack has of its own, and what all have in common
 _LEVEL_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
@@ -158,7 +158,8 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
             self.predictor_num_attention_heads = self.num_attention_heads
         if self.predictor_intermediate_size is None:
             self.predictor_intermediate_size = 4 * self.predictor_hidden_size
-        self._check_fields()
+        check_fields(self, _CHOICES)
+        check_stem(self.stem_hidden_sizes, pair(self.patch_size))
         if not isinstance(self.upper_levels, list | tuple | None):
             raise ValueError(f"upper_levels={self.upper_levels!r} must be a list of mappings, one a level.")
         self.upper_levels = list(self.upper_levels or [])
@@ -232,7 +233,7 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
         unknown = [name for name in entry if name not in known]
         if unknown:
             raise ValueError(f"{where}: {unknown[0]!r} is no field of an upper level; it has {', '.join(known)}.")
-        if not _is_size(entry.get("patch_size", 2)):
+        if not is_size(entry.get("patch_size", 2)):
             raise ValueError(
                 f"{where}: patch_size={entry['patch_size']!r} must be a whole number of 1 or more, or two of them, "
                 "height and width."
@@ -251,97 +252,6 @@ class CJepaConfig(BackboneConfigMixin, PreTrainedConfig):
             return CJepaConfig(**{**shared, **entry, **reads, "min_context_patches": fewest})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}") from error
-
-    def _check_fields(self):
-        for name in _COUNTS:
-            value = getattr(self, name)
-            may_be_two = name in ("image_size", "patch_size")
-            if value is not None and not (_is_count(value) or may_be_two and _is_size(value)):
-                two = ", or two of them, height and width" if may_be_two else ""
-                raise ValueError(f"{name}={value!r} must be a whole number of 1 or more{two}.")
-        for prefix in ("", "predictor_"):
-            size, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
-            if size % 4 or size % heads:
-                raise ValueError(
-                    f"{prefix}hidden_size={size} must be a multiple of 4 (sin-cos positions) and of "
-                    f"{prefix}num_attention_heads={heads}; change one of them."
-                )
-        if min(self.grid_size) < 1:
-            raise ValueError(
-                f"image_size={self.image_size} is smaller than patch_size={self.patch_size}; "
-                "choose a smaller patch_size or larger images."
-            )
-        for name, choices in (
-            ("regularizer", REGULARIZERS),
-            ("predictor_attention", PREDICTOR_ATTENTIONS),
-            ("prediction_loss", PREDICTION_LOSSES),
-            ("hidden_act", ACT2FN),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(choices)}.")
-        check_classifier_pooling(self.classifier_pooling, CLASSIFIER_POOLINGS)
-        for name in ("regularizer_weight", "invariance_weight", "variance_weight", "covariance_weight",
-                     "level_weight"):  # fmt: skip
-            if not is_weight(getattr(self, name)):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not a loss weight, which must be a number of 0 or more."
-                )
-        for name in ("stop_gradient", "qkv_bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false.")
-        for name in ("initializer_range", "layer_norm_eps"):
-            if not (is_weight(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a number above 0, such as 1.0e-6.")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            if not (is_weight(getattr(self, name)) and getattr(self, name) < 1):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not a number in [0, 1).")
-        for name in ("target_scale", "target_aspect_ratio", "context_scale"):
-            if len(getattr(self, name)) != 2:
-                raise ValueError(f"{name}={getattr(self, name)} must be two numbers, low and high.")
-        if self.regularizer == "blocks" and self.num_target_blocks < 2 and self.regularizer_weight > 0:
-            raise ValueError("regularizer='blocks' compares target blocks; set num_target_blocks to 2 or more.")
-        if self.regularizer == "views" and self.num_views * self.num_mask_sets < 2 and self.regularizer_weight > 0:
-            raise ValueError("regularizer='views' compares views of an image; set num_views to 2 or more.")
-        check_stem(self.stem_hidden_sizes, pair(self.patch_size))
-
-
-def _is_count(value) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _is_size(value) -> bool:
-    return _is_count(value) or isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_count, value))
-
-
-def check_stem(widths: list[int] | None, patch_size: tuple[int, int]):
-    """Refuses, by a `ValueError`, widths of convolutional stages that do not make patches of that size."""
-    if widths is None:
-        return
-    if not isinstance(widths, list | tuple) or not widths or not all(map(_is_count, widths)):
-        raise ValueError(f"stem_hidden_sizes={widths!r} must be a list of whole numbers of 1 or more.")
-    if patch_size != (2 ** len(widths),) * 2:
-        raise ValueError(
-            f"stem_hidden_sizes={list(widths)} halve the image {len(widths)} times, which makes patches of "
-            f"{2 ** len(widths)}x{2 ** len(widths)} pixels, and patch_size is {patch_size[0]}x{patch_size[1]}; change "
-            "one of them."
-        )
-
-
-def is_weight(value) -> bool:
-    """Whether it can weigh a term of the loss: a finite number of 0 or more."""
-    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < float("inf")
-
-
-def check_level_weights(weights: list[float]):
-    """Refuses, by a `ValueError`, a stack of which no level has a loss."""
-    if not any(weights):
-        raise ValueError("level_weight is 0 at every level, so that nothing is trained; raise one.")
-
-
-def check_classifier_pooling(pooling: str, choices: tuple[str, ...]):
-    """Refuses, by a `ValueError`, what a classifier cannot read; called by models, too, for settings at loading."""
-    if pooling not in choices:
-        raise ValueError(f"classifier_pooling={pooling!r} is not known; choose one of {', '.join(choices)}.")
 
 
 def pair(size) -> tuple[int, int]:

@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass, field, fields
 
 from transformers import PreTrainedConfig
 
-from .configuration_cjepa import check_classifier_pooling, check_level_weights, choose_level, is_weight
+from .checks_cjepa import check_choice, check_level_weights, is_weight
+from .configuration_cjepa import choose_level
 
 STEMS = ("standard", "small")
 INPUTS = ("vector", "map", "tokens")
@@ -124,7 +125,7 @@ class SJeaConfig(PreTrainedConfig):
         for name in ("image_size", "num_channels"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of 1 or more.")
-        check_classifier_pooling(self.classifier_pooling, CLASSIFIER_POOLINGS)
+        check_choice("classifier_pooling", self.classifier_pooling, CLASSIFIER_POOLINGS)
         check_level_weights([level["level_weight"] for level in self.levels])
         choose_level(self.level, len(self.levels))
         super().__post_init__(**kwargs)

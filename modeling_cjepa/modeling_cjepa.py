@@ -3,8 +3,6 @@
 Shapes: B images, C channels, N patches, Nc encoded patches, D width.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,30 +10,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_cjepa import CLASSIFIER_POOLINGS, CJepaConfig, check_classifier_pooling, choose_level
+from .checks_cjepa import check_choice
+from .configuration_cjepa import CLASSIFIER_POOLINGS, CJepaConfig, choose_level
 from .encoders_cjepa import CJepaAttention, CJepaEmbeddings, CJepaLayer, forget_other_grids, init_weights
 from .heads_cjepa import CJepaAttentivePooling
 from .masking_cjepa import ids_by_level, tokens_on_grid
+from .outputs_cjepa import CJepaModelOutput
 
 # the parts of a pre-training checkpoint that are not the target encoder's
 _ONLY_PRE_TRAINED = [r"^context_encoder\.", r"^(upper_)?predictors?\.", r"^(upper_)?expanders?\."]
-
-
-@dataclass
-class CJepaModelOutput(BaseModelOutputWithPooling):
-    """
-    Output of [`CJepaModel`].
-
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(B, N or Nc, D)`): The chosen level's tokens after its final norm.
-        pooler_output (`torch.Tensor` of shape `(B, D)`): Their mean.
-        hidden_states (`tuple` of `torch.Tensor`, *optional*): The input of the first layer and the output of each; in
-            a stack the last tokens of each level up to the chosen one.
-        attentions (`tuple` of `torch.Tensor` of shape `(B, heads, N, N)`, *optional*): Those of the chosen level.
-        level_embeddings (`tuple` of `torch.Tensor` of shape `(B, D)`): The mean token of each level up to the chosen.
-    """
-
-    level_embeddings: tuple[torch.Tensor, ...] | None = None
 
 
 class CJepaPreTrainedModel(PreTrainedModel):
@@ -274,7 +257,7 @@ class CJepaForImageClassification(CJepaPreTrainedModel):
 
     def __init__(self, config: CJepaConfig):
         super().__init__(config)
-        check_classifier_pooling(config.classifier_pooling, CLASSIFIER_POOLINGS)
+        check_choice("classifier_pooling", config.classifier_pooling, CLASSIFIER_POOLINGS)
         self.num_labels = config.num_labels
         self.cjepa = CJepaModel(config)
         chosen = config.level_config(choose_level(config.level, config.num_levels))

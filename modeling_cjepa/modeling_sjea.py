@@ -14,7 +14,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.utils.generic import can_return_tuple
 
 from .backbones_sjea import has_attention
-from .configuration_cjepa import check_classifier_pooling, choose_level
+from .checks_cjepa import check_choice
+from .configuration_cjepa import choose_level
 from .configuration_sjea import CLASSIFIER_POOLINGS, SJeaConfig
 from .encoders_cjepa import forget_other_grids
 from .heads_cjepa import CJepaAttentivePooling
@@ -199,7 +200,7 @@ class SJeaForImageClassification(SJeaPreTrainedModel):
 
     def __init__(self, config: SJeaConfig):
         super().__init__(config)
-        check_classifier_pooling(config.classifier_pooling, CLASSIFIER_POOLINGS)
+        check_choice("classifier_pooling", config.classifier_pooling, CLASSIFIER_POOLINGS)
         self.num_labels = config.num_labels
         self.sjea = SJeaModel(config)
         level = self.sjea.levels[choose_level(config.level, len(config.levels))]

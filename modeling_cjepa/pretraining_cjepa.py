@@ -7,12 +7,9 @@ context patches, M target blocks, K patches a block, D width. Masks and what is 
 those of an image side by side.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_outputs import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_cjepa import CJepaConfig
@@ -22,45 +19,9 @@ from .levels_cjepa import MaskedLevel
 from .losses_cjepa import level_term
 from .masking_cjepa import check_ids, grids_by_level, ids_by_level, sample_block_masks
 from .modeling_cjepa import CJepaModel, CJepaPreTrainedModel, combine
+from .outputs_cjepa import CJepaForPreTrainingOutput
 from .predictor_cjepa import PREDICTORS, CJepaPredictor
 from .signs_cjepa import block_means
-
-
-@dataclass
-class CJepaForPreTrainingOutput(ModelOutput):
-    """
-    Output of [`CJepaForPreTraining`].
-
-    Args:
-        loss (`torch.Tensor`, scalar): prediction + regularizer_weight * weighted VICReg terms, summed over levels by
-            their weights.
-        loss_terms (`dict[str, torch.Tensor]`): Detached, unweighted `prediction`, `invariance`, `variance`,
-            `covariance` of level 0, `level1_prediction` and so on of those above.
-        predictions (`torch.Tensor` of shape `(B * R, M, K, D)`): The predictor's output at level 0.
-        targets (`torch.Tensor` of shape `(B * R, M, K, D)`): The target encoder's normalised tokens at level 0.
-        level_embeddings (`tuple` of `torch.Tensor` of shape `(B, D)`): The target encoder's mean token of each image,
-            level by level.
-        context_ids (`torch.Tensor` of shape `(B * R, Nc)`): Positions of the context used, on the top level's grid.
-        target_ids (`torch.Tensor` of shape `(B * R, M, K)`): Positions of the targets used, on the top level's grid.
-        hidden_states (`tuple` of `torch.Tensor` of shape `(B, N, D)`, *optional*): The target encoder's.
-        attentions (`tuple` of `torch.Tensor` of shape `(B, heads, N, N)`, *optional*): The target encoder's.
-        level_views (`tuple` of `torch.Tensor` of shape `(B, R * M, D)`): The mean prediction of each target block,
-            detached, level by level: R * M views of an image.
-        signs (`dict[str, torch.Tensor]`): Detached scalars that tell of collapse, of
-            [`~signs_cjepa.masked_signs`], named as the loss terms.
-    """
-
-    loss: torch.Tensor | None = None
-    loss_terms: dict[str, torch.Tensor] | None = None
-    predictions: torch.Tensor | None = None
-    targets: torch.Tensor | None = None
-    level_embeddings: tuple[torch.Tensor, ...] | None = None
-    context_ids: torch.Tensor | None = None
-    target_ids: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    level_views: tuple[torch.Tensor, ...] | None = None
-    signs: dict[str, torch.Tensor] | None = None
 
 
 class CJepaForPreTraining(CJepaPreTrainedModel):
@@ -222,7 +183,7 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         """
         if (context_ids is None) != (target_ids is None):
             raise ValueError("Give both context_ids and target_ids, or neither to have them drawn.")
-        pixel_values = self._flat_views(pixel_values)
+        num_images, pixel_values = len(pixel_values), self._flat_views(pixel_values)
         grid_sizes, num_rows = self.grid_sizes(pixel_values), len(pixel_values) * self.config.num_mask_sets
         for name, ids in (("context_ids", context_ids), ("target_ids", target_ids)):
             check_ids(name, ids, num_rows, grid_sizes[-1])
@@ -259,7 +220,7 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             level_views=tuple(
-                block_means(predicted).reshape(len(pixel_values), -1, predicted.shape[-1]) for predicted in predictions
+                block_means(predicted).reshape(num_images, -1, predicted.shape[-1]) for predicted in predictions
             ),
             signs=signs,
         )

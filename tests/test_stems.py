@@ -9,6 +9,7 @@ from transformers import AutoModel
 
 from modeling_cjepa import CJepaBackbone, CJepaConfig, CJepaForPreTraining, CJepaModel
 from modeling_cjepa.stems_cjepa import CJepaConvEmbeddings
+from trainers.cli import main
 from trainers.flops import model_flops
 
 STEM = {"stem_hidden_sizes": [8, 12]}
@@ -166,3 +167,21 @@ def test_upper_levels_compare_views_too():
     output = model(views(), generator=seeded())
     assert output.loss_terms["level1_invariance"] > 0
     assert CJepaForPreTraining(CJepaConfig(**model.config.to_dict())).config.level_config(1).stem_hidden_sizes is None
+
+
+@pytest.mark.parametrize("layout", ["authors", "timm", "ijepa"])
+def test_other_layouts_have_no_place_for_a_stem(tmp_path, capsys, layout):
+    tiny_model(**STEM).save_pretrained(tmp_path / "model")
+    output = tmp_path / ("out" if layout == "ijepa" else "out.pth")
+    assert main(["convert", str(tmp_path / "model"), str(output), "--to", layout]) == 2
+    assert "A convolutional stem (stem_hidden_sizes=[8, 12]) does not fit" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_views_of_an_image_are_monitored_together():
+    model = tiny_model(regularizer="views", num_views=2)
+    output = model(views(), generator=seeded())
+    (together,) = output.level_views
+    assert together.shape == (4, 2 * 4, 32)  # two views of four blocks
+    assert torch.equal(together[1, 4:], output.predictions[3].mean(dim=1))
+    assert output.level_embeddings[0].shape == (8, 32)

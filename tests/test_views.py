@@ -8,7 +8,7 @@ from PIL import Image
 from trainers.datasets import ImageDataset, ImageSource, seeded
 from trainers.errors import InputError
 from trainers.scenes import render_scenes
-from trainers.views import DeviceColors, TwoViewDataArguments, blur_kernel, view_transform
+from trainers.views import DeviceColors, TwoViewDataArguments, ViewDataArguments, blur_kernel, view_transform
 
 SIZE = (32, 32)
 # whole images, so that what is left to change are the colours
@@ -138,14 +138,21 @@ def test_unfit_values_are_named(values, message):
         TwoViewDataArguments(**values)
 
 
-def test_colors_go_to_a_gpu_only_if_kornia_is_there(monkeypatch):
-    found = {"kornia": object()}
-    monkeypatch.setattr("trainers.views.find_spec", found.get)
+def test_colors_of_small_views_and_on_a_gpu_are_changed_for_a_whole_batch():
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert TwoViewDataArguments().colors_on(gpu) and not TwoViewDataArguments().colors_on(cpu)
-    assert TwoViewDataArguments(color_augmentation="device").colors_on(cpu)
-    assert not TwoViewDataArguments(color_augmentation="workers").colors_on(gpu)
-    found.clear()
-    assert not TwoViewDataArguments().colors_on(gpu)
-    with pytest.raises(InputError, match="needs kornia"):
-        TwoViewDataArguments(color_augmentation="device")
+    data = TwoViewDataArguments()
+    assert data.colors_on(gpu, (224, 224)) and data.colors_on(cpu, SIZE) and not data.colors_on(cpu, (64, 64))
+    assert TwoViewDataArguments(color_augmentation="device").colors_on(cpu, (64, 64))
+    assert not TwoViewDataArguments(color_augmentation="workers").colors_on(gpu, SIZE)
+    assert not ViewDataArguments().colors_on(gpu, SIZE)  # whose colours stay as they are
+
+
+def test_crops_alone_are_ijepas():
+    plain = view_transform(SIZE, ViewDataArguments(**WHOLE | {"horizontal_flip": False}))
+    picture = pictures_of_one()
+    assert torch.equal(plain(Image.fromarray(picture)), torch.from_numpy(picture).permute(2, 0, 1))
+    assert view_transform(SIZE, ViewDataArguments(), 3)(Image.fromarray(picture)).shape == (3, 3, *SIZE)
+
+
+def pictures_of_one():
+    return render_scenes(1, seed=3, image_size=32, progress=False)["image"][0]

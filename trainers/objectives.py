@@ -61,12 +61,13 @@ class Objective:
 
     def transform(self, config, data: ViewDataArguments, device: torch.device):
         """What makes the uint8 tensor of a view, or of views, of an image that [`~decoding.open_image`] gives."""
-        with_colors = not data.colors_on(device)
-        return view_transform(pair(config.image_size), data, self.num_views(config), with_colors)
+        size = pair(config.image_size)
+        return view_transform(size, data, self.num_views(config), with_colors=not data.colors_on(device, size))
 
     def trainer_options(self, config, data: ViewDataArguments, device: torch.device) -> dict:
         """Arguments of the trainer that depend on the data's."""
-        colors = DeviceColors(pair(config.image_size), data) if data.colors_on(device) else None
+        size = pair(config.image_size)
+        colors = DeviceColors(size, data) if data.colors_on(device, size) else None
         return {"image_mean": data.image_mean, "image_std": data.image_std, "colors": colors}
 
     def build_trainer(

@@ -190,7 +190,7 @@ class JepaTrainer(PositionedTrainer):
     def _monitor(self, outputs):
         """Adds a batch to the window of the next log, without waiting for the device."""
         self.monitor.add(outputs)
-        self._num_images += len(outputs.level_embeddings[0]) * self.args.world_size
+        self._num_images += len(outputs.level_views[0]) * self.args.world_size
 
     def log(self, logs: dict[str, float], start_time: float | None = None):
         """Adds what the window since the last log has seen, over all processes, without skipped steps."""

@@ -118,6 +118,11 @@ def plain_encoder_only(model: PreTrainedModel, what: str):
     """
     if isinstance(model, SJeaModel | SJeaForPreTraining):
         raise InputError(f"An S-JEA model does not fit {what}; use `--to cjepa`, `onnx` or `program`.")
+    if model.config.stem_hidden_sizes is not None:
+        raise InputError(
+            f"A convolutional stem (stem_hidden_sizes={list(model.config.stem_hidden_sizes)}) does not fit {what}, "
+            "which projects patches; use `--to cjepa`, `onnx` or `program`."
+        )
     if model.config.num_levels > 1:
         raise InputError(
             f"A stack of {model.config.num_levels} levels does not fit {what}, which has one; use `--to cjepa`, "

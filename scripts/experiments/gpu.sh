@@ -1,0 +1,13 @@
+#!/bin/sh
+# All experiments that need a GPU, one after the other; each goes on where it was interrupted. Flags are laid on all runs.
+#
+#   sh scripts/experiments/gpu.sh --dataset my/cifar10
+#
+# A try on a CPU, in minutes, which leaves the results alone:
+#
+#   RUNS=runs/try RESULTS=runs/try sh scripts/experiments/gpu.sh --dataset my/cifar10 --seeds 42 --max_steps 2 \
+#     --num_train_images 64 --num_eval_images 64 --per_device_train_batch_size 8 --dataloader_num_workers 0
+set -e
+for name in gpu_cifar10 gpu_ablation gpu_sjea; do
+  cjepa experiment "$name" --output "${RUNS:-runs/experiments}/$name" --results "${RESULTS:-docs/results}" "$@"
+done
