@@ -32,12 +32,13 @@ VERSION = METADATA["metadata"]["version"]
 LOOK_AROUND = """
 import importlib.metadata, json
 import modeling_cjepa, trainers
-from trainers.resources import recipe_names, recipe_path, template_path
+from trainers.resources import experiment_names, experiment_path, recipe_names, recipe_path, template_path
 
 distribution = importlib.metadata.distribution("cjepa")
 print(json.dumps({
     "modules": [modeling_cjepa.__file__, trainers.__file__],
     "recipes": {name: str(recipe_path(name)) for name in recipe_names()},
+    "experiments": {name: str(experiment_path(name)) for name in experiment_names()},
     "templates": {name: str(template_path(name)) for name in TEMPLATES},
     "metadata": [distribution.version, distribution.metadata["License-Expression"]],
     "commands": [[point.group, point.name, point.value] for point in distribution.entry_points],
@@ -96,10 +97,12 @@ def test_the_wheel_works_away_from_the_checkout(installed, tmp_path):
     code = f"TEMPLATES = {list(templates)}\n{LOOK_AROUND}"
     found = json.loads(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).splitlines()[-1])
 
-    for path in [*found["modules"], *found["recipes"].values(), *found["templates"].values()]:
+    for path in [*found["modules"], *(path for kind in ("recipes", "experiments", "templates")
+                                      for path in found[kind].values())]:  # fmt: skip
         assert Path(path).is_relative_to(installed)
-    recipes = {Path(path).name: Path(path).read_text() for path in found["recipes"].values()}
-    assert recipes and recipes == files_of("scripts/recipes", "*.yaml")
+    for kind in ("recipes", "experiments"):
+        shipped = {Path(path).name: Path(path).read_text() for path in found[kind].values()}
+        assert shipped and shipped == files_of(f"scripts/{kind}", "*.yaml")
     assert templates and {name: Path(path).read_text() for name, path in found["templates"].items()} == templates
     assert found["metadata"] == [VERSION, "Apache-2.0"]
     assert found["commands"] == [["console_scripts", "cjepa", "trainers.cli:main"]]

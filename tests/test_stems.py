@@ -172,7 +172,7 @@ def test_upper_levels_compare_views_too():
 @pytest.mark.parametrize("layout", ["authors", "timm", "ijepa"])
 def test_other_layouts_have_no_place_for_a_stem(tmp_path, capsys, layout):
     tiny_model(**STEM).save_pretrained(tmp_path / "model")
-    output = tmp_path / ("out" if layout == "ijepa" else "out.pth")
+    output = tmp_path / ("out.pth.tar" if layout == "authors" else "out")
     assert main(["convert", str(tmp_path / "model"), str(output), "--to", layout]) == 2
     assert "A convolutional stem (stem_hidden_sizes=[8, 12]) does not fit" in capsys.readouterr().err
     assert not output.exists()

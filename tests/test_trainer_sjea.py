@@ -96,6 +96,8 @@ def test_two_processes_train_like_one(tmp_path):
         "three steps": descent | {"model": LEVELS, "start_learning_rate": 1e-4, "learning_rate": 1e-4},
         "three steps with a mask token": gentle | {"model": WITH_MASK_TOKEN},
     }
+    # each process draws colours of its own on the device
+    runs = {name: run | {"data": {"color_augmentation": "workers"}} for name, run in runs.items()}
     halves = {name: run | {"per_device_train_batch_size": 8} for name, run in runs.items()}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, str(WORKER), str(tmp_path), json.dumps(halves)]
