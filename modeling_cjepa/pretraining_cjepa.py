@@ -160,7 +160,7 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, C, H, W)`): Normalised images; of several views of each,
-                `(B / num_views, num_views, C, H, W)`.
+                `(B / num_views, num_views, C, H, W)`. Where no loss is asked for, one view is enough.
             context_ids (`torch.Tensor` of shape `(B * R, Nc)`, *optional*): Integer positions of the context patches,
                 on the top level's grid; R is the configuration's `num_mask_sets`.
             target_ids (`torch.Tensor` of shape `(B * R, M, K)`, *optional*): Integer positions of the target blocks,
@@ -183,7 +183,7 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         """
         if (context_ids is None) != (target_ids is None):
             raise ValueError("Give both context_ids and target_ids, or neither to have them drawn.")
-        num_images, pixel_values = len(pixel_values), self._flat_views(pixel_values)
+        num_images, pixel_values = len(pixel_values), self._flat_views(pixel_values, one_will_do=not return_loss)
         grid_sizes, num_rows = self.grid_sizes(pixel_values), len(pixel_values) * self.config.num_mask_sets
         for name, ids in (("context_ids", context_ids), ("target_ids", target_ids)):
             check_ids(name, ids, num_rows, grid_sizes[-1])
@@ -234,7 +234,8 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             pixel_values, context_ids, target_ids: As of `forward`, all of them needed.
 
         Returns:
-            `tuple` of `torch.Tensor` of shape `(B * R, G, D)`: Level by level the G embeddings of an image.
+            `tuple` of `torch.Tensor` of shape `(B * R, G, D)`: Level by level the G embeddings under a mask set; with
+            `views` `(B / V, V * R, D)`, those of an image.
         """
         levels = self._levels(self._flat_views(pixel_values), context_ids, target_ids)
         # all or none, so that their dropout is drawn as in `forward`
@@ -257,10 +258,10 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
             shapes.append((num_kinds[config.regularizer], config.hidden_size, isinstance(expander, CJepaExpander)))
         return shapes
 
-    def _flat_views(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _flat_views(self, pixel_values: torch.Tensor, one_will_do: bool = False) -> torch.Tensor:
         """Images (B, C, H, W), the views of one (B / V, V, C, H, W) side by side; `ValueError` for another V."""
         num_views = pixel_values.shape[1] if pixel_values.ndim == 5 else 1
-        if num_views != self.config.num_views:
+        if num_views != self.config.num_views and not (num_views == 1 and one_will_do):
             raise ValueError(
                 f"pixel_values has {num_views} views of an image, the model num_views={self.config.num_views}; give "
                 "(B, num_views, C, H, W), or (B, C, H, W) for one."

@@ -3,25 +3,32 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import yaml
 from PIL import Image
+from tiny import FLAGS, RESNET
 
-from tests.tiny import FLAGS
 from trainers.cli import main
 from trainers.cli_experiment import public_command
 from trainers.errors import InputError
+from trainers.experiment_evaluation import _places
 from trainers.experiment_figures import draw_experiment
-from trainers.experiment_plan import choose_runs, read_experiment
+from trainers.experiment_file import read_experiment
+from trainers.experiment_plan import choose_runs
 from trainers.experiment_results import format_rows, images_until, interval, summarise, write_results
 from trainers.experiment_runs import Call, carry_out_run
 from trainers.resources import experiment_names
 
 SETTINGS = dict(zip((flag[2:] for flag in FLAGS[:-1:2]), map(yaml.safe_load, FLAGS[1:-1:2]), strict=True))
 SETTINGS |= {"use_cpu": True, "disable_tqdm": True, "max_steps": 4, "final_regularizer_weight": 0.0}
+PLAN_ONLY_CJEPA = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "final_regularizer_weight",
+    "predictor_hidden_size", "predictor_num_hidden_layers", "predictor_num_attention_heads",
+)  # fmt: skip
 PLAN = {
     "title": "With and without", "dataset": "scenes-64", "recipe": "cjepa_scenes", "seeds": [1, 2],
     "methods": {"c-jepa": {}, "i-jepa": {"regularizer_weight": 0.0}}, "settings": SETTINGS,
@@ -43,7 +50,7 @@ def a_run(method, seed, knn, *earlier, linear=50.0, begin=10.0, **changes):
     ]
     return {
         "method": method, "seed": seed, "swept": {}, "images": {"num_test": 400}, "points": points,
-        "baselines": [row | {"knn": begin}], "signs": {"lidar": 3.0},
+        "baselines": [row | {"knn": begin, "dim": 8}], "signs": {"lidar": 3.0},
         "training": {"images_seen": points[-1]["images_seen"], "seconds": 60.0 * seed},
         "machine": {"processor": "P", "threads": 2}, "software": {"commit": f"c{seed}"},
     } | changes  # fmt: skip
@@ -85,7 +92,7 @@ def test_the_figures_are_those_of_cjepa_evaluate(done, tmp_path):
     for name in ("knn", "linear", "rankme"):
         assert found["points"][-1]["rows"][0][name] == own[0][name]
         assert found["baselines"][0][name] == own[1][name]
-    pixels = json.loads((folder / "runs/raw_pixels.json").read_text())
+    pixels = json.loads((folder / "runs/raw_pixels.json").read_text())["row"]
     assert (pixels["knn"], pixels["linear"]) == (own[2]["knn"], own[2]["linear"])
 
 
@@ -123,6 +130,46 @@ def test_a_run_with_other_settings_is_not_taken_for_done(done, capsys):
     _, arguments = done
     assert main([*arguments, "--max_steps", "5"]) == 2
     assert "holds a run with other settings than small has now" in capsys.readouterr().err
+
+
+def test_results_of_runs_with_other_settings_are_not_mixed(done, tmp_path, capsys):
+    folder, arguments = done
+    copied = tmp_path / "runs"
+    shutil.copytree(folder / "runs", copied)
+    settings = copied / "i-jepa/seed-2/settings.yaml"
+    settings.write_text(settings.read_text().replace("max_steps: 4", "max_steps: 3"))
+    given = ["experiment", arguments[1], "--output", str(copied), "--methods", "c-jepa"]
+    for command in (given, [*given[:-2], "--list"]):
+        assert main(command) == 2
+        assert "i-jepa/seed-2 holds a run with other settings" in capsys.readouterr().err
+    settings.unlink()
+    assert main(given) == 2
+
+
+def test_a_checkpoint_between_two_evaluations_is_not_evaluated(tmp_path):
+    for step in (2, 3, 4, 5):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    names = [(place.name, step) for place, step in _places(tmp_path, 6, 3)]
+    assert names == [("checkpoint-2", 2), ("checkpoint-4", 4), ("final", 6)]
+    assert _places(tmp_path, 6, 1) == [(tmp_path / "final", 6)]
+
+
+def test_levels_of_a_stack_are_rows_and_one_stands_for_the_method(tmp_path):
+    level = {"backbone": RESNET, "stem": "small", "expander_sizes": [8, 8, 8]}
+    stack = {"recipe": "sjea_cifar10", "levels": [level, level | {"input": "vector"}], "dataset": "scenes"}
+    shared = {name: value for name, value in SETTINGS.items() if name not in PLAN_ONLY_CJEPA}
+    given = written(tmp_path, recipe="sjea_cifar10", methods={"s-jea": stack}, seeds=[1], level="all",
+                    settings=shared | {"max_steps": 2})  # fmt: skip
+    assert main(["experiment", given, "--output", str(tmp_path / "runs")]) == 0
+    rows = json.loads((tmp_path / "runs/small.json").read_text())["rows"]
+    value = {(row["method"], row["metric"]): row["value"] for row in rows}
+    assert {method for method, _ in value} == {
+        "s-jea", "s-jea, level 0", "s-jea, level 1", "random encoder", "raw pixels",
+    }  # fmt: skip
+    (run,) = json.loads((tmp_path / "runs/small.json").read_text())["runs"]
+    assert run["points"][-1]["rows"][0]["dim"] == 64  # both levels side by side
+    assert str(tmp_path) not in (tmp_path / "runs/small.json").read_text()
+    assert [point["step"] for point in run["points"]] == [2]
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
@@ -243,13 +290,27 @@ def test_a_broken_summary_is_not_replaced(tmp_path):
     [
         ({"titel": "x"}, "unknown key 'titel' .did you mean 'title'"),
         ({"methods": None}, "'methods' is missing"),
-        ({"methods": ["c-jepa"]}, "must be a mapping of names"),
+        ({"methods": ["c-jepa"]}, "methods=.* is a list, not dict"),
+        ({"methods": {"a/b": {}}}, "'a/b' cannot be a method's name"),
+        ({"methods": {"raw pixels": {}}}, "'raw pixels' cannot be a method's name"),
+        ({"methods": {"a b": {}, "a_b": {}}}, "two runs are a_b/seed-1; give methods"),
+        ({"methods": {"a": False}}, "a: False must be a mapping of keys"),
+        ({"methods": {"a": {"recipe": 5}}}, "recipe=5 is a int, not str"),
+        ({"methods": {"a": {"regularizer": "view"}}}, "small.yaml, a: regularizer='view' is not known"),
+        ({"methods": {"a": {"save_steps": 5}}}, "num_checkpoints says at how many places"),
+        ({"sweep": {"seed": [1, 2]}}, "seed is set for each run"),
+        ({"sweep": {"ema_momentum, final_ema_momentum": [0.1], "ema_momentum": [0.2]}}, "has a key twice"),
+        ({"sweep": {1: [1]}}, "must be keys of a recipe"),
+        ({"reach": {"knn": "36"}}, "reach"),
+        ({"context_encoder": "no"}, "context_encoder='no' is a str, not bool"),
+        ({"level": "top"}, "level='top' is no level"),
+        ({"seeds": [1, 1]}, "two runs are c-jepa/seed-1"),
         ({"methods": {"a": {"regularizer_wieght": 0.0}}}, "small.yaml, a: .*unknown key 'regularizer_wieght'"),
         ({"methods": {"a": {"seed": 3}}}, "seed is set for each run"),
         ({"settings": {"output_dir": "x"}}, "output_dir is set for each run"),
         ({"recipe": "nowhere"}, "no recipe 'nowhere'"),
         ({"seeds": []}, r"seeds=\[\] must be a list of numbers"),
-        ({"seeds": 42}, "seeds=42 must be a list of numbers"),
+        ({"seeds": 42}, "seeds=42 is a int, not list"),
         ({"sweep": {"ema_momentum": 0.5}}, "ema_momentum=0.5 must be a list of numbers"),
         ({"figure": "pie"}, "figure='pie' is not known"),
         ({"figure": "map"}, "a map has two swept keys"),
@@ -279,7 +340,7 @@ def test_a_mistake_on_the_command_line_is_told(tmp_path, capsys, flags, told):
 
 def test_the_command_that_is_told_is_everybodys():
     command = ["experiment", "cpu", "--dataset", "/my/images", "--seeds", "1", "2", "--max_steps", "5", "--jobs=2"]
-    assert public_command(command) == "cjepa experiment cpu --max_steps 5"
+    assert public_command(command) == "cjepa experiment cpu --dataset images --max_steps 5"
 
 
 @pytest.mark.parametrize("name", experiment_names())

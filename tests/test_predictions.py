@@ -129,6 +129,16 @@ def test_predictions_are_compared_as_in_the_loss(tmp_path, changes):
                                    np.sort(similarities[query])[::-1][:5], atol=1e-4)  # fmt: skip
 
 
+def test_views_and_mask_sets_of_pre_training_change_nothing(tmp_path):
+    plain, several = tiny_model(), tiny_model(num_views=2, num_mask_sets=3)
+    found = [
+        visualize_predictions(model, image_files(tmp_path), source_of(), tmp_path, 3, 4, progress=False)
+        for model in (plain, several)
+    ]
+    assert found[0]["mean_rank"] == found[1]["mean_rank"] > 1
+    assert [entry["rank"] for entry in found[0]["drawn"]] == [entry["rank"] for entry in found[1]["drawn"]]
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")

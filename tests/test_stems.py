@@ -1,16 +1,19 @@
 """The convolutional stem in place of the projection of patches, and C-JEPA on several views of an image."""
 
+import json
+
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from tiny import gradients, images, seeded, tiny_config, tiny_model
+from tiny import FLAGS, gradients, images, seeded, tiny_config, tiny_model
 from transformers import AutoModel
 
 from modeling_cjepa import CJepaBackbone, CJepaConfig, CJepaForPreTraining, CJepaModel
 from modeling_cjepa.stems_cjepa import CJepaConvEmbeddings
 from trainers.cli import main
 from trainers.flops import model_flops
+from trainers.monitor import Monitor
 
 STEM = {"stem_hidden_sizes": [8, 12]}
 
@@ -161,6 +164,14 @@ def test_another_number_of_views_is_refused(shape):
         model(torch.randn(shape))
 
 
+def test_one_view_is_enough_without_a_loss():
+    model = tiny_model(regularizer="views", num_views=2)
+    alone = model(images(), generator=seeded(), return_loss=False)
+    assert alone.loss is None
+    plain = tiny_model()(images(), alone.context_ids, alone.target_ids)
+    assert torch.equal(alone.predictions, plain.predictions)
+
+
 def test_upper_levels_compare_views_too():
     upper = {"hidden_size": 48, "num_hidden_layers": 1, "predictor_num_hidden_layers": 1}
     model = tiny_model(regularizer="views", num_views=2, min_context_patches=4, upper_levels=[upper], **STEM)
@@ -185,3 +196,37 @@ def test_views_of_an_image_are_monitored_together():
     assert together.shape == (4, 2 * 4, 32)  # two views of four blocks
     assert torch.equal(together[1, 4:], output.predictions[3].mean(dim=1))
     assert output.level_embeddings[0].shape == (8, 32)
+    monitor = Monitor(num_images=100, batch_size=4)
+    monitor.add(output)
+    assert torch.equal(monitor.embeddings[0][0], output.level_embeddings[0][::2])  # images, not views
+    assert torch.equal(monitor.views[0][0], together)
+
+
+def test_a_run_with_a_stem_and_views(tmp_path, capsys):
+    """From the shipped recipe, made small, to a warm start with its architecture; colours changed for the batch."""
+    small = [
+        "--dataset",
+        "scenes",
+        "--stem_hidden_sizes",
+        "8",
+        "12",
+        "--expander_hidden_size",
+        "16",
+        "--max_steps",
+        "2",
+    ]
+    command = ["pretrain", "cjepa_views_cifar10", *FLAGS, *small, "--max_steps", "2", "--disable_tqdm"]
+    assert main([*command, "--estimate"]) == 0
+    assert main([*command, "--output_dir", str(tmp_path / "run")]) == 0
+    results = json.loads((tmp_path / "run/final/results.json").read_text())
+    assert results["training"]["images_seen"] == 2 * 16
+    logs = [entry for entry in results["history"] if "rankme" in entry]
+    assert [entry["monitored_images"] for entry in logs] == [16, 32]
+    assert all(entry["lidar"] > 1 and entry["loss_invariance"] > 0 for entry in logs)
+    card = (tmp_path / "run/final/README.md").read_text()
+    assert "| stem | convolutions of width 8, 12" in card and "| views | 2 crops of an image" in card
+    start = ["--start_from", str(tmp_path / "run/final"), "--output_dir", str(tmp_path / "warm")]
+    capsys.readouterr()
+    assert main(["pretrain", "cjepa_scenes", *FLAGS, "--max_steps", "1", "--disable_tqdm", *start]) == 0
+    config = json.loads((tmp_path / "warm/final/config.json").read_text())
+    assert config["stem_hidden_sizes"] == [8, 12] and config["num_views"] == 1

@@ -47,10 +47,11 @@ def run_experiment(namespace):
     """Carries out what is missing of an experiment and tells what it says so far."""
     from pathlib import Path
 
-    from trainers.experiment_plan import choose_runs, read_experiment
+    from trainers.experiment_file import read_experiment
+    from trainers.experiment_plan import choose_runs
     from trainers.experiment_report import report
     from trainers.experiment_results import format_rows
-    from trainers.experiment_runs import Call, carry_out, is_done
+    from trainers.experiment_runs import Call, carry_out, check_settings, is_done
     from trainers.files import make_place
     from trainers.recipes import overrides_of
 
@@ -63,11 +64,12 @@ def run_experiment(namespace):
     runs = choose_runs(experiment, namespace.methods, namespace.seeds)
     if namespace.list:
         for run in runs:
+            check_settings(experiment, run, call.folder(run))
             print(f"{'done' if is_done(call.folder(run)) else 'to do'}  {run.method}, seed {run.seed}")
         return
     folders = [Path(output), *([Path(namespace.results)] if namespace.results else [])]
-    for folder in folders:
-        make_place(folder / "results", "--results")
+    for folder, flag in zip(folders, ("--output", "--results"), strict=False):
+        make_place(folder / "results", flag)
     carry_out(experiment, runs, call, namespace.jobs)
     print("\n" + format_rows(experiment, report(experiment, call, folders)))
 
@@ -78,7 +80,7 @@ def public_command(command: list[str]) -> str:
 
     from trainers.public_facts import public_facts
 
-    flags = {f"--{name}" for name in ("methods", "seeds", "jobs", "results", "output", "dataset", "disable_tqdm")}
+    flags = {f"--{name}" for name in ("methods", "seeds", "jobs", "results", "output", "disable_tqdm")}
     kept, is_left_out = [], False
     for token in command:
         if token.startswith("--"):

@@ -1,5 +1,6 @@
 """What the runs of an experiment have come to: kNN, linear probe and diagnostics at several of their steps."""
 
+import math
 from pathlib import Path
 
 from torch import nn
@@ -67,10 +68,8 @@ def evaluate_run(experiment: Experiment, recipe: Recipe, folder: Path, training:
         `encoder` is empty for what stands for the method, and else names what is beside it.
     """
     images = Images(recipe, pair(load_encoder_config(folder / "final").image_size))
-    checkpoints = [(path, checkpoint_step(path)) for path in reversed(present_checkpoints(folder))]
-    before_the_end = [(path, step) for path, step in checkpoints if step < training["steps"]]
     points = []
-    for place, step in [*before_the_end, (folder / "final", training["steps"])]:
+    for place, step in _places(folder, training["steps"], experiment.num_checkpoints):
         model, settings = images.load(place)
         rows = _of_levels(experiment, model.base_model, settings)
         if experiment.context_encoder and isinstance(model, CJepaForPreTraining):
@@ -81,6 +80,14 @@ def evaluate_run(experiment: Experiment, recipe: Recipe, folder: Path, training:
         ((_, encoder),) = random_encoders(model.base_model, 1, recipe.training["seed"])
         baselines = _of_levels(experiment, encoder.to(model.device), settings)
     return {"images": images.facts(), "points": points, "baselines": baselines}
+
+
+def _places(folder: Path, num_steps: int, number: int) -> list[tuple[Path, int]]:
+    """So many checkpoints of a run with their steps; not those of a run that was stopped between them."""
+    every = math.ceil(num_steps * (1 / number))  # as transformers rounds the share that `save_steps` is
+    saved = [(path, checkpoint_step(path)) for path in reversed(present_checkpoints(folder))]
+    on_the_way = [(path, step) for path, step in saved if step < num_steps and step % every == 0]
+    return [*on_the_way, (folder / "final", num_steps)]
 
 
 def _of_levels(experiment: Experiment, encoder: nn.Module, settings: tuple) -> list[dict]:

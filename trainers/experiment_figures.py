@@ -1,11 +1,13 @@
 """Pictures of an experiment: the course of its methods, their ends side by side, or a map over two swept keys."""
 
+import itertools
 import statistics
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from trainers.experiment_plan import ACCURACIES, Experiment
+from trainers.experiment_file import ACCURACIES
+from trainers.experiment_plan import Experiment
 from trainers.experiment_results import by_method, course_of, interval
 from trainers.files import whole_file
 
@@ -47,7 +49,7 @@ def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figu
             bands = [interval(each) for each in values]
             if None not in bands:
                 axes.fill_between(images, *zip(*bands, strict=True), color=line.get_color(), alpha=0.15, linewidth=0)
-        for row, style in zip(_baselines(rows, metric), ("--", ":", "-."), strict=False):
+        for row, style in zip(_baselines(rows, metric), itertools.cycle(("--", ":", "-.")), strict=False):
             axes.axhline(row["value"], color="gray", linestyle=style, linewidth=1, label=row["method"])
         axes.set_title(_TITLES[metric], fontsize=10)
         axes.set_xlabel("images seen", fontsize=9)
@@ -97,7 +99,7 @@ def _maps(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure
         for line, method in zip(grid, experiment.methods, strict=True):
             axes = line[column]
             values = [
-                [of.get(f"{method}, {up} {of_up:g}, {right} {of_right:g}", float("nan")) for of_right in rights]
+                [of.get(f"{method}, {up} {of_up}, {right} {of_right}", float("nan")) for of_right in rights]
                 for of_up in reversed(ups)
             ]
             image = axes.imshow(values, vmin=min(known), vmax=max(known), cmap="viridis", aspect="auto")

@@ -1,6 +1,7 @@
 """Writes what an experiment says so far: figures, table and picture."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from modeling_cjepa.configuration_cjepa import pair
@@ -31,15 +32,18 @@ def report(experiment: Experiment, call: Call, folders: list[Path]) -> list[dict
     rows = summarise(experiment, found, pixels, call.command)
     for folder in folders:
         write_results(folder, experiment, rows, found)
+    for folder in folders:
         draw_experiment(experiment, found, rows, folder / f"{experiment.name}.png")
     return rows
 
 
 def _pixels(experiment: Experiment, output: Path) -> dict:
-    """The row of raw pixels, which is found once."""
-    path = output / _PIXELS
-    if not path.is_file():
-        recipe = experiment.runs()[0].read(output)
-        config = recipe.objective.build_config(recipe.model)
-        write_json(path, evaluate_pixels(recipe, pair(config.image_size)))
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The row of raw pixels of the first run's images, which is found once for them."""
+    path, recipe = output / _PIXELS, experiment.runs()[0].read(output)
+    size = pair(recipe.objective.build_config(recipe.model).image_size)
+    asked = {"data": asdict(recipe.data), "evaluation": asdict(recipe.evaluation), "image_size": list(size)}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if before.get("of") != asked:
+        before = {"of": asked, "row": evaluate_pixels(recipe, size)}
+        write_json(path, before)
+    return before["row"]

@@ -8,8 +8,9 @@ from pathlib import Path
 from scipy import stats
 
 from trainers.errors import InputError, first_line
-from trainers.experiment_plan import ACCURACIES, Experiment
-from trainers.experiment_runs import EVALUATION
+from trainers.experiment_file import ACCURACIES
+from trainers.experiment_plan import Experiment
+from trainers.experiment_runs import EVALUATION, check_settings
 from trainers.files import write_json, write_text_atomically
 from trainers.probes import accuracy_interval
 from trainers.reports import markdown_table
@@ -34,10 +35,12 @@ def finished_runs(experiment: Experiment, output: Path) -> list[dict]:
         `list[dict]`: Of each run its evaluation, in the experiment's order.
 
     Raises:
-        InputError: A file of them is broken.
+        InputError: A file of them is broken, or a run has other settings than the experiment.
     """
     found = []
-    for file in (output / run.place / EVALUATION for run in experiment.runs()):
+    for run in experiment.runs():
+        check_settings(experiment, run, output / run.place)
+        file = output / run.place / EVALUATION
         try:
             found += [json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
         except ValueError as error:
@@ -124,9 +127,13 @@ def _random_encoders(found: list[dict]) -> list[tuple[str, list[dict], list[dict
     kinds: dict[tuple, tuple[list[str], list[dict], list[dict]]] = {}
     for name, runs in by_method(found).items():
         rows = [row | {"num_test": run["images"]["num_test"]} for run in runs for row in run["baselines"][:1]]
-        key = tuple((row["knn"], row["linear"]) for row in rows)
-        if key:
-            kinds.setdefault(key, ([], rows, runs))[0].append(name)
+        if not rows:
+            continue
+        first = rows[0]
+        # alike by their size and by the figures of the first seed: a method may lack others yet
+        key = first.get("num_parameters"), first["dim"], runs[0]["seed"], first["knn"], first["linear"]
+        names, _, before = kinds.get(key, ([], [], []))
+        kinds[key] = ([*names, name], rows, runs) if len(runs) > len(before) else ([*names, name], *kinds[key][1:])
     if len(kinds) == 1:
         return [("random encoder", rows, runs) for _, rows, runs in kinds.values()]
     return [(f"random encoder of {', '.join(names)}", rows, runs) for names, rows, runs in kinds.values()]
@@ -136,7 +143,7 @@ def _metric_rows(shared: dict, of_seeds: list[dict], facts: dict) -> list[dict]:
     rows = []
     for metric in METRICS:
         values = [row[metric] for row in of_seeds if row.get(metric) is not None]
-        if not values:
+        if len(values) < len(of_seeds):
             continue
         ci95 = interval(values)
         if ci95 is None and metric in ACCURACIES:

@@ -15,10 +15,14 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from trainers.checkpoint_files import LAST, present_checkpoints
+from trainers.checkpoints import WITHOUT_EFFECT
 from trainers.errors import InputError, plain_message
+from trainers.evaluation import EvaluationArguments
 from trainers.experiment_evaluation import evaluate_run
-from trainers.experiment_plan import Experiment, Run, choose_runs, read_experiment
+from trainers.experiment_file import read_experiment
+from trainers.experiment_plan import Experiment, Run, choose_runs
 from trainers.files import make_place, write_json, write_text_atomically
+from trainers.flags import type_hints
 from trainers.pretraining import pretrain
 from trainers.public_facts import public_facts
 from trainers.recipe_files import recipe_text
@@ -27,6 +31,12 @@ EVALUATION = "evaluation.json"
 SETTINGS = "settings.yaml"
 # what of an experiment the figures of its runs depend on, beside their settings
 _MEASURED = ("num_checkpoints", "context_encoder", "level", "baselines")
+# what of a recipe changes no figure
+_WITHOUT_EFFECT = (WITHOUT_EFFECT - type_hints(EvaluationArguments).keys()) | {
+    "disable_tqdm", "eval_batch_size", "evaluate", "dataloader_num_workers",
+}  # fmt: skip
+# at which shares of a run it is saved where it is evaluated at its end alone
+_SAVED = 0.2
 # what the last log of a run tells
 _SIGNS = ("rankme", "lidar", "feature_std", "loss")
 
@@ -67,8 +77,8 @@ def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int
         InputError: A run failed, or its folder holds one with other settings; what is done is kept.
     """
     make_place(Path(call.output, "runs"), "--output")
-    for run in runs:
-        _check_settings(experiment, run, call.folder(run))
+    for run in experiment.runs():
+        check_settings(experiment, run, call.folder(run))
     missing = [run for run in runs if not is_done(call.folder(run))]
     failed = Event()
     with (
@@ -76,7 +86,10 @@ def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int
         ThreadPoolExecutor(num_jobs) as pool,
     ):
         try:
-            for _ in pool.map(lambda run: _carry_out_elsewhere(run, call, num_jobs, failed), missing):
+            texts = {run.place: _settings_text(experiment, run) for run in missing}
+            for _ in pool.map(
+                lambda run: _carry_out_elsewhere(run, texts[run.place], call, num_jobs, failed), missing
+            ):
                 bar.update()
         finally:
             failed.set()  # those that wait do not begin
@@ -87,10 +100,11 @@ def is_done(folder: Path) -> bool:
     return (folder / EVALUATION).is_file()
 
 
-def _check_settings(experiment: Experiment, run: Run, folder: Path):
+def check_settings(experiment: Experiment, run: Run, folder: Path):
     """Refuses to go on with a run, or to take one for done, that has other settings than the experiment says."""
     path = folder / SETTINGS
-    if path.is_file() and path.read_text(encoding="utf-8") != _settings_text(experiment, run):
+    before = path.read_text(encoding="utf-8") if path.is_file() else None
+    if (before is not None or is_done(folder)) and before != _settings_text(experiment, run):
         raise InputError(
             f"{folder} holds a run with other settings than {experiment.name} has now, see {SETTINGS} there; name "
             "another --output, or remove that folder."
@@ -99,17 +113,15 @@ def _check_settings(experiment: Experiment, run: Run, folder: Path):
 
 def _settings_text(experiment: Experiment, run: Run) -> str:
     """All that a run's figures depend on."""
-    measured = {
-        name: getattr(experiment, name) for name in ("num_checkpoints", "context_encoder", "level", "baselines")
-    }
-    return recipe_text(run.read(Path()).values | measured)
+    values = {name: value for name, value in run.read(Path()).values.items() if name not in _WITHOUT_EFFECT}
+    return recipe_text(values | {name: getattr(experiment, name) for name in _MEASURED})
 
 
-def _carry_out_elsewhere(run: Run, call: Call, num_jobs: int, failed: Event):
+def _carry_out_elsewhere(run: Run, settings: str, call: Call, num_jobs: int, failed: Event):
     """A run in a process of its own, as [`main`] does it."""
     if failed.is_set():
         return
-    told = json.dumps(asdict(call) | {"method": run.method, "seed": run.seed})
+    told = json.dumps(asdict(call) | {"method": run.method, "seed": run.seed, "settings": settings})
     command, folder = [sys.executable, "-m", __name__, told], call.folder(run)
     if num_jobs == 1:
         tqdm.write(f"\n{run.method}, seed {run.seed}")
@@ -118,7 +130,7 @@ def _carry_out_elsewhere(run: Run, call: Call, num_jobs: int, failed: Event):
         threads = max(torch.get_num_threads() // num_jobs, 1)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
-            environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
             status = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment).returncode
         where = f"see {log.name}"
         tqdm.write(f"{run.method}, seed {run.seed}: {'failed' if status else 'done'}")
@@ -141,7 +153,8 @@ def carry_out_run(experiment: Experiment, run: Run, call: Call):
     final = folder / "final"
     if not final.is_dir():
         write_text_atomically(folder / SETTINGS, _settings_text(experiment, run))
-        saving = {"save_strategy": "steps", "save_steps": 1 / experiment.num_checkpoints, "save_total_limit": None}
+        share, limit = (1 / experiment.num_checkpoints, None) if experiment.num_checkpoints > 1 else (_SAVED, 1)
+        saving = {"save_strategy": "steps", "save_steps": share, "save_total_limit": limit}
         resuming = {"resume_from_checkpoint": LAST} if present_checkpoints(folder) else {}
         recipe = run.read(Path(call.output), **saving, **resuming)
         recipe.command = shlex.split(call.command)[1:]
@@ -149,14 +162,11 @@ def carry_out_run(experiment: Experiment, run: Run, call: Call):
             raise InputError(f"{run.method}, seed {run.seed}, was stopped; repeat the command to go on.")
     facts = public_facts(json.loads((final / "results.json").read_text(encoding="utf-8")))
     last_log = next((entry for entry in reversed(facts["history"]) if "rankme" in entry), {})
-    kept = {name: facts[name] for name in ("settings", "training", "machine", "software")}
+    told = {name: facts[name] for name in ("settings", "training", "machine", "software", "data")}
+    told |= {"diagnosis": facts["diagnosis"]["state"], "signs": {name: last_log.get(name) for name in _SIGNS}}
     found = evaluate_run(experiment, run.read(Path(call.output)), folder, facts["training"])
-    write_json(
-        folder / EVALUATION,
-        {"method": run.method, "seed": run.seed, "swept": run.swept, **kept}
-        | {"diagnosis": facts["diagnosis"]["state"], "signs": {name: last_log.get(name) for name in _SIGNS}}
-        | found,
-    )
+    own = {"method": run.method, "seed": run.seed, "swept": run.swept}
+    write_json(folder / EVALUATION, own | public_facts(told | found))
 
 
 def main(told: str) -> int:
@@ -164,18 +174,20 @@ def main(told: str) -> int:
     Carries out one run, for [`carry_out`].
 
     Args:
-        told (`str`): The fields of [`Call`], `method` and `seed` as JSON.
+        told (`str`): The fields of [`Call`], `method`, `seed` and `settings` as JSON.
 
     Returns:
         `int`: The exit status.
     """
     fields = json.loads(told)
-    method, seed = fields.pop("method"), fields.pop("seed")
+    method, seed, settings = (fields.pop(name) for name in ("method", "seed", "settings"))
     call = Call(**fields)
     logging.disable_progress_bar()  # of single files, which would break up the run's own
-    experiment = read_experiment(call.experiment, call.overrides)
     try:
+        experiment = read_experiment(call.experiment, call.overrides)
         (run,) = choose_runs(experiment, [method], [seed])
+        if _settings_text(experiment, run) != settings:
+            raise InputError(f"{call.experiment} was changed while it was carried out; repeat the command.")
         carry_out_run(experiment, run, call)
     except InputError as error:
         print(f"\ncjepa: {plain_message(error)}", file=sys.stderr)

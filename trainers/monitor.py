@@ -66,7 +66,9 @@ class Monitor:
             term, is_finite = term.detach().float(), term.isfinite()
             self.sums[name] = self.sums.get(name, 0) + torch.where(is_finite, term, 0)
             self.counts[name] = self.counts.get(name, 0) + is_finite
-        self.embeddings.append(tuple(embeddings.detach().float() for embeddings in outputs.level_embeddings))
+        # one view of each image, where the model embeds several
+        each = len(outputs.level_embeddings[0]) // len(outputs.level_views[0])
+        self.embeddings.append(tuple(of_level[::each].detach().float() for of_level in outputs.level_embeddings))
         self.views.append(tuple(views.detach().float() for views in outputs.level_views))
         self.num_batches += 1
 

@@ -48,9 +48,10 @@ class Predictions(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, C, H, W) as predictions and normalised targets of level 0, each (B, M, K, D) in float32."""
-        masks = (ids.to(pixel_values.device) for ids in self.masks)
+        num_sets = self.model.config.num_mask_sets  # the model reads as many of an image; all are the same here
+        masks = (ids.to(pixel_values.device).repeat_interleave(num_sets, dim=0) for ids in self.masks)
         outputs = self.model(pixel_values, *masks, return_loss=False)
-        return outputs.predictions.float(), outputs.targets.float()
+        return outputs.predictions[::num_sets].float(), outputs.targets[::num_sets].float()
 
 
 class TargetTokens(nn.Module):

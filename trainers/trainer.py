@@ -95,7 +95,7 @@ class JepaTrainer(PositionedTrainer):
     def views(self, inputs) -> torch.Tensor:
         """A batch's images, or their views (B, V, C, H, W), coloured where workers have not done so, normalised."""
         views = inputs["pixel_values"]
-        if self.colors is not None:
+        if self.colors is not None and views.dtype == torch.uint8:
             # those of this process: their colours are its own, and the same again after a resume
             with seeded(sample_seed(*self.seed_numbers(), self.args.process_index)):
                 views = self.colors(views.flatten(end_dim=-4)).view_as(views)

@@ -18,7 +18,7 @@ from trainers.recipes import Recipe
 
 _ENCODER_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps",
-    "qkv_bias", "patch_size",
+    "qkv_bias", "patch_size", "stem_hidden_sizes",
 )  # fmt: skip
 # which follow from the predictor's width and the encoder's heads where they are not given
 _DERIVED_FIELDS = ("predictor_num_attention_heads", "predictor_intermediate_size")
