@@ -37,6 +37,20 @@ def test_a_kept_patch_knows_nothing_of_hidden_ones():
     assert (changed[[0, 1, 3, 4]] > 1e-4).all()  # a patch and its neighbours
 
 
+def test_a_block_reads_nothing_of_what_is_hidden():
+    stem, maps = conv_stem(), torch.randn(4, 8, 16, 16, generator=seeded())
+    seen = (torch.rand(4, 1, 8, 8, generator=seeded(1)) < 0.5).float()
+    finer = seen.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    others = maps + (1 - finer) * torch.randn(maps.shape, generator=seeded(2))
+    changed = [stem.blocks[0](each, seen) * finer for each in (maps, others)]
+    assert torch.equal(*changed)
+    block = stem.blocks[0]
+    normed = F.layer_norm(maps.permute(0, 2, 3, 1), (8,), *block.layernorm.parameters(), eps=1e-6).permute(0, 3, 1, 2)
+    inner = F.gelu(F.conv2d(normed * finer, block.conv1.weight, block.conv1.bias, padding=1)) * finer
+    expected = (maps + F.conv2d(inner, block.conv2.weight, block.conv2.bias, padding=1)) * finer
+    torch.testing.assert_close(changed[0], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_all_patches_kept_are_the_whole_image():
     stem, pixels = conv_stem(), images(height=24, width=40)
     everything = torch.arange(6 * 10).expand(4, -1)
