@@ -50,7 +50,9 @@ def step(folder, name, micro_batch: int, num_processes: int = 1, **training):
         "max_steps": 1, "optim": "sgd", "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": NUM_IMAGES // micro_batch // num_processes, "exact_accumulation": True,
     }  # fmt: skip
-    trainer = build_trainer(str(folder), arguments | training, fields, num_images=NUM_IMAGES)
+    # on the device each micro-batch and process draws colours of its own
+    data = {"color_augmentation": "workers"}
+    trainer = build_trainer(str(folder), arguments | training, fields, data, num_images=NUM_IMAGES)
     if "levels" not in fields:
         trainer._masks = MethodType(masks_of_images, trainer)
     recorder = GradientRecorder()
