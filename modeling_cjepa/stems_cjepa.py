@@ -119,9 +119,11 @@ class CJepaConvEmbeddings(CJepaStem):
         maps = self.whole_patches(pixel_values).to(self.projection.weight.dtype)
         maps = maps.contiguous(memory_format=torch.channels_last)
         seen = None if patch_ids is None else self._seen(patch_ids, self.grid_size(maps)).to(maps.dtype)
+        finer = enlarged(seen, maps)
         for downsampling, block in zip(self.downsamplings, self.blocks, strict=True):
-            maps = downsampling(only(maps, seen))
-            maps = block(maps, seen)
+            maps = downsampling(only(maps, finer))
+            finer = enlarged(seen, maps)
+            maps = block(maps, finer)
         tokens = maps.flatten(2).transpose(1, 2)
         return self.projection(tokens if patch_ids is None else take(tokens, patch_ids))
 
@@ -131,13 +133,17 @@ class CJepaConvEmbeddings(CJepaStem):
         return seen.scatter(1, patch_ids, 1.0).unflatten(1, (1, *grid_size))
 
 
-def only(maps: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-    """Maps (B, width, height, width) that are zero where a map of the grid, which they are finer than, is zero."""
+def enlarged(seen: torch.Tensor | None, maps: torch.Tensor) -> torch.Tensor | None:
+    """A map of the grid (B, 1, rows, columns) as large as maps (B, width, height, width), which are finer."""
     if seen is None:
-        return maps
+        return None
     rows, columns = (size // of_grid for size, of_grid in zip(maps.shape[2:], seen.shape[2:], strict=True))
-    finer = seen.repeat_interleave(rows, 2).repeat_interleave(columns, 3)
-    return maps * finer.to(maps.dtype)
+    return seen.repeat_interleave(rows, 2).repeat_interleave(columns, 3).to(maps.dtype)
+
+
+def only(maps: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    """Maps (B, width, height, width) that are zero where another one (B, 1, height, width) is."""
+    return maps if seen is None else maps * seen.to(maps.dtype)
 
 
 def build_stem(config: CJepaConfig) -> CJepaStem:

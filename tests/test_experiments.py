@@ -19,8 +19,9 @@ from trainers.experiment_evaluation import _places
 from trainers.experiment_figures import draw_experiment
 from trainers.experiment_file import read_experiment
 from trainers.experiment_plan import choose_runs
-from trainers.experiment_results import format_rows, images_until, interval, summarise, write_results
+from trainers.experiment_results import format_rows, images_until, summarise, write_results
 from trainers.experiment_runs import Call, carry_out_run
+from trainers.probes import accuracy_interval, mean_interval
 from trainers.resources import experiment_names
 
 SETTINGS = dict(zip((flag[2:] for flag in FLAGS[:-1:2]), map(yaml.safe_load, FLAGS[1:-1:2]), strict=True))
@@ -41,11 +42,20 @@ def written(folder, **changes):
     return str(path)
 
 
+def of_400(percent):
+    """The interval of an accuracy on 400 images."""
+    return list(accuracy_interval(round(4 * percent), 400))
+
+
 def a_run(method, seed, knn, *earlier, linear=50.0, begin=10.0, **changes):
     """What was found of a run of 100 images between evaluations."""
     row = {"encoder": "", "linear": linear, "rankme": 9.0, "feature_std": 0.5}
     points = [
-        {"step": 10 * at, "images_seen": 100 * at, "rows": [row | {"knn": value}]}
+        {
+            "step": 10 * at,
+            "images_seen": 100 * at,
+            "rows": [row | {"knn": value, "knn_interval": of_400(value)}],
+        }
         for at, value in enumerate((*earlier, knn), start=1)
     ]
     return {
@@ -203,8 +213,8 @@ def test_a_run_that_fails_ends_the_experiment(tmp_path, capfd):
 def test_interval_of_a_mean_is_students():
     values = [50.0, 52.0, 54.0]
     half = 4.302653 * 2.0 / math.sqrt(3)
-    assert interval(values) == pytest.approx([52 - half, 52 + half])
-    assert interval([50.0]) is None
+    assert mean_interval(values) == pytest.approx([52 - half, 52 + half])
+    assert mean_interval([50.0]) is None
 
 
 def test_rows_are_means_over_seeds(tmp_path):
@@ -212,7 +222,7 @@ def test_rows_are_means_over_seeds(tmp_path):
     found = [a_run("c-jepa", 1, 40.0), a_run("c-jepa", 2, 44.0), a_run("i-jepa", 1, 30.0)]
     rows = {(row["method"], row["metric"]): row for row in summarise(experiment, found, None, "the command")}
     knn = rows["c-jepa", "knn"]
-    assert knn["value"] == 42.0 and knn["ci95"] == pytest.approx(interval([40.0, 44.0]))
+    assert knn["value"] == 42.0 and knn["ci95"] == pytest.approx(mean_interval([40.0, 44.0]))
     assert (knn["seeds"], knn["seconds"], knn["images_seen"]) == ([1, 2], 90.0, 100)
     assert (knn["machine"], knn["commit"], knn["command"]) == ("P, 2 threads", "c1, c2", "the command")
     low, high = rows["i-jepa", "knn"]["ci95"]

@@ -42,7 +42,7 @@ def test_a_block_reads_nothing_of_what_is_hidden():
     seen = (torch.rand(4, 1, 8, 8, generator=seeded(1)) < 0.5).float()
     finer = seen.repeat_interleave(2, 2).repeat_interleave(2, 3)
     others = maps + (1 - finer) * torch.randn(maps.shape, generator=seeded(2))
-    changed = [stem.blocks[0](each, seen) * finer for each in (maps, others)]
+    changed = [stem.blocks[0](each, finer) * finer for each in (maps, others)]
     assert torch.equal(*changed)
     block = stem.blocks[0]
     normed = F.layer_norm(maps.permute(0, 2, 3, 1), (8,), *block.layernorm.parameters(), eps=1e-6).permute(0, 3, 1, 2)

@@ -79,12 +79,7 @@ def public_command(command: list[str]) -> str:
     import shlex
 
     from trainers.public_facts import public_facts
+    from trainers.recipe_files import without_flags
 
-    flags = {f"--{name}" for name in ("methods", "seeds", "jobs", "results", "output", "disable_tqdm")}
-    kept, is_left_out = [], False
-    for token in command:
-        if token.startswith("--"):
-            is_left_out = token.partition("=")[0] in flags
-        if not is_left_out:
-            kept.append(token)
+    kept = without_flags(command, ("methods", "seeds", "jobs", "results", "output", "disable_tqdm"))
     return public_facts({"command": shlex.join(["cjepa", *kept])})["command"]

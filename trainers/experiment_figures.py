@@ -8,12 +8,13 @@ from matplotlib.figure import Figure
 
 from trainers.experiment_file import ACCURACIES
 from trainers.experiment_plan import Experiment
-from trainers.experiment_results import by_method, course_of, interval
+from trainers.experiment_results import by_method, course_of
 from trainers.files import whole_file
+from trainers.probes import mean_interval
 
 _TITLES = {
     "knn": "kNN, % correct", "linear": "linear probe, % correct", "rankme": "effective rank (RankMe)",
-    "lidar": "LiDAR", "feature_std": "standard deviation of features",
+    "lidar": "LiDAR", "feature_std": "spread of features (std)",
 }  # fmt: skip
 # what has to be beaten, and is not trained
 _BASELINES = ("random encoder", "raw pixels")
@@ -46,7 +47,7 @@ def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figu
             images = [point[0][0] for point in points]
             values = [[value for _, value in point] for point in points]
             (line,) = axes.plot(images, list(map(statistics.mean, values)), marker="o", markersize=3, label=method)
-            bands = [interval(each) for each in values]
+            bands = [mean_interval(each) for each in values]
             if None not in bands:
                 axes.fill_between(images, *zip(*bands, strict=True), color=line.get_color(), alpha=0.15, linewidth=0)
         for row, style in zip(_baselines(rows, metric), itertools.cycle(("--", ":", "-.")), strict=False):
@@ -93,13 +94,14 @@ def _maps(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure
         layout="constrained",
     )
     grid = figure.subplots(len(experiment.methods), len(metrics), squeeze=False)
+    names = {(run.base, *run.swept.values()): run.method for run in experiment.runs()}
     for column, metric in enumerate(metrics):
         of = {row["method"]: row["value"] for row in rows if row["metric"] == metric}
         known = [value for method, value in of.items() if not method.startswith(_BASELINES)]
         for line, method in zip(grid, experiment.methods, strict=True):
             axes = line[column]
             values = [
-                [of.get(f"{method}, {up} {of_up}, {right} {of_right}", float("nan")) for of_right in rights]
+                [of.get(names[method, of_up, of_right], float("nan")) for of_right in rights]
                 for of_up in reversed(ups)
             ]
             image = axes.imshow(values, vmin=min(known), vmax=max(known), cmap="viridis", aspect="auto")

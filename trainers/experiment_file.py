@@ -112,7 +112,8 @@ def _check_methods(experiment: Experiment, path: Path):
         if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
             raise InputError(f"{path}: {name}: {own!r} must be a mapping of keys to values.")
         check_value("recipe", own.get("recipe", ""), str, f"{path}, {name}")
-    for own in (experiment.settings, *experiment.methods.values(), dict.fromkeys(_swept_keys(experiment, path))):
+    _check_sweep(experiment, path)
+    for own in (experiment.settings, *experiment.methods.values(), experiment.swept_keys):
         for key in own:
             _refuse_runners_own(key, f"{path}: {key}")
 
@@ -137,14 +138,12 @@ def _check_numbers(experiment: Experiment, path: Path):
         raise InputError(f"{path}: level={experiment.level!r} is no level; give a number from 0, or all.")
 
 
-def _swept_keys(experiment: Experiment, path: Path) -> list[str]:
-    """All keys that are swept, each once."""
+def _check_sweep(experiment: Experiment, path: Path):
     if not all(isinstance(keys, str) for keys in experiment.sweep):
         raise InputError(f"{path}: sweep: {list(experiment.sweep)} must be keys of a recipe.")
-    swept = [key for keys in experiment.sweep for key in keys.split(", ")]
+    swept = experiment.swept_keys
     if len(set(swept)) < len(swept):
         raise InputError(f"{path}: sweep: {', '.join(swept)} has a key twice; leave one out.")
-    return swept
 
 
 def _is_number(value) -> bool:
@@ -153,10 +152,9 @@ def _is_number(value) -> bool:
 
 def _check_overrides(overrides: dict, experiment: Experiment):
     """Refuses flags for what the runs of an experiment differ in."""
-    swept = [key for keys in experiment.sweep for key in keys.split(", ")]
     for name in overrides:
         _refuse_runners_own(name, f"--{name}")
-        if name in swept or any(name in own for own in experiment.methods.values()):
+        if name in experiment.swept_keys or any(name in own for own in experiment.methods.values()):
             raise InputError(f"--{name} is what runs of {experiment.name} differ in; write an experiment of your own.")
 
 

@@ -97,6 +97,11 @@ class Experiment:
         ]
 
     @property
+    def swept_keys(self) -> list[str]:
+        """All keys that are swept."""
+        return [key for keys in self.sweep for key in keys.split(", ")]
+
+    @property
     def swept(self) -> dict[str, list]:
         """The swept values by the keys that runs are called by."""
         return {keys.split(", ")[0]: values for keys, values in self.sweep.items()}

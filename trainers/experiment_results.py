@@ -1,18 +1,15 @@
 """What the runs of an experiment say together: means over seeds with 95 % intervals, as rows, table and files."""
 
 import json
-import math
 import statistics
 from pathlib import Path
-
-from scipy import stats
 
 from trainers.errors import InputError, first_line
 from trainers.experiment_file import ACCURACIES
 from trainers.experiment_plan import Experiment
 from trainers.experiment_runs import EVALUATION, check_settings
 from trainers.files import write_json, write_text_atomically
-from trainers.probes import accuracy_interval
+from trainers.probes import mean_interval
 from trainers.reports import markdown_table
 
 # of the encoders on test images, but for LiDAR, which needs views and is of the last log
@@ -56,14 +53,6 @@ def by_method(found: list[dict]) -> dict[str, list[dict]]:
     return methods
 
 
-def interval(values: list[float]) -> list[float] | None:
-    """The 95 % interval of a mean over seeds, low and high, by Student's t; None of a single seed."""
-    if len(values) < 2:
-        return None
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return [statistics.mean(values) - half, statistics.mean(values) + half]
-
-
 def summarise(experiment: Experiment, found: list[dict], pixels: dict | None, command: str) -> list[dict]:
     """
     The rows of an experiment.
@@ -89,7 +78,7 @@ def summarise(experiment: Experiment, found: list[dict], pixels: dict | None, co
         rows += [_reached(shared, metric, percent, runs, facts) for metric, percent in experiment.reach.items()]
     untrained = _random_encoders(found)
     if pixels is not None and found:
-        untrained.append(("raw pixels", [pixels | {"num_test": found[0]["images"]["num_test"]}], found[:1]))
+        untrained.append(("raw pixels", [pixels], found[:1]))
     for label, of_seeds, runs in untrained:
         shared = {"experiment": experiment.name, "method": label, "dataset": experiment.dataset}
         rows += _metric_rows(shared, of_seeds, _facts(runs, command) | _UNTRAINED)
@@ -116,27 +105,24 @@ def _ends(name: str, runs: list[dict]) -> dict[str, list[dict]]:
     for run in runs:
         for row in run["points"][-1]["rows"]:
             label, signs = (f"{name}, {row['encoder']}", {}) if row["encoder"] else (name, run["signs"])
-            ends.setdefault(label, []).append(
-                row | {"num_test": run["images"]["num_test"], "lidar": signs.get("lidar")}
-            )
+            ends.setdefault(label, []).append(row | {"lidar": signs.get("lidar")})
     return ends
 
 
 def _random_encoders(found: list[dict]) -> list[tuple[str, list[dict], list[dict]]]:
     """The encoders before training: once for all methods that have the same."""
-    kinds: dict[tuple, tuple[list[str], list[dict], list[dict]]] = {}
+    kinds: dict[tuple, dict[str, list[dict]]] = {}
     for name, runs in by_method(found).items():
-        rows = [row | {"num_test": run["images"]["num_test"]} for run in runs for row in run["baselines"][:1]]
-        if not rows:
-            continue
-        first = rows[0]
-        # alike by their size and by the figures of the first seed: a method may lack others yet
-        key = first.get("num_parameters"), first["dim"], runs[0]["seed"], first["knn"], first["linear"]
-        names, _, before = kinds.get(key, ([], [], []))
-        kinds[key] = ([*names, name], rows, runs) if len(runs) > len(before) else ([*names, name], *kinds[key][1:])
-    if len(kinds) == 1:
-        return [("random encoder", rows, runs) for _, rows, runs in kinds.values()]
-    return [(f"random encoder of {', '.join(names)}", rows, runs) for names, rows, runs in kinds.values()]
+        for row in runs[0]["baselines"][:1]:
+            # alike by their size and by the figures of the first seed: a method may lack others yet
+            key = row.get("num_parameters"), row["dim"], runs[0]["seed"], row["knn"], row["linear"]
+            kinds.setdefault(key, {})[name] = runs
+    encoders = []
+    for of_methods in kinds.values():
+        runs = max(of_methods.values(), key=len)
+        label = "random encoder" if len(kinds) == 1 else f"random encoder of {', '.join(of_methods)}"
+        encoders.append((label, [run["baselines"][0] for run in runs], runs))
+    return encoders
 
 
 def _metric_rows(shared: dict, of_seeds: list[dict], facts: dict) -> list[dict]:
@@ -145,10 +131,7 @@ def _metric_rows(shared: dict, of_seeds: list[dict], facts: dict) -> list[dict]:
         values = [row[metric] for row in of_seeds if row.get(metric) is not None]
         if len(values) < len(of_seeds):
             continue
-        ci95 = interval(values)
-        if ci95 is None and metric in ACCURACIES:
-            num_test = of_seeds[0]["num_test"]
-            ci95 = list(accuracy_interval(round(values[0] * num_test / 100), num_test))
+        ci95 = mean_interval(values) or of_seeds[0].get(f"{metric}_interval")
         rows.append(shared | {"metric": metric, "value": statistics.mean(values), "ci95": ci95} | facts)
     return rows
 
@@ -160,7 +143,7 @@ def _reached(shared: dict, metric: str, percent: float, runs: list[dict], facts:
     return shared | {
         "metric": f"{_REACHED}{metric}_{percent:g}",
         "value": statistics.mean(values) if is_reached else None,
-        "ci95": interval(values) if is_reached else None,
+        "ci95": mean_interval(values) if is_reached else None,
     } | facts  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
 
@@ -21,7 +22,7 @@ from trainers.evaluation import EvaluationArguments
 from trainers.experiment_evaluation import evaluate_run
 from trainers.experiment_file import read_experiment
 from trainers.experiment_plan import Experiment, Run, choose_runs
-from trainers.files import make_place, write_json, write_text_atomically
+from trainers.files import write_json, write_text_atomically
 from trainers.flags import type_hints
 from trainers.pretraining import pretrain
 from trainers.public_facts import public_facts
@@ -76,7 +77,6 @@ def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int
     Raises:
         InputError: A run failed, or its folder holds one with other settings; what is done is kept.
     """
-    make_place(Path(call.output, "runs"), "--output")
     for run in experiment.runs():
         check_settings(experiment, run, call.folder(run))
     missing = [run for run in runs if not is_done(call.folder(run))]
@@ -86,10 +86,8 @@ def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int
         ThreadPoolExecutor(num_jobs) as pool,
     ):
         try:
-            texts = {run.place: _settings_text(experiment, run) for run in missing}
-            for _ in pool.map(
-                lambda run: _carry_out_elsewhere(run, texts[run.place], call, num_jobs, failed), missing
-            ):
+            settings = [_settings_text(experiment, run) for run in missing]
+            for _ in pool.map(partial(_carry_out_elsewhere, call, num_jobs, failed), missing, settings):
                 bar.update()
         finally:
             failed.set()  # those that wait do not begin
@@ -117,7 +115,7 @@ def _settings_text(experiment: Experiment, run: Run) -> str:
     return recipe_text(values | {name: getattr(experiment, name) for name in _MEASURED})
 
 
-def _carry_out_elsewhere(run: Run, settings: str, call: Call, num_jobs: int, failed: Event):
+def _carry_out_elsewhere(call: Call, num_jobs: int, failed: Event, run: Run, settings: str):
     """A run in a process of its own, as [`main`] does it."""
     if failed.is_set():
         return

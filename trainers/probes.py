@@ -7,12 +7,14 @@ Shapes: n images to vote or fit, m test images, D width of an embedding, K class
 """
 
 import math
-from statistics import NormalDist
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from scipy.optimize import minimize
 from tqdm import tqdm
 
@@ -265,6 +267,14 @@ def accuracy_interval(num_correct: int, num_total: int) -> tuple[float, float]:
     centre = (share + weight / 2) / (1 + weight)
     half = math.sqrt(share * (1 - share) * weight + weight * weight / 4) / (1 + weight)
     return 100 * max(centre - half, 0.0), 100 * min(centre + half, 1.0)
+
+
+def mean_interval(values: Sequence[float]) -> list[float] | None:
+    """The 95 % interval of a mean, low and high, by Student's t; None of one value, which says nothing of others."""
+    if len(values) < 2:
+        return None
+    mean, half = fmean(values), float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return [mean - half, mean + half]
 
 
 def bootstrap_interval(num_correct: int, num_total: int, seed: int = 0, num_resamples: int = 1000):

@@ -12,14 +12,14 @@ SECRETS = ("hub_token",)
 
 
 def without_flags(command: list[str], names: Collection[str] = SECRETS) -> list[str]:
-    """A command line without some flags and their values; without those that hold a secret when none are named."""
+    """A command line without some flags and all their values; without those that hold a secret when none are named."""
     flags = {f"--{name}" for name in names}
-    kept, is_value = [], False
+    kept, is_left_out = [], False
     for token in command:
-        is_left_out = token.partition("=")[0] in flags
-        if not is_left_out and not is_value:
+        if token.startswith("--"):
+            is_left_out = token.partition("=")[0] in flags
+        if not is_left_out:
             kept.append(token)
-        is_value = is_left_out and "=" not in token
     return kept
 
 

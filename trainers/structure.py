@@ -8,7 +8,6 @@ distances order as cosine similarities do.
 Shapes: n train images, m test images, D width of an embedding.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,14 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from scipy import stats
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score, silhouette_score
 from threadpoolctl import threadpool_limits
 
 from trainers.datasets import ImageSource
 from trainers.errors import InputError, first_line
-from trainers.probes import accuracy_interval, knn_predict
+from trainers.probes import accuracy_interval, knn_predict, mean_interval
 from trainers.scenes import FAMILIES
 
 NUMBERS = ("silhouette", "nmi", "knn")
@@ -42,7 +40,6 @@ MAX_SILHOUETTE_IMAGES = 5000
 _CHOICE_SEED = 0
 # random starts of a k-means, the best of which counts
 _NUM_STARTS = 3
-_CONFIDENCE = 0.95
 
 
 def unit_vectors(embeddings: torch.Tensor | np.ndarray) -> np.ndarray:
@@ -189,12 +186,8 @@ def difference(above: Mapping[str, Mapping], below: Mapping[str, Mapping]) -> di
 
 
 def _mean_and_interval(name: str, values: Sequence[float]) -> dict:
-    """A mean and the 95 % interval of it by Student's t; None of a single value, which says nothing of the others."""
-    mean, interval = float(np.mean(values)), None
-    if len(values) > 1:
-        reach = stats.t.ppf((1 + _CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-        interval = [mean - float(reach), mean + float(reach)]
-    return {name: mean, f"{name}_interval": interval}
+    """A mean and its [`~probes.mean_interval`]."""
+    return {name: float(np.mean(values)), f"{name}_interval": mean_interval(values)}
 
 
 def read_groups(path: str | Path) -> dict[str, list[str]]:
