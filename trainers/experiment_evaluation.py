@@ -72,9 +72,9 @@ def evaluate_run(experiment: Experiment, recipe: Recipe, folder: Path, training:
     for place, step in _places(folder, training["steps"], experiment.num_checkpoints):
         model, settings = images.load(place)
         rows = _of_levels(experiment, model.base_model, settings)
-        if experiment.context_encoder and isinstance(model, CJepaForPreTraining):
-            rows += evaluate_levels(model.context_encoder, *settings, None, "context encoder")
         points.append({"step": step, "images_seen": step * training["batch_size"], "rows": rows})
+    if experiment.context_encoder and isinstance(model, CJepaForPreTraining):
+        rows += evaluate_levels(model.context_encoder, *settings, None, "context encoder")
     baselines = []
     if experiment.baselines:
         ((_, encoder),) = random_encoders(model.base_model, 1, recipe.training["seed"])

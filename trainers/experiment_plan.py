@@ -61,7 +61,7 @@ class Experiment:
             shall have the same value are given together, as in `ema_momentum, final_ema_momentum`; runs are called by
             the first.
         num_checkpoints (`int`): At how many places of a run, equally far apart, it is evaluated; the last is its end.
-        context_encoder (`bool`): Whether C-JEPA's context encoder is evaluated, too.
+        context_encoder (`bool`): Whether C-JEPA's context encoder at the end is evaluated, too.
         level (`int` or `"all"`, *optional*): Of a stack, whose figures are the method's own; the top one when not
             given. Those of the others are rows of their own.
         baselines (`bool`): Whether what has to be beaten is evaluated, too: of each run the encoder before training,
