@@ -88,6 +88,8 @@ def test_every_method_is_trained_with_every_seed_and_evaluated_on_its_way(done):
             assert found["settings"]["seed"] == seed
             encoders = [[row["encoder"] for row in point["rows"]] for point in found["points"]]
             assert encoders == [[""], ["", "context encoder"]]
+    # both methods begin with the same encoder
+    assert len(list((folder / "runs/random_encoders").iterdir())) == 2
     weights = {
         m: yaml.safe_load((folder / f"runs/{m}/seed-1/settings.yaml").read_text()) for m in ("c-jepa", "i-jepa")
     }

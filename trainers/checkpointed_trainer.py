@@ -207,10 +207,13 @@ class CheckpointedTrainer(SeededTrainer):
 
     def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]):
         model = self._plain_model()
-        if getattr(model.config, "model_type", None) in AUTO_MAPS and not hasattr(model, "peft_config"):
+        has_adapters = hasattr(model, "peft_config")
+        if getattr(model.config, "model_type", None) in AUTO_MAPS and not has_adapters:
             save_model(model, self.processing_class, folder, weights)  # with the code, so that it loads anywhere
             return
-        model.save_pretrained(folder, state_dict=weights)
+        # a resumed run looks for weights by the names that they have in memory
+        names = {} if has_adapters else {"save_original_format": False}
+        model.save_pretrained(folder, state_dict=weights, **names)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 

@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from modeling_cjepa import CJepaConfig, CJepaForImageClassification, SJeaConfig, SJeaForImageClassification
+from modeling_cjepa import CJepaConfig
 from modeling_cjepa.configuration_cjepa import pair
 from trainers.errors import InputError
 from trainers.finetune_args import FinetuneArguments
-from trainers.loading import load_encoder_config, load_model
+from trainers.loading import CLASSIFIERS, load_encoder_config, load_model
 
-_CLASSES = {CJepaConfig: CJepaForImageClassification, SJeaConfig: SJeaForImageClassification}
 # queries and values of the encoder's layers; an attentive head has its own
 _ADAPTED = r"(.*\.)?attention\.(q_proj|v_proj)"
 HEAD = ("classifier", "pooling")
@@ -82,7 +81,7 @@ def build_classifier(path: str | Path, config, from_scratch: bool = False, atten
         InputError: The weights are not whole or do not fit.
     """
     try:
-        model = _CLASSES[type(config)]._from_config(config, attn_implementation=attention, dtype=torch.float32)
+        model = CLASSIFIERS[type(config)]._from_config(config, attn_implementation=attention, dtype=torch.float32)
         if not from_scratch:
             saved = load_model(path).base_model
             weights = saved.state_dict()

@@ -1,24 +1,34 @@
 """What the runs of an experiment have come to: kNN, linear probe and diagnostics at several of their steps."""
 
+import hashlib
+import json
 import math
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from modeling_cjepa import CJepaForPreTraining
 from modeling_cjepa.configuration_cjepa import choose_level, pair
 from trainers.baselines import random_encoders, raw_pixels_label
 from trainers.checkpoint_files import checkpoint_step, present_checkpoints
 from trainers.datasets import ImageDataset
-from trainers.embedding import RawPixels
+from trainers.embedding import RawPixels, encoding
 from trainers.evaluation import evaluate_encoder, evaluate_levels
 from trainers.experiment_plan import Experiment
-from trainers.loading import load_encoder_config, load_with_statistics
+from trainers.files import write_json
 from trainers.readable import readable_splits
 from trainers.recipes import Recipe
 from trainers.sources import load_sources
 from trainers.subsets import choose_images, with_common_classes
 from trainers.transforms import eval_transform
+
+# of the folder of all runs: what was found of encoders before training, by what they make of the first test images
+_RANDOM = "random_encoders"
+_FIRST = 16
 
 
 class Images:
@@ -46,40 +56,57 @@ class Images:
             "num_skipped": len(self.skipped),
         }  # fmt: skip
 
-    def load(self, place: Path) -> tuple:
-        """A saved model, and what its evaluation reads: these images, their mean and deviation, the arguments."""
-        model, *statistics = load_with_statistics(str(place), self.recipe.data.image_mean, self.recipe.data.image_std)
-        return model, (*self.datasets, *statistics, self.arguments)
+    @property
+    def settings(self) -> tuple:
+        """What an evaluation reads: the images, their channels' mean and deviation, the arguments."""
+        return *self.datasets, self.recipe.data.image_mean, self.recipe.data.image_std, self.arguments
 
 
-def evaluate_run(experiment: Experiment, recipe: Recipe, folder: Path, training: dict) -> dict:
+def evaluate_run(experiment: Experiment, recipe: Recipe, folder: Path, training: dict, load: Callable) -> dict:
     """
     Evaluates a finished run.
 
     Args:
         experiment ([`Experiment`]): Says what is evaluated.
         recipe ([`Recipe`]): Of the run.
-        folder (`Path`): Of the run.
+        folder (`Path`): Of the run, two below that of all runs.
         training (`dict`): What its results say of training: `steps` and `batch_size`.
+        load (`Callable`): Gives the model that is saved at a place, in float32.
 
     Returns:
         `dict`: `images`; `points`, of each checkpoint and last of the end `step`, `images_seen` and `rows`;
         `baselines`, rows of the encoder before training, if asked for. Rows are those of [`~evaluation.probe`], whose
         `encoder` is empty for what stands for the method, and else names what is beside it.
     """
-    images = Images(recipe, pair(load_encoder_config(folder / "final").image_size))
+    images = Images(recipe, pair(recipe.objective.build_config(recipe.model).image_size))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     points = []
     for place, step in _places(folder, training["steps"], experiment.num_checkpoints):
-        model, settings = images.load(place)
-        rows = _of_levels(experiment, model.base_model, settings)
+        model = load(place).to(device)
+        rows = _of_levels(experiment, model.base_model, images.settings)
         points.append({"step": step, "images_seen": step * training["batch_size"], "rows": rows})
     if experiment.context_encoder and isinstance(model, CJepaForPreTraining):
-        rows += evaluate_levels(model.context_encoder, *settings, None, "context encoder")
+        rows += evaluate_levels(model.context_encoder, *images.settings, None, "context encoder")
     baselines = []
     if experiment.baselines:
         ((_, encoder),) = random_encoders(model.base_model, 1, recipe.training["seed"])
-        baselines = _of_levels(experiment, encoder.to(model.device), settings)
+        baselines = _before_training(experiment, encoder.to(device), images, folder.parents[1] / _RANDOM)
     return {"images": images.facts(), "points": points, "baselines": baselines}
+
+
+def _before_training(experiment: Experiment, encoder: PreTrainedModel, images: Images, known: Path) -> list[dict]:
+    """The rows of an encoder before training, which are found once for all runs that begin with the same one."""
+    *_, test, mean, std, arguments = images.settings
+    first = torch.stack([test[index]["pixel_values"] for index in range(min(_FIRST, len(test)))])
+    with encoding(encoder, mean, std, encoder.device) as encode:
+        embeddings = encode(first).pooler_output.float().cpu()
+    asked = [asdict(images.recipe.data), asdict(arguments), experiment.level]
+    digest = hashlib.sha256(embeddings.numpy().tobytes() + json.dumps(asked).encode()).hexdigest()
+    path = known / f"{digest[:16]}.json"
+    if not path.is_file():
+        known.mkdir(exist_ok=True)
+        write_json(path, _of_levels(experiment, encoder, images.settings))
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _places(folder: Path, num_steps: int, number: int) -> list[tuple[Path, int]]:

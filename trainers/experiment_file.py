@@ -11,6 +11,7 @@ from trainers.errors import InputError
 from trainers.experiment_plan import Experiment, Run
 from trainers.flags import check_value, closest, type_hints
 from trainers.resources import experiment_path
+from trainers.rivals import RIVALS
 
 ACCURACIES = ("knn", "linear")
 FIGURES = ("bars", "curves", "map")
@@ -72,7 +73,9 @@ def _check_run(run: Run, experiment: Experiment, path: Path):
     try:
         recipe = run.read(Path("runs"))
         config = recipe.objective.build_config(recipe.model)
-        if experiment.level != "all" and config.num_levels > 1:
+        if run.rival is not None:
+            RIVALS[run.rival].check(config)
+        elif experiment.level != "all" and config.num_levels > 1:
             choose_level(experiment.level, config.num_levels)
     except (InputError, ValueError) as error:
         raise InputError(f"{path}, {run.method}: {' '.join(str(error).split())}") from error
@@ -112,6 +115,9 @@ def _check_methods(experiment: Experiment, path: Path):
         if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
             raise InputError(f"{path}: {name}: {own!r} must be a mapping of keys to values.")
         check_value("recipe", own.get("recipe", ""), str, f"{path}, {name}")
+        rival = own.get("rival")
+        if rival is not None and rival not in RIVALS:
+            raise InputError(f"{path}, {name}: rival={rival!r} is not known; choose one of {', '.join(RIVALS)}.")
     _check_sweep(experiment, path)
     for own in (experiment.settings, *experiment.methods.values(), experiment.swept_keys):
         for key in own:

@@ -20,6 +20,7 @@ class Run:
         settings (`dict`): The keys that are laid on it.
         seed (`int`): Of the run.
         swept (`dict`): Those of the settings that the experiment sweeps.
+        rival (`str`, *optional*): Which of [`~rivals.RIVALS`] is trained in place of the recipe's model.
     """
 
     base: str
@@ -27,6 +28,7 @@ class Run:
     settings: dict
     seed: int
     swept: dict
+    rival: str | None = None
 
     @property
     def method(self) -> str:
@@ -54,7 +56,8 @@ class Experiment:
         title (`str`): What it asks, in a line.
         dataset (`str`): What its rows call the images, such as `cifar10-10k`.
         recipe (`str`): The recipe of all runs.
-        methods (`dict`): By their names the keys in which they differ; `recipe` may be one of them.
+        methods (`dict`): By their names the keys in which they differ; `recipe` may be one of them, and
+            `rival`, which trains another model of the recipe's sizes, one of [`~rivals.RIVALS`].
         seeds (`list[int]`): Every method is trained once with each.
         settings (`dict`): Keys laid on the recipes of all methods.
         sweep (`dict`): Keys with a list of values each: every method is trained with every combination. Keys that
@@ -108,10 +111,11 @@ class Experiment:
 
     def _run(self, method: str, values: tuple, seed: int) -> Run:
         own = dict(self.methods[method])
-        recipe = own.pop("recipe", self.recipe)
+        recipe, rival = own.pop("recipe", self.recipe), own.pop("rival", None)
         of_keys = zip(self.sweep, values, strict=True)
         settings = {key: value for keys, value in of_keys for key in keys.split(", ")}
-        return Run(method, recipe, self.settings | own | settings, seed, dict(zip(self.swept, values, strict=True)))
+        swept = dict(zip(self.swept, values, strict=True))
+        return Run(method, recipe, self.settings | own | settings, seed, swept, rival)
 
 
 def choose_runs(experiment: Experiment, methods: list[str] | None, seeds: list[int] | None) -> list[Run]:

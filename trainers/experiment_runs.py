@@ -24,9 +24,11 @@ from trainers.experiment_file import read_experiment
 from trainers.experiment_plan import Experiment, Run, choose_runs
 from trainers.files import write_json, write_text_atomically
 from trainers.flags import type_hints
+from trainers.loading import load_model
 from trainers.pretraining import pretrain
 from trainers.public_facts import public_facts
 from trainers.recipe_files import recipe_text
+from trainers.rivals import RIVALS, train_rival
 
 EVALUATION = "evaluation.json"
 SETTINGS = "settings.yaml"
@@ -112,6 +114,7 @@ def check_settings(experiment: Experiment, run: Run, folder: Path):
 def _settings_text(experiment: Experiment, run: Run) -> str:
     """All that a run's figures depend on."""
     values = {name: value for name, value in run.read(Path()).values.items() if name not in _WITHOUT_EFFECT}
+    values |= {"rival": run.rival} if run.rival else {}
     return recipe_text(values | {name: getattr(experiment, name) for name in _MEASURED})
 
 
@@ -156,13 +159,16 @@ def carry_out_run(experiment: Experiment, run: Run, call: Call):
         resuming = {"resume_from_checkpoint": LAST} if present_checkpoints(folder) else {}
         recipe = run.read(Path(call.output), **saving, **resuming)
         recipe.command = shlex.split(call.command)[1:]
-        if pretrain(recipe) is None:
+        trained = pretrain(recipe) if run.rival is None else train_rival(run.rival, recipe)
+        if trained is None:
             raise InputError(f"{run.method}, seed {run.seed}, was stopped; repeat the command to go on.")
     facts = public_facts(json.loads((final / "results.json").read_text(encoding="utf-8")))
     last_log = next((entry for entry in reversed(facts["history"]) if "rankme" in entry), {})
     told = {name: facts[name] for name in ("settings", "training", "machine", "software", "data")}
-    told |= {"diagnosis": facts["diagnosis"]["state"], "signs": {name: last_log.get(name) for name in _SIGNS}}
-    found = evaluate_run(experiment, run.read(Path(call.output)), folder, facts["training"])
+    told["diagnosis"] = facts.get("diagnosis", {}).get("state")
+    told["signs"] = {name: last_log.get(name) for name in _SIGNS}
+    load = load_model if run.rival is None else RIVALS[run.rival].load
+    found = evaluate_run(experiment, run.read(Path(call.output)), folder, facts["training"], load)
     own = {"method": run.method, "seed": run.seed, "swept": run.swept}
     write_json(folder / EVALUATION, own | public_facts(told | found))
 

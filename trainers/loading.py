@@ -27,7 +27,7 @@ from trainers.source_configs import no_model_named, read_config
 
 # what is saved with all of its weights; of a classifier only the encoder is loaded, unless it is asked for
 _CLASSES = {CJepaConfig: (CJepaForPreTraining, CJepaModel), SJeaConfig: (SJeaForPreTraining, SJeaModel)}
-_CLASSIFIERS = {CJepaConfig: CJepaForImageClassification, SJeaConfig: SJeaForImageClassification}
+CLASSIFIERS = {CJepaConfig: CJepaForImageClassification, SJeaConfig: SJeaForImageClassification}
 
 
 def load_encoder_config(path: str | Path) -> CJepaConfig | SJeaConfig:
@@ -77,7 +77,7 @@ def load_model(path: str | Path, with_classifier: bool = False) -> PreTrainedMod
         raise InputError(f"{path} is a broken checkpoint ({broken}); take another one.")
     check_folder(str(path))
     pretraining, encoder = _CLASSES[type(config)]
-    choices = (pretraining, *([_CLASSIFIERS[type(config)]] if with_classifier else []))
+    choices = (pretraining, *([CLASSIFIERS[type(config)]] if with_classifier else []))
     cls = next((choice for choice in choices if choice.__name__ in (config.architectures or [])), encoder)
     try:
         model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)

@@ -9,7 +9,7 @@
 #     --num_train_images 64 --num_eval_images 64 --per_device_train_batch_size 8 --dataloader_num_workers 0
 # One that fails does not keep the others from being run; the exit status is that of the last that failed.
 status=0
-for name in gpu_cifar10 gpu_ablation gpu_sjea; do
+for name in gpu_cifar10 gpu_ablation gpu_sjea gpu_collapse; do
   cjepa experiment "$name" --output "${RUNS:-runs/experiments}/$name" --results "${RESULTS:-docs/results}" "$@" ||
     status=$?
 done
