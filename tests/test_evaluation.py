@@ -33,11 +33,11 @@ from trainers.loading import load_encoder_config
 from trainers.probes import accuracy_interval, knn_predict, linear_predict
 from trainers.reports import format_table
 from trainers.scenes import FAMILY_NAMES, render_scenes
-from trainers.transforms import eval_transform, image_processor
+from trainers.transforms import eval_transform, image_processor, normalize
 
 SIZE = 24
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
-ARGUMENTS = EvaluationArguments(eval_batch_size=16, num_neighbors=5)
+ARGUMENTS = EvaluationArguments(eval_batch_size=16, num_neighbors=5, precision="float32")
 
 
 def scenes(num_images, seed) -> ImageSource:
@@ -255,6 +255,22 @@ def test_evaluate_model_loads_both_encoders_and_compares(folder, train, test):
             "num_classes": 4, "num_neighbors": 5, "seed": 0}.items() <= results.items()  # fmt: skip
     json.dumps(results, allow_nan=False)
     check_row(results["rows"][0], model.cjepa, train, test)
+
+
+def test_an_encoder_is_evaluated_in_the_precision_asked_for(folder, train, test):
+    encoder, seen = tiny_model(image_size=SIZE).cjepa.eval(), {}
+    for precision in ("bf16", "float32"):
+        arguments = dataclasses.replace(ARGUMENTS, precision=precision)
+        settings = (as_dataset(train), as_dataset(test), MEAN, STD, arguments, "encoder")
+        row = evaluate_encoder(encoder, *settings)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            x = torch.stack([item["pixel_values"] for item in as_dataset(test)])
+            expected = feature_std(encoder(normalize(x, MEAN, STD)).pooler_output.float())
+        seen[precision] = row["feature_std"]
+        assert row["feature_std"] == pytest.approx(expected, rel=1e-5)
+    assert seen["bf16"] != pytest.approx(seen["float32"], rel=1e-5)
+    with pytest.raises(InputError, match="precision='fp8' is not known"):
+        EvaluationArguments(precision="fp8")
 
 
 def check_row(row, encoder, train, test):

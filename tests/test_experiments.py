@@ -99,7 +99,8 @@ def test_every_method_is_trained_with_every_seed_and_evaluated_on_its_way(done):
 def test_the_figures_are_those_of_cjepa_evaluate(done, tmp_path):
     folder, _ = done
     final = folder / "runs/c-jepa/seed-1/final"
-    assert main(["evaluate", str(final), "--output", str(tmp_path / "own.json"), "--seed", "1", "--disable_tqdm"]) == 0
+    flags = ["--seed", "1", "--precision", "float32", "--disable_tqdm"]
+    assert main(["evaluate", str(final), "--output", str(tmp_path / "own.json"), *flags]) == 0
     own = json.loads((tmp_path / "own.json").read_text())["rows"]
     found = json.loads((folder / "runs/c-jepa/seed-1/evaluation.json").read_text())
     for name in ("knn", "linear", "rankme"):

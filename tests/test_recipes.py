@@ -144,7 +144,7 @@ def test_sections_share_no_field_with_two_meanings(objective):
         for name in fields:
             owners.setdefault(name, []).append(section)
     shared = {name for name, sections in owners.items() if len(sections) > 1}
-    assert shared == {"seed", "dataloader_num_workers", "disable_tqdm"}, (
+    assert shared == {"seed", "dataloader_num_workers", "disable_tqdm", "precision"}, (
         "these mean the same in training and evaluation"
     )
 

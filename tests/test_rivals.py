@@ -1,4 +1,4 @@
-"""MAE and labels, with which experiments compare: transformers' models on a recipe's images."""
+"""MAE and labels, with which experiments compare: on a recipe's images, trained like all else."""
 
 import json
 import shutil
@@ -6,21 +6,28 @@ import shutil
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from tiny import FLAGS, RESNET, SIZES, tiny_config
-from transformers import AutoConfig, ViTMAEForPreTraining
+from transformers import AutoConfig, ViTMAEConfig, ViTMAEForPreTraining
 
 from trainers.cli import main
 from trainers.errors import InputError
 from trainers.experiment_file import read_experiment
+from trainers.pretraining import training_arguments
 from trainers.recipes import read_recipe
-from trainers.rivals import RIVALS, train_rival
+from trainers.rival_training import train_rival
+from trainers.rivals import RIVALS, MaeEncoder
+from trainers.sources import load_sources
 
 SETTINGS = dict(zip((flag[2:] for flag in FLAGS[:-1:2]), map(yaml.safe_load, FLAGS[1:-1:2]), strict=True))
-SETTINGS |= {"use_cpu": True, "disable_tqdm": True, "max_steps": 4}
+SETTINGS |= {"use_cpu": True, "disable_tqdm": True, "max_steps": 4, "final_regularizer_weight": 0.0}
 PLAN = {
     "title": "Others", "dataset": "scenes-64", "recipe": "cjepa_scenes", "seeds": [1], "settings": SETTINGS,
     "methods": {"mae": {"rival": "mae"}, "labels": {"rival": "supervised"}}, "num_checkpoints": 2,
+}  # fmt: skip
+TWO_VIEWS = {
+    "num_views": 2, "regularizer": "views", "stem_hidden_sizes": [8, 16], "color_jitter_probability": 0.8,
 }  # fmt: skip
 
 
@@ -40,19 +47,50 @@ def written(folder, **changes):
     return str(path)
 
 
-def test_the_encoder_of_mae_sees_every_patch_and_gives_their_mean(tmp_path):
+def a_model(rival="mae", names=None, **changes):
     torch.manual_seed(0)
-    model = RIVALS["mae"].build(tiny_config(), None).eval()
+    return RIVALS[rival].build(tiny_config(**changes), names, "eager").eval()
+
+
+def test_the_encoder_of_mae_sees_every_patch_and_gives_their_mean(tmp_path):
+    model = a_model()
     model.save_pretrained(tmp_path)
     images = torch.randn(3, 3, 32, 32)
-    whole = ViTMAEForPreTraining.from_pretrained(tmp_path, mask_ratio=0.0).vit(images).last_hidden_state
+    theirs = ViTMAEForPreTraining(ViTMAEConfig(**model.mae.config.to_dict() | {"mask_ratio": 0.0})).eval()
+    theirs.load_state_dict(model.mae.state_dict())
+    whole = theirs.vit(images, noise=torch.arange(64).expand(3, -1)).last_hidden_state
     found = RIVALS["mae"].load(tmp_path)(images)
+    torch.testing.assert_close(found.last_hidden_state, whole[:, 1:])
     torch.testing.assert_close(found.pooler_output, whole[:, 1:].mean(dim=1))
-    assert found.last_hidden_state.shape == (3, 64, 32)
 
 
-def test_mae_has_the_sizes_of_the_recipe(tmp_path):
-    config = RIVALS["mae"].build(tiny_config(), None).config
+def test_the_loss_is_that_of_transformers():
+    model = a_model()
+    images = torch.randn(3, 3, 32, 32)
+    torch.manual_seed(5)
+    expected = model.mae(images).loss
+    torch.manual_seed(5)
+    torch.testing.assert_close(model(images).loss, expected)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "encoder before training"])
+def test_patches_have_their_places(kind):
+    model = a_model()
+    if kind == "decoder":
+        table = model.mae.decoder.decoder_pos_embed
+    else:
+        vit = model.mae.vit if kind == "encoder" else MaeEncoder(model.config).vit
+        table = vit.embeddings.position_embeddings
+        projection = vit.embeddings.patch_embeddings.projection.weight
+        # Xavier's, of 48 pixels and 32 features
+        assert projection.abs().max() <= (6 / (48 + 32)) ** 0.5 < 1.1 * projection.abs().max()
+    # sines and cosines of 64 places
+    assert table.shape[1] == 65 and torch.cdist(table[0, 1:], table[0, 1:]).fill_diagonal_(1).min() > 0.1
+    torch.testing.assert_close(table[0, 1:].square().sum(dim=1), torch.full((64,), table.shape[2] / 2))
+
+
+def test_mae_has_the_sizes_of_the_recipe():
+    config = a_model().mae.config
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size"):
         assert getattr(config, name) == SIZES[name]
     assert (config.decoder_hidden_size, config.decoder_num_hidden_layers) == (16, 2)
@@ -68,25 +106,48 @@ def test_a_rival_learns_what_it_is_asked_for(tmp_path, rival):
     assert losses(tmp_path)[-1] < {"mae": 0.9, "supervised": 0.5}[rival]
 
 
+def test_labels_are_those_of_the_images(tmp_path):
+    for name, color in (("blue", (0, 0, 200)), ("red", (200, 0, 0))):
+        for part, number in (("train", 32), ("test", 2)):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for index in range(number):
+                Image.new("RGB", (32, 32), color).save(tmp_path / "images" / part / name / f"{index}.png")
+    given = {"dataset": str(tmp_path / "images"), "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}
+    recipe = a_recipe(tmp_path / "run", **given)
+    args, (source, _) = training_arguments(recipe), load_sources(recipe.data, 32, progress=False)
+    model, batches = a_model("supervised", source.label_names), []
+
+    def look(model, args, kwargs):
+        red, _, blue = args[0].mean(dim=(2, 3)).T
+        batches.append(((red > blue).long(), kwargs["labels"]))
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    RIVALS["supervised"].build_trainer(model, args, recipe.data, source).train()
+    assert source.label_names == ["blue", "red"] and len(batches) == 8
+    for is_red, labels in batches:
+        assert is_red.tolist() == labels.tolist() and 0 < is_red.sum() < 8
+
+
 @pytest.mark.parametrize("rival", ["mae", "supervised"])
 def test_a_rival_that_is_gone_on_with_is_the_same(tmp_path, rival):
     whole, halved = tmp_path / "whole", tmp_path / "halved"
-    saving = {"save_strategy": "steps", "save_steps": 2, "horizontal_flip": True}
-    train_rival(rival, a_recipe(whole, **saving))
+    # two passes over the images and a part of a third, colours and crops drawn anew
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 10, "per_device_train_batch_size": 16}
+    others = TWO_VIEWS if rival == "supervised" else {}
+    train_rival(rival, a_recipe(whole, **saving, **others))
     halved.mkdir()
-    shutil.copytree(whole / "checkpoint-2", halved / "checkpoint-2")
-    train_rival(rival, a_recipe(halved, **saving, resume_from_checkpoint="last"))
+    shutil.copytree(whole / "checkpoint-6", halved / "checkpoint-6")
+    train_rival(rival, a_recipe(halved, **saving, **others, resume_from_checkpoint="last"))
     weights = [load_file(folder / "final/model.safetensors") for folder in (whole, halved)]
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
     facts = json.loads((halved / "final/results.json").read_text())
-    assert facts["training"]["images_seen"] == 64 and facts["training"]["steps"] == 4
+    assert facts["training"]["images_seen"] == 160 and facts["training"]["steps"] == 10
 
 
 def test_rivals_are_methods_of_an_experiment(tmp_path):
     runs, results = tmp_path / "runs", tmp_path / "results"
     assert main(["experiment", written(tmp_path), "--output", str(runs), "--results", str(results)]) == 0
-    assert AutoConfig.from_pretrained(runs / "mae/seed-1/final").model_type == "vit_mae"
     assert AutoConfig.from_pretrained(runs / "labels/seed-1/final").architectures == ["CJepaForImageClassification"]
     for name, rival in (("mae", "mae"), ("labels", "supervised")):
         assert yaml.safe_load((runs / name / "seed-1/settings.yaml").read_text())["rival"] == rival
@@ -96,6 +157,9 @@ def test_rivals_are_methods_of_an_experiment(tmp_path):
         assert before["dim"] == after["dim"] == 32
         assert before["num_parameters"] == after["num_parameters"]
         assert before["feature_std"] != after["feature_std"]
+    loaded = RIVALS["mae"].load(runs / "mae/seed-1/final").state_dict()
+    saved = load_file(runs / "mae/seed-1/final/model.safetensors")
+    assert all(torch.equal(value, saved[f"mae.{name}"]) for name, value in loaded.items())
     assert len(list((runs / "random_encoders").iterdir())) == 2  # of equal sizes, and not alike
     rows = json.loads((results / "summary.json").read_text())
     assert {"mae", "labels"} < {row["method"] for row in rows}
@@ -106,8 +170,12 @@ def test_rivals_are_methods_of_an_experiment(tmp_path):
     ("changes", "told"),
     [
         ({"methods": {"a": {"rival": "moco"}}}, "a: rival='moco' is not known; choose one of mae, supervised"),
+        ({"methods": {"a": {"rival": ["mae"]}}}, "a: rival=.* is a list"),
         ({"methods": {"a": {"rival": "mae", "stem_hidden_sizes": [8, 16]}}}, "rival mae takes the sizes"),
         ({"methods": {"a": {"rival": "mae", "upper_levels": [{}]}}}, "rival mae takes the sizes"),
+        ({"methods": {"a": {"rival": "mae", "image_size": [32, 64]}}}, "rival mae takes the sizes"),
+        ({"methods": {"a": {"rival": "mae", "image_size": 30}}}, "rival mae takes the sizes"),
+        ({"methods": {"a": {"rival": "mae", "start_from": "runs/mine"}}}, "starts anew; leave start_from out"),
         (
             {
                 "methods": {"a": {"rival": "mae", "recipe": "vicreg_cifar10", "levels": [{"backbone": RESNET}]}},
@@ -124,4 +192,4 @@ def test_what_a_rival_cannot_be_is_told_before_any_run(tmp_path, changes, told):
 
 def test_labels_are_asked_for():
     with pytest.raises(InputError, match="needs labels"):
-        RIVALS["supervised"].build(tiny_config(), None)
+        a_model("supervised")

@@ -5,8 +5,8 @@ import torch
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining
 from trainers.benchmark import decay_groups
 from trainers.errors import InputError
+from trainers.precision import computes_in_bf16
 from trainers.recipes import RunArguments
-from trainers.training_args import computes_in_bf16
 
 
 def _vit(width, layers, heads, predictor_width, predictor_layers, image_size=224, patch_size=16) -> dict:

@@ -24,7 +24,7 @@ WITHOUT_EFFECT = {
     *(f"dataloader_{name}" for name in ("num_workers", "persistent_workers", "prefetch_factor", "pin_memory")),
     *(f"logging_{name}" for name in ("strategy", "steps", "first_step", "nan_inf_filter")),
     *(f"save_{name}" for name in ("strategy", "steps", "total_limit")), "keep_checkpoints_every",
-    *(type_hints(EvaluationArguments).keys() - {"seed"}),
+    *(type_hints(EvaluationArguments).keys() - {"seed", "precision"}),
 }  # fmt: skip
 # what batches are made of: [`changed_batches`] tells
 _BATCHES = {"per_device_train_batch_size"}

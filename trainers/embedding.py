@@ -29,9 +29,10 @@ def extract_embeddings(
     progress: bool = True,
     num_workers: int = 0,
     description: str = "embedding images",
+    bf16: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    The embeddings of all images, in their order; in bfloat16 arithmetic on a GPU.
+    The embeddings of all images, in their order.
 
     Args:
         encoder (`nn.Module`): Gives a `pooler_output` (B, D), such as [`CJepaModel`].
@@ -42,12 +43,14 @@ def extract_embeddings(
         progress (`bool`): Whether to show a bar.
         num_workers (`int`): Processes that load images.
         description (`str`): What the bar says.
+        bf16 (`bool`, *optional*): Whether arithmetic is in bfloat16; on a GPU alone when not given.
 
     Returns:
         The embeddings, float32 (n, D), and the labels, int64 (n,) or None; both on the CPU.
     """
     embeddings, labels = [], []
-    batches = encode_batches(encoder, dataset, mean, std, batch_size, device, progress, num_workers, description)
+    options = (batch_size, device, progress, num_workers, description, bf16)
+    batches = encode_batches(encoder, dataset, mean, std, *options)
     for outputs, batch_labels in batches:
         embeddings.append(outputs.pooler_output.float().cpu())
         labels.append(batch_labels)
@@ -64,13 +67,14 @@ def encode_batches(
     progress: bool = True,
     num_workers: int = 0,
     description: str = "encoding images",
+    bf16: bool | None = None,
 ) -> Iterator[tuple]:
     """
-    What an encoder makes of all images, batch by batch, without gradients; in bfloat16 arithmetic on a GPU.
+    What an encoder makes of all images, batch by batch, without gradients.
 
     Args:
         encoder (`nn.Module`): Takes normalised images (B, C, H, W).
-        dataset, mean, std, batch_size, device, progress, num_workers, description: As in [`extract_embeddings`].
+        dataset, mean, std, batch_size, device, progress, num_workers, description, bf16: As in [`extract_embeddings`].
 
     Yields:
         `(outputs, labels)`: The encoder's, where it is, and the labels (B,) int64 or None.
@@ -80,30 +84,29 @@ def encode_batches(
     # a generator of its own: the loader draws a seed for its workers, and shall not draw it from the caller's
     generator = torch.Generator()
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=on_gpu, generator=generator)
-    with encoding(encoder, mean, std, device) as encode:
+    with encoding(encoder, mean, std, device, bf16) as encode:
         for batch in tqdm(loader, desc=description, unit="batch", disable=not progress):
             yield encode(batch["pixel_values"]), batch.get("labels")
 
 
 @contextmanager
-def encoding(encoder: nn.Module, mean, std, device: torch.device):
+def encoding(encoder: nn.Module, mean, std, device: torch.device, bf16: bool | None = None):
     """
-    A function that encodes a batch without gradients, in bfloat16 arithmetic on a GPU; the encoder is in evaluation
-    mode meanwhile.
+    A function that encodes a batch without gradients; the encoder is in evaluation mode meanwhile.
 
     Args:
-        encoder, mean, std, device: As in [`extract_embeddings`].
+        encoder, mean, std, device, bf16: As in [`extract_embeddings`].
 
     Yields:
         `Callable`: From `pixel_values` (B, C, H, W) uint8 to the encoder's output, where it is.
     """
-    on_gpu = device.type == "cuda"
+    enabled = device.type == "cuda" if bf16 is None else bf16
     was_training = encoder.training
     encoder.to(device).eval()
 
     def encode(pixel_values: torch.Tensor):
         # left before it returns: whoever takes the outputs may compute gradients
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             return encoder(normalize(pixel_values.to(device, non_blocking=True), mean, std))
 
     try:

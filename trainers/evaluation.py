@@ -20,6 +20,7 @@ from trainers.diagnostics import feature_std, rankme
 from trainers.embedding import RawPixels, check_finite, device_of, extract_embeddings
 from trainers.errors import InputError
 from trainers.pooling import EveryLevel, OneLevel
+from trainers.precision import check_precision, is_bf16
 from trainers.probes import accuracy_interval, knn_predict, linear_predict
 from trainers.subject import Subject
 from trainers.transforms import eval_transform
@@ -43,6 +44,9 @@ class EvaluationArguments:
     context_encoder: bool = field(
         default=False, metadata={"help": "also evaluate the context encoder, which is not the one that is published"}
     )
+    precision: str = field(
+        default="auto", metadata={"help": "`auto` (bf16 where the device computes in it), `bf16` or `float32`"}
+    )
     disable_tqdm: bool | None = field(default=None, metadata={"help": "show no progress bars"})
 
     def __post_init__(self):
@@ -50,6 +54,10 @@ class EvaluationArguments:
                             ("num_probe_images", 2), ("seed", 0), ("dataloader_num_workers", 0)):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < least:
                 raise InputError(f"{name}={value} is too small; set it to {least} or more.")
+        try:
+            check_precision(self.precision)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         if not self.temperature > 0:
             raise InputError(f"temperature={self.temperature} divides similarities; set it above 0, such as 0.07.")
 
@@ -76,6 +84,7 @@ def embed(encoder: nn.Module, train: ImageDataset, test: ImageDataset, mean, std
         "num_workers": arguments.dataloader_num_workers,
         "device": device,
         "progress": not arguments.disable_tqdm,
+        "bf16": is_bf16(arguments.precision, device),
     }
     embedded = tuple(
         tensor.to(device if device.type == "cuda" else "cpu")
@@ -263,5 +272,6 @@ def evaluate_model(
         "num_neighbors": min(arguments.num_neighbors, len(train_source)),
         "temperature": arguments.temperature,
         "seed": arguments.seed,
+        "precision": "bf16" if is_bf16(arguments.precision, model.device) else "float32",
         "rows": rows,
     }

@@ -78,7 +78,7 @@ def evaluate_run(experiment: Experiment, recipe: Recipe, folder: Path, training:
         `baselines`, rows of the encoder before training, if asked for. Rows are those of [`~evaluation.probe`], whose
         `encoder` is empty for what stands for the method, and else names what is beside it.
     """
-    images = Images(recipe, pair(recipe.objective.build_config(recipe.model).image_size))
+    images = Images(recipe, saved_image_size(folder))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     points = []
     for place, step in _places(folder, training["steps"], experiment.num_checkpoints):
@@ -94,11 +94,17 @@ def evaluate_run(experiment: Experiment, recipe: Recipe, folder: Path, training:
     return {"images": images.facts(), "points": points, "baselines": baselines}
 
 
+def saved_image_size(folder: Path) -> tuple[int, int]:
+    """Height and width of the images of a finished run's model, which may have them of the one it started from."""
+    config = json.loads((folder / "final" / "config.json").read_text(encoding="utf-8"))
+    return pair(config["image_size"])
+
+
 def _before_training(experiment: Experiment, encoder: PreTrainedModel, images: Images, known: Path) -> list[dict]:
     """The rows of an encoder before training, which are found once for all runs that begin with the same one."""
     *_, test, mean, std, arguments = images.settings
     first = torch.stack([test[index]["pixel_values"] for index in range(min(_FIRST, len(test)))])
-    with encoding(encoder, mean, std, encoder.device) as encode:
+    with encoding(encoder, mean, std, encoder.device, bf16=False) as encode:
         embeddings = encode(first).pooler_output.float().cpu()
     asked = [asdict(images.recipe.data), asdict(arguments), experiment.level]
     digest = hashlib.sha256(embeddings.numpy().tobytes() + json.dumps(asked).encode()).hexdigest()

@@ -75,7 +75,9 @@ def _check_run(run: Run, experiment: Experiment, path: Path):
         config = recipe.objective.build_config(recipe.model)
         if run.rival is not None:
             RIVALS[run.rival].check(config)
-        elif experiment.level != "all" and config.num_levels > 1:
+            if recipe.run.start_from is not None:
+                raise InputError(f"rival {run.rival} starts anew; leave start_from out.")
+        if experiment.level != "all" and config.num_levels > 1:
             choose_level(experiment.level, config.num_levels)
     except (InputError, ValueError) as error:
         raise InputError(f"{path}, {run.method}: {' '.join(str(error).split())}") from error
@@ -116,6 +118,7 @@ def _check_methods(experiment: Experiment, path: Path):
             raise InputError(f"{path}: {name}: {own!r} must be a mapping of keys to values.")
         check_value("recipe", own.get("recipe", ""), str, f"{path}, {name}")
         rival = own.get("rival")
+        check_value("rival", rival, str | None, f"{path}, {name}")
         if rival is not None and rival not in RIVALS:
             raise InputError(f"{path}, {name}: rival={rival!r} is not known; choose one of {', '.join(RIVALS)}.")
     _check_sweep(experiment, path)

@@ -4,10 +4,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from modeling_cjepa.configuration_cjepa import pair
-from trainers.experiment_evaluation import evaluate_pixels
+from trainers.experiment_evaluation import evaluate_pixels, saved_image_size
 from trainers.experiment_figures import draw_experiment
-from trainers.experiment_plan import Experiment
+from trainers.experiment_plan import Experiment, choose_runs
 from trainers.experiment_results import finished_runs, summarise, write_results
 from trainers.experiment_runs import Call
 from trainers.files import write_json
@@ -28,7 +27,7 @@ def report(experiment: Experiment, call: Call, folders: list[Path]) -> list[dict
         `list[dict]`: The rows of [`~experiment_results.summarise`].
     """
     found = finished_runs(experiment, Path(call.output))
-    pixels = _pixels(experiment, Path(call.output)) if experiment.baselines else None
+    pixels = _pixels(experiment, call, found) if experiment.baselines and found else None
     rows = summarise(experiment, found, pixels, call.command)
     for folder in folders:
         write_results(folder, experiment, rows, found)
@@ -37,10 +36,11 @@ def report(experiment: Experiment, call: Call, folders: list[Path]) -> list[dict
     return rows
 
 
-def _pixels(experiment: Experiment, output: Path) -> dict:
-    """The row of raw pixels of the first run's images, which is found once for them."""
-    path, recipe = output / _PIXELS, experiment.runs()[0].read(output)
-    size = pair(recipe.objective.build_config(recipe.model).image_size)
+def _pixels(experiment: Experiment, call: Call, found: list[dict]) -> dict:
+    """The row of raw pixels of the images of the first run that is done, which is found once for them."""
+    (first,) = choose_runs(experiment, [found[0]["method"]], [found[0]["seed"]])
+    path, recipe = Path(call.output, _PIXELS), first.read(Path(call.output))
+    size = saved_image_size(call.folder(first))
     asked = {"data": asdict(recipe.data), "evaluation": asdict(recipe.evaluation), "image_size": list(size)}
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if before.get("of") != asked:

@@ -28,7 +28,8 @@ from trainers.loading import load_model
 from trainers.pretraining import pretrain
 from trainers.public_facts import public_facts
 from trainers.recipe_files import recipe_text
-from trainers.rivals import RIVALS, train_rival
+from trainers.rival_training import train_rival
+from trainers.rivals import RIVALS
 
 EVALUATION = "evaluation.json"
 SETTINGS = "settings.yaml"

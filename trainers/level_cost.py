@@ -11,9 +11,9 @@ from trainers.benchmark import quartiles, shown
 from trainers.datasets import seeded
 from trainers.errors import InputError
 from trainers.model_facts import count
+from trainers.precision import computes_in_bf16
 from trainers.recipes import Recipe
 from trainers.reports import markdown_table
-from trainers.training_args import computes_in_bf16
 
 _MIB = 2**20
 # steps that the activations are the mean of: masks are drawn anew, larger or smaller, for each

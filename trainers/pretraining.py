@@ -100,6 +100,33 @@ def find_own_checkpoint(args: JepaTrainingArguments, model: PreTrainedModel) -> 
 
 def _run(recipe: Recipe, trainer: JepaTrainer, labelled: Labelled | None, checkpoint: str | None) -> Path | None:
     """Trains, and saves and evaluates what was trained."""
+    seconds = train(recipe, trainer, checkpoint)
+    if seconds is None:
+        return None
+    folder = Path(trainer.args.output_dir, "final")
+    model = whole_model(trainer)
+    if trainer.is_world_process_zero():
+        finish(recipe, trainer, model, labelled, seconds, folder)
+        if trainer.push is not None:
+            push_finished(folder, trainer.push)
+    return folder
+
+
+def train(recipe: Recipe, trainer: JepaTrainer, checkpoint: str | None) -> float | None:
+    """
+    Trains to the end of a run.
+
+    Args:
+        recipe ([`Recipe`]): Of the run, which is written beside its checkpoints.
+        trainer ([`JepaTrainer`]): What trains.
+        checkpoint (`str`, *optional*): Where to go on from; of a run that was at its end the weights are loaded.
+
+    Returns:
+        `float`: Seconds that this call took; None if a signal or `max_hours` has stopped it, with a checkpoint.
+
+    Raises:
+        InputError: The checkpoint is of other images, the weights are not finite, or the doctor has stopped the run.
+    """
     args = trainer.args
     trainer.take_over(checkpoint)  # refuses other images before anything is written
     if trainer.is_world_process_zero():
@@ -119,13 +146,7 @@ def _run(recipe: Recipe, trainer: JepaTrainer, labelled: Labelled | None, checkp
     check_finite_weights(trainer)
     if trainer.doctor.has_stopped:
         raise InputError(trainer.doctor.stop_sentence(args.output_dir))
-    folder = Path(args.output_dir, "final")
-    model = whole_model(trainer)
-    if trainer.is_world_process_zero():
-        finish(recipe, trainer, model, labelled, seconds, folder)
-        if trainer.push is not None:
-            push_finished(folder, trainer.push)
-    return folder
+    return seconds
 
 
 def load_images(

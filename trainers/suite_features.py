@@ -21,6 +21,7 @@ from modeling_cjepa.levels_sjea import LevelOutput, as_tokens
 from trainers.attentive_probe import EncodedTokens, StoredTokens
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.embedding import RawPixels, check_finite, encode_batches, extract_embeddings
+from trainers.precision import is_bf16
 from trainers.transforms import eval_transform
 
 
@@ -127,6 +128,7 @@ class ImageReader:
             "device": self.device,
             "num_workers": arguments.dataloader_num_workers,
             "progress": not arguments.disable_tqdm,
+            "bf16": is_bf16(arguments.precision, self.device),
         }
         self.batch_size = arguments.eval_batch_size
 

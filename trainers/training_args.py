@@ -5,11 +5,10 @@ schedules and each objective's defaults.
 import math
 from dataclasses import dataclass, field
 
-import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-PRECISIONS = ("auto", "bf16", "float32")
+from trainers.precision import check_precision, is_bf16
 
 
 @dataclass
@@ -51,8 +50,7 @@ class PrecisionTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "images have no column to keep"})
 
     def __post_init__(self):
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
+        check_precision(self.precision)
         if self.keep_checkpoints_every is not None and self.keep_checkpoints_every < 1:
             raise ValueError(f"keep_checkpoints_every={self.keep_checkpoints_every} must be 1 or more steps.")
         if self.max_hours is not None and not self.max_hours > 0:
@@ -63,7 +61,7 @@ class PrecisionTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False
-        self.bf16 = self.precision == "bf16" or (self.precision == "auto" and computes_in_bf16(self.device))
+        self.bf16 = is_bf16(self.precision, self.device)
         # the field that Trainer hands to Accelerate, which the parent has set before the device was known
         self.mixed_precision = "bf16" if self.bf16 else "no"
 
@@ -252,14 +250,3 @@ class SJeaTrainingArguments(JepaTrainingArguments):
     schedule_scale: float = field(default=1.0, metadata={"help": "length of the schedules in units of the run"})
     per_device_train_batch_size: int = field(default=256, metadata={"help": "images of a process in a batch"})
     num_train_epochs: float = field(default=200.0, metadata={"help": "passes over the train images"})
-
-
-def computes_in_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies matrices in bf16 faster than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        # without such instructions bf16 on a CPU is two to three times slower than float32
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
-    return False
