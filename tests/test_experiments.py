@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import yaml
@@ -20,7 +21,8 @@ from trainers.experiment_figures import draw_experiment
 from trainers.experiment_file import read_experiment
 from trainers.experiment_plan import choose_runs
 from trainers.experiment_results import format_rows, images_until, summarise, write_results
-from trainers.experiment_runs import Call, carry_out_run
+from trainers.experiment_runs import Call, carry_out, carry_out_run
+from trainers.experiment_runs import main as carry_out_told_run
 from trainers.probes import accuracy_interval, mean_interval
 from trainers.resources import experiment_names
 
@@ -203,15 +205,44 @@ def test_a_run_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="c-jepa, seed 1, was stopped; repeat the command"):
             carry_out_run(experiment, run, call)
     assert asked == [None, "last"]
+    told = asdict(call) | {"method": run.method, "seed": run.seed}
+    told["settings"] = (call.folder(run) / "settings.yaml").read_text()
+    assert carry_out_told_run(json.dumps(told)) == 130  # which ends the experiment
 
 
-def test_a_run_that_fails_ends_the_experiment(tmp_path, capfd):
-    given = written(tmp_path, methods={"good": {}, "bad": {"num_train_images": 3}}, baselines=False)
+def test_a_run_that_fails_does_not_keep_others_from_being_run(tmp_path, capfd):
+    given = written(tmp_path, methods={"any": {}, "bad": {"num_train_images": 3}}, baselines=False)
     assert main(["experiment", given, "--output", str(tmp_path / "runs")]) == 2
-    told = capfd.readouterr().err
-    assert "bad, seed 1, ended with status 2, see above; what is done is kept" in told
-    assert "fewer than the 16 of a batch" in told
-    assert not (tmp_path / "runs/good/seed-2").exists()
+    told = capfd.readouterr()
+    for seed in (1, 2):
+        assert f"bad, seed {seed}, ended with status 2, see above" in told.err
+        assert (tmp_path / f"runs/any/seed-{seed}/evaluation.json").is_file()
+    assert "The table is of the others; the same command tries these again" in told.err
+    assert "fewer than the 16 of a batch" in told.err
+    assert "| any " in told.out and "| bad " not in told.out
+
+
+def test_what_ails_the_first_run_ends_the_experiment(tmp_path, capfd):
+    given = written(tmp_path, methods={"bad": {"num_train_images": 3}, "good": {}}, baselines=False)
+    assert main(["experiment", given, "--output", str(tmp_path / "runs")]) == 2
+    assert "bad, seed 1, ended with status 2, see above; what is done is kept" in capfd.readouterr().err
+    assert not (tmp_path / "runs/good").exists()
+
+
+@pytest.mark.parametrize("status", [130, -15])
+def test_a_signal_is_meant_for_all_runs(tmp_path, monkeypatch, status):
+    given = written(tmp_path)
+    experiment, begun = read_experiment(given), []
+
+    def run(command, **kwargs):
+        begun.append(command)
+        return subprocess.CompletedProcess(command, 0 if len(begun) == 1 else status)
+
+    monkeypatch.setattr("trainers.experiment_runs.subprocess.run", run)
+    call = Call(given, {}, str(tmp_path / "runs"), "cjepa experiment small")
+    with pytest.raises(InputError, match=f"i-jepa, seed 1, ended with status {status}.*what is done is kept"):
+        carry_out(experiment, experiment.runs(), call)
+    assert len(begun) == 2
 
 
 def test_interval_of_a_mean_is_students():

@@ -70,8 +70,10 @@ def run_experiment(namespace):
     folders = [Path(output), *([Path(namespace.results)] if namespace.results else [])]
     for folder, flag in zip(folders, ("--output", "--results"), strict=False):
         make_place(folder / "results", flag)
-    carry_out(experiment, runs, call, namespace.jobs)
+    failures = carry_out(experiment, runs, call, namespace.jobs)
     print("\n" + format_rows(experiment, report(experiment, call, folders)))
+    if failures:
+        raise InputError(f"{'; '.join(failures)}. The table is of the others; the same command tries these again.")
 
 
 def public_command(command: list[str]) -> str:

@@ -43,6 +43,12 @@ _WITHOUT_EFFECT = (WITHOUT_EFFECT - type_hints(EvaluationArguments).keys()) | {
 _SAVED = 0.2
 # what the last log of a run tells
 _SIGNS = ("rankme", "lidar", "feature_std", "loss")
+# the exit status after Ctrl-C, and of a run that a signal or `max_hours` has stopped
+_INTERRUPTED = 130
+
+
+class _Stopped(InputError):
+    """A run has ended before its end, with a checkpoint."""
 
 
 @dataclass
@@ -67,7 +73,7 @@ class Call:
         return Path(self.output) / run.place
 
 
-def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int = 1):
+def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int = 1) -> list[str]:
     """
     Trains and evaluates the runs that are not done yet, each in a process of its own.
 
@@ -77,23 +83,32 @@ def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int
         call ([`Call`]): How.
         num_jobs (`int`): How many at a time. What several print is kept in `log.txt` of their folders.
 
+    Returns:
+        `list[str]`: A sentence for each run that failed, such as one that diverged; the others are carried out.
+
     Raises:
-        InputError: A run failed, or its folder holds one with other settings; what is done is kept.
+        InputError: The first run failed, or one was stopped by a signal or `max_hours`, and no other is begun; or a
+            folder holds a run with other settings. What is done is kept.
     """
     for run in experiment.runs():
         check_settings(experiment, run, call.folder(run))
     missing = [run for run in runs if not is_done(call.folder(run))]
-    failed = Event()
+    stopped, failures = Event(), []
     with (
         tqdm(total=len(runs), initial=len(runs) - len(missing), desc=experiment.name, unit="run") as bar,
         ThreadPoolExecutor(num_jobs) as pool,
     ):
         try:
             settings = [_settings_text(experiment, run) for run in missing]
-            for _ in pool.map(partial(_carry_out_elsewhere, call, num_jobs, failed), missing, settings):
-                bar.update()
+            carry_out_one = partial(_carry_out_elsewhere, call, num_jobs, stopped, missing[:1])
+            for status, sentence in pool.map(carry_out_one, missing, settings):
+                bar.update(status == 0)
+                failures += [sentence] if status else []
+                if status and stopped.is_set():
+                    raise InputError(f"{'; '.join(failures)}; what is done is kept.")
         finally:
-            failed.set()  # those that wait do not begin
+            stopped.set()  # those that wait do not begin
+    return failures
 
 
 def is_done(folder: Path) -> bool:
@@ -119,14 +134,17 @@ def _settings_text(experiment: Experiment, run: Run) -> str:
     return recipe_text(values | {name: getattr(experiment, name) for name in _MEASURED})
 
 
-def _carry_out_elsewhere(call: Call, num_jobs: int, failed: Event, run: Run, settings: str):
-    """A run in a process of its own, as [`main`] does it."""
-    if failed.is_set():
-        return
+def _carry_out_elsewhere(
+    call: Call, num_jobs: int, stopped: Event, first: list[Run], run: Run, settings: str
+) -> tuple[int, str]:
+    """A run in a process of its own, as [`main`] does it: its exit status, and how it ended."""
+    name = f"{run.method}, seed {run.seed}"
+    if stopped.is_set():
+        return _INTERRUPTED, f"{name}, was not begun"
     told = json.dumps(asdict(call) | {"method": run.method, "seed": run.seed, "settings": settings})
     command, folder = [sys.executable, "-m", __name__, told], call.folder(run)
     if num_jobs == 1:
-        tqdm.write(f"\n{run.method}, seed {run.seed}")
+        tqdm.write(f"\n{name}")
         status, where = subprocess.run(command, check=False).returncode, "see above"
     else:
         threads = max(torch.get_num_threads() // num_jobs, 1)
@@ -135,10 +153,11 @@ def _carry_out_elsewhere(call: Call, num_jobs: int, failed: Event, run: Run, set
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
             status = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment).returncode
         where = f"see {log.name}"
-        tqdm.write(f"{run.method}, seed {run.seed}: {'failed' if status else 'done'}")
-    if status:
-        failed.set()
-        raise InputError(f"{run.method}, seed {run.seed}, ended with status {status}, {where}; what is done is kept.")
+        tqdm.write(f"{name}: {'failed' if status else 'done'}")
+    # what ails the first ails all, and a signal is meant for all
+    if status and (run in first or status < 0 or status == _INTERRUPTED):
+        stopped.set()
+    return status, f"{name}, ended with status {status}, {where}"
 
 
 def carry_out_run(experiment: Experiment, run: Run, call: Call):
@@ -162,7 +181,7 @@ def carry_out_run(experiment: Experiment, run: Run, call: Call):
         recipe.command = shlex.split(call.command)[1:]
         trained = pretrain(recipe) if run.rival is None else train_rival(run.rival, recipe)
         if trained is None:
-            raise InputError(f"{run.method}, seed {run.seed}, was stopped; repeat the command to go on.")
+            raise _Stopped(f"{run.method}, seed {run.seed}, was stopped; repeat the command to go on.")
     facts = public_facts(json.loads((final / "results.json").read_text(encoding="utf-8")))
     last_log = next((entry for entry in reversed(facts["history"]) if "rankme" in entry), {})
     told = {name: facts[name] for name in ("settings", "training", "machine", "software", "data")}
@@ -196,9 +215,9 @@ def main(told: str) -> int:
         carry_out_run(experiment, run, call)
     except InputError as error:
         print(f"\ncjepa: {plain_message(error)}", file=sys.stderr)
-        return 2
+        return _INTERRUPTED if isinstance(error, _Stopped) else 2
     except KeyboardInterrupt:
-        return 130
+        return _INTERRUPTED
     return 0
 
 
