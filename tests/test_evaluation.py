@@ -257,7 +257,7 @@ def test_evaluate_model_loads_both_encoders_and_compares(folder, train, test):
     check_row(results["rows"][0], model.cjepa, train, test)
 
 
-def test_an_encoder_is_evaluated_in_the_precision_asked_for(folder, train, test):
+def test_an_encoder_is_evaluated_in_the_precision_asked_for(train, test, monkeypatch):
     encoder, seen = tiny_model(image_size=SIZE).cjepa.eval(), {}
     for precision in ("bf16", "float32"):
         arguments = dataclasses.replace(ARGUMENTS, precision=precision)
@@ -269,6 +269,11 @@ def test_an_encoder_is_evaluated_in_the_precision_asked_for(folder, train, test)
         seen[precision] = row["feature_std"]
         assert row["feature_std"] == pytest.approx(expected, rel=1e-5)
     assert seen["bf16"] != pytest.approx(seen["float32"], rel=1e-5)
+    for is_fast, precision in ((True, "bf16"), (False, "float32")):
+        monkeypatch.setattr("trainers.precision.computes_in_bf16", lambda device, is_fast=is_fast: is_fast)
+        auto = dataclasses.replace(ARGUMENTS, precision="auto")
+        assert evaluate_encoder(encoder, *settings[:4], auto)["feature_std"] == seen[precision]
+        assert evaluate_model(encoder, train, test, auto, MEAN, STD)["precision"] == precision
     with pytest.raises(InputError, match="precision='fp8' is not known"):
         EvaluationArguments(precision="fp8")
 

@@ -221,6 +221,12 @@ def test_a_run_that_fails_does_not_keep_others_from_being_run(tmp_path, capfd):
     assert "fewer than the 16 of a batch" in told.err
     assert "| any " in told.out and "| bad " not in told.out
 
+    # the same command tries again what failed, and goes on with the others
+    (tmp_path / "runs/any/seed-2/evaluation.json").unlink()
+    assert main(["experiment", given, "--output", str(tmp_path / "runs")]) == 2
+    assert "bad, seed 2, ended with status 2" in capfd.readouterr().err
+    assert (tmp_path / "runs/any/seed-2/evaluation.json").is_file()
+
 
 def test_what_ails_the_first_run_ends_the_experiment(tmp_path, capfd):
     given = written(tmp_path, methods={"bad": {"num_train_images": 3}, "good": {}}, baselines=False)
@@ -229,20 +235,25 @@ def test_what_ails_the_first_run_ends_the_experiment(tmp_path, capfd):
     assert not (tmp_path / "runs/good").exists()
 
 
-@pytest.mark.parametrize("status", [130, -15])
-def test_a_signal_is_meant_for_all_runs(tmp_path, monkeypatch, status):
+@pytest.mark.parametrize(("status", "ends_all"), [(130, True), (-15, True), (-9, False), (1, False)])
+def test_a_signal_to_stop_is_meant_for_all_runs(tmp_path, monkeypatch, status, ends_all):
     given = written(tmp_path)
     experiment, begun = read_experiment(given), []
 
     def run(command, **kwargs):
         begun.append(command)
-        return subprocess.CompletedProcess(command, 0 if len(begun) == 1 else status)
+        return subprocess.CompletedProcess(command, status if len(begun) == 2 else 0)
 
     monkeypatch.setattr("trainers.experiment_runs.subprocess.run", run)
     call = Call(given, {}, str(tmp_path / "runs"), "cjepa experiment small")
-    with pytest.raises(InputError, match=f"i-jepa, seed 1, ended with status {status}.*what is done is kept"):
-        carry_out(experiment, experiment.runs(), call)
-    assert len(begun) == 2
+    told = f"i-jepa, seed 1, ended with status {status}"
+    if ends_all:
+        with pytest.raises(InputError, match=f"{told}.*what is done is kept"):
+            carry_out(experiment, experiment.runs(), call)
+        assert len(begun) == 2
+    else:
+        (failure,) = carry_out(experiment, experiment.runs(), call)
+        assert failure.startswith(told) and len(begun) == 4
 
 
 def test_interval_of_a_mean_is_students():
@@ -271,6 +282,10 @@ def test_one_random_encoder_stands_for_all_methods_that_have_it(tmp_path):
     alike = [a_run("c-jepa", 1, 40.0), a_run("i-jepa", 1, 30.0)]
     methods = [row["method"] for row in summarise(experiment, alike, None, "")]
     assert methods.count("random encoder") == methods.count("c-jepa") - 1  # which has LiDAR, too
+    later = [*alike, a_run("c-jepa", 2, 40.0, begin=11.0), a_run("without the first seed", 2, 40.0, begin=11.0)]
+    assert [row["method"] for row in summarise(experiment, later, None, "") if "random" in row["method"]][0] == (
+        "random encoder"
+    )
     unlike = [*alike, a_run("s-jea", 1, 30.0, begin=20.0)]
     named = {row["method"] for row in summarise(experiment, unlike, None, "")}
     assert {"random encoder of c-jepa, i-jepa", "random encoder of s-jea"} <= named

@@ -64,13 +64,24 @@ def test_the_encoder_of_mae_sees_every_patch_and_gives_their_mean(tmp_path):
     torch.testing.assert_close(found.pooler_output, whole[:, 1:].mean(dim=1))
 
 
-def test_the_loss_is_that_of_transformers():
+def test_the_loss_is_of_hidden_patches_normalised():
     model = a_model()
     images = torch.randn(3, 3, 32, 32)
     torch.manual_seed(5)
-    expected = model.mae(images).loss
+    outputs = model.mae(images)
+    assert outputs.mask.sum(dim=1).tolist() == [48.0] * 3
+    patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).reshape(3, 64, 48)
+    patches = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    expected = (outputs.logits - patches).square().mean(-1)[outputs.mask.bool()].mean()
     torch.manual_seed(5)
-    torch.testing.assert_close(model(images).loss, expected)
+    found = model(images)
+    torch.testing.assert_close(found.loss, expected)
+    torch.testing.assert_close(found.loss_terms["reconstruction"], expected)
+    torch.manual_seed(5)
+    seen = model.mae.vit(images).last_hidden_state[:, 1:]
+    assert seen.shape[1] == 16
+    torch.testing.assert_close(found.level_embeddings[0], seen.mean(dim=1))
+    torch.testing.assert_close(found.level_views[0][:, 0], seen.mean(dim=1))
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder", "encoder before training"])
@@ -84,6 +95,9 @@ def test_patches_have_their_places(kind):
         projection = vit.embeddings.patch_embeddings.projection.weight
         # Xavier's, of 48 pixels and 32 features
         assert projection.abs().max() <= (6 / (48 + 32)) ** 0.5 < 1.1 * projection.abs().max()
+    if kind != "encoder before training":
+        tokens = model.mae.vit.embeddings.cls_token, model.mae.decoder.mask_token
+        assert all(0.01 < token.std() < 0.04 for token in tokens)
     # sines and cosines of 64 places
     assert table.shape[1] == 65 and torch.cdist(table[0, 1:], table[0, 1:]).fill_diagonal_(1).min() > 0.1
     torch.testing.assert_close(table[0, 1:].square().sum(dim=1), torch.full((64,), table.shape[2] / 2))
@@ -111,8 +125,11 @@ def test_labels_are_those_of_the_images(tmp_path):
         for part, number in (("train", 32), ("test", 2)):
             (tmp_path / "images" / part / name).mkdir(parents=True)
             for index in range(number):
-                Image.new("RGB", (32, 32), color).save(tmp_path / "images" / part / name / f"{index}.png")
+                Image.new("RGB", (32, 32), color).save(tmp_path / "images" / part / name / f"{index:02}.png")
+    # the last blue one, in whose place a red one comes
+    (tmp_path / "images/train/blue/31.png").write_bytes(b"no image")
     given = {"dataset": str(tmp_path / "images"), "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}
+    given |= {"dataloader_num_workers": 1}
     recipe = a_recipe(tmp_path / "run", **given)
     args, (source, _) = training_arguments(recipe), load_sources(recipe.data, 32, progress=False)
     model, batches = a_model("supervised", source.label_names), []
@@ -128,12 +145,13 @@ def test_labels_are_those_of_the_images(tmp_path):
         assert is_red.tolist() == labels.tolist() and 0 < is_red.sum() < 8
 
 
-@pytest.mark.parametrize("rival", ["mae", "supervised"])
+@pytest.mark.parametrize("rival", ["mae", "supervised", "supervised stack"])
 def test_a_rival_that_is_gone_on_with_is_the_same(tmp_path, rival):
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     # two passes over the images and a part of a third, colours and crops drawn anew
     saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 10, "per_device_train_batch_size": 16}
-    others = TWO_VIEWS if rival == "supervised" else {}
+    others = {"supervised": TWO_VIEWS, "mae": {}, "supervised stack": {"upper_levels": [{}]}}[rival]
+    rival = rival.split()[0]
     train_rival(rival, a_recipe(whole, **saving, **others))
     halved.mkdir()
     shutil.copytree(whole / "checkpoint-6", halved / "checkpoint-6")
@@ -175,6 +193,10 @@ def test_rivals_are_methods_of_an_experiment(tmp_path):
         ({"methods": {"a": {"rival": "mae", "upper_levels": [{}]}}}, "rival mae takes the sizes"),
         ({"methods": {"a": {"rival": "mae", "image_size": [32, 64]}}}, "rival mae takes the sizes"),
         ({"methods": {"a": {"rival": "mae", "image_size": 30}}}, "rival mae takes the sizes"),
+        ({"methods": {"a": {"rival": "mae", "image_size": [32, 8], "patch_size": 8}}}, "rival mae takes the sizes"),
+        ({"methods": {"a": {"rival": "mae", "patch_size": [4, 8]}}}, "rival mae takes the sizes"),
+        ({"methods": {"a": {"rival": "mae", "drop_path_rate": 0.1}}}, "rival mae takes the sizes"),
+        ({"methods": {"a": {"rival": "mae", "exact_accumulation": True}}}, "leave exact_accumulation out"),
         ({"methods": {"a": {"rival": "mae", "start_from": "runs/mine"}}}, "starts anew; leave start_from out"),
         (
             {
@@ -188,6 +210,22 @@ def test_rivals_are_methods_of_an_experiment(tmp_path):
 def test_what_a_rival_cannot_be_is_told_before_any_run(tmp_path, changes, told):
     with pytest.raises(InputError, match=told):
         read_experiment(written(tmp_path, **changes))
+
+
+def test_another_mae_is_not_gone_on_with(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    train_rival("mae", a_recipe(tmp_path, **saving))
+    shutil.rmtree(tmp_path / "final")
+    with pytest.raises(InputError, match="was trained with num_attention_heads=2, the recipe says 4"):
+        train_rival("mae", a_recipe(tmp_path, **saving, num_attention_heads=4, resume_from_checkpoint="last"))
+
+
+def test_a_broken_mae_is_not_evaluated(tmp_path):
+    model = a_model()
+    weights = {name: value for name, value in model.state_dict().items() if "layernorm_after" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights, save_original_format=False)
+    with pytest.raises(InputError, match="lacks weights of an MAE .*layernorm_after"):
+        RIVALS["mae"].load(tmp_path)
 
 
 def test_labels_are_asked_for():

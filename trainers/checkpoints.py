@@ -10,9 +10,10 @@ from trainers.checkpoint_files import LAST, all_checkpoints, best_beside, choose
 from trainers.errors import InputError
 from trainers.evaluation import EvaluationArguments
 from trainers.flags import type_hints
+from trainers.model_facts import model_fields
 from trainers.processes import in_main_process
 from trainers.progress import Progress
-from trainers.recipes import Recipe, first_difference, model_fields
+from trainers.recipes import Recipe, first_difference
 from trainers.training_args import JepaTrainingArguments
 
 # keys that may differ between a run and its continuation without a word: no weight depends on them

@@ -20,7 +20,7 @@ from trainers.diagnostics import feature_std, rankme
 from trainers.embedding import RawPixels, check_finite, device_of, extract_embeddings
 from trainers.errors import InputError
 from trainers.pooling import EveryLevel, OneLevel
-from trainers.precision import check_precision, is_bf16
+from trainers.precision import check_precision, is_bf16, precision_name
 from trainers.probes import accuracy_interval, knn_predict, linear_predict
 from trainers.subject import Subject
 from trainers.transforms import eval_transform
@@ -272,6 +272,6 @@ def evaluate_model(
         "num_neighbors": min(arguments.num_neighbors, len(train_source)),
         "temperature": arguments.temperature,
         "seed": arguments.seed,
-        "precision": "bf16" if is_bf16(arguments.precision, model.device) else "float32",
+        "precision": precision_name(arguments.precision, model.device),
         "rows": rows,
     }

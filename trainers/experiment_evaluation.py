@@ -20,6 +20,7 @@ from trainers.embedding import RawPixels, encoding
 from trainers.evaluation import evaluate_encoder, evaluate_levels
 from trainers.experiment_plan import Experiment
 from trainers.files import write_json
+from trainers.precision import precision_name
 from trainers.readable import readable_splits
 from trainers.recipes import Recipe
 from trainers.sources import load_sources
@@ -74,9 +75,10 @@ def evaluate_run(experiment: Experiment, recipe: Recipe, folder: Path, training:
         load (`Callable`): Gives the model that is saved at a place, in float32.
 
     Returns:
-        `dict`: `images`; `points`, of each checkpoint and last of the end `step`, `images_seen` and `rows`;
-        `baselines`, rows of the encoder before training, if asked for. Rows are those of [`~evaluation.probe`], whose
-        `encoder` is empty for what stands for the method, and else names what is beside it.
+        `dict`: `images`; `precision` of the encoders' arithmetic; `points`, of each checkpoint and last of the end
+        `step`, `images_seen` and `rows`; `baselines`, rows of the encoder before training, if asked for. Rows are
+        those of [`~evaluation.probe`], whose `encoder` is empty for what stands for the method, and else names what
+        is beside it.
     """
     images = Images(recipe, saved_image_size(folder))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,7 +93,8 @@ def evaluate_run(experiment: Experiment, recipe: Recipe, folder: Path, training:
     if experiment.baselines:
         ((_, encoder),) = random_encoders(model.base_model, 1, recipe.training["seed"])
         baselines = _before_training(experiment, encoder.to(device), images, folder.parents[1] / _RANDOM)
-    return {"images": images.facts(), "points": points, "baselines": baselines}
+    precision = precision_name(recipe.evaluation.precision, torch.device(device))
+    return {"images": images.facts(), "precision": precision, "points": points, "baselines": baselines}
 
 
 def saved_image_size(folder: Path) -> tuple[int, int]:

@@ -77,6 +77,8 @@ def _check_run(run: Run, experiment: Experiment, path: Path):
             RIVALS[run.rival].check(config)
             if recipe.run.start_from is not None:
                 raise InputError(f"rival {run.rival} starts anew; leave start_from out.")
+            if recipe.training.get("exact_accumulation"):
+                raise InputError(f"rival {run.rival} has no statistics of a batch; leave exact_accumulation out.")
         if experiment.level != "all" and config.num_levels > 1:
             choose_level(experiment.level, config.num_levels)
     except (InputError, ValueError) as error:

@@ -111,14 +111,23 @@ def _ends(name: str, runs: list[dict]) -> dict[str, list[dict]]:
 
 def _random_encoders(found: list[dict]) -> list[tuple[str, list[dict], list[dict]]]:
     """The encoders before training: once for all methods that have the same."""
-    kinds: dict[tuple, dict[str, list[dict]]] = {}
+    kinds: list[tuple[set, dict[str, list[dict]]]] = []
     for name, runs in by_method(found).items():
-        for row in runs[0]["baselines"][:1]:
-            # alike by their size and by the figures of the first seed: a method may lack others yet
-            key = row.get("num_parameters"), row["dim"], runs[0]["seed"], row["knn"], row["linear"]
-            kinds.setdefault(key, {})[name] = runs
+        # alike by the figures of a seed that both have: a method may lack others
+        figures = {
+            (run["seed"], row.get("num_parameters"), row["dim"], row["knn"], row["linear"])
+            for run in runs
+            for row in run["baselines"][:1]
+        }
+        if not figures:
+            continue
+        known, of_methods = next((kind for kind in kinds if kind[0] & figures), (set(), {}))
+        if not of_methods:
+            kinds.append((known, of_methods))
+        known |= figures
+        of_methods[name] = runs
     encoders = []
-    for of_methods in kinds.values():
+    for _, of_methods in kinds:
         runs = max(of_methods.values(), key=len)
         label = "random encoder" if len(kinds) == 1 else f"random encoder of {', '.join(of_methods)}"
         encoders.append((label, [run["baselines"][0] for run in runs], runs))

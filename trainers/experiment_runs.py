@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,7 @@ _SAVED = 0.2
 _SIGNS = ("rankme", "lidar", "feature_std", "loss")
 # the exit status after Ctrl-C, and of a run that a signal or `max_hours` has stopped
 _INTERRUPTED = 130
+_STOPPED = (_INTERRUPTED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGHUP)
 
 
 class _Stopped(InputError):
@@ -87,8 +89,8 @@ def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int
         `list[str]`: A sentence for each run that failed, such as one that diverged; the others are carried out.
 
     Raises:
-        InputError: The first run failed, or one was stopped by a signal or `max_hours`, and no other is begun; or a
-            folder holds a run with other settings. What is done is kept.
+        InputError: The first run of all failed, or one was stopped by a signal or `max_hours`, and no other is begun;
+            or a folder holds a run with other settings. What is done is kept.
     """
     for run in experiment.runs():
         check_settings(experiment, run, call.folder(run))
@@ -100,7 +102,8 @@ def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int
     ):
         try:
             settings = [_settings_text(experiment, run) for run in missing]
-            carry_out_one = partial(_carry_out_elsewhere, call, num_jobs, stopped, missing[:1])
+            first = missing[:1] if not any(is_done(call.folder(run)) for run in experiment.runs()) else []
+            carry_out_one = partial(_carry_out_elsewhere, call, num_jobs, stopped, first)
             for status, sentence in pool.map(carry_out_one, missing, settings):
                 bar.update(status == 0)
                 failures += [sentence] if status else []
@@ -154,8 +157,8 @@ def _carry_out_elsewhere(
             status = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment).returncode
         where = f"see {log.name}"
         tqdm.write(f"{name}: {'failed' if status else 'done'}")
-    # what ails the first ails all, and a signal is meant for all
-    if status and (run in first or status < 0 or status == _INTERRUPTED):
+    # what ails the first ails all, and such a signal is meant for all
+    if status and (run in first or status in _STOPPED):
         stopped.set()
     return status, f"{name}, ended with status {status}, {where}"
 

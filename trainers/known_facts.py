@@ -54,7 +54,7 @@ def _unfinished(place: Path, model: PreTrainedModel) -> dict:
         return facts
     settings, record = recipe_beside(place), read_run(str(place))
     step, planned = state["global_step"], state["max_steps"]
-    facts["training"] = {"steps": step, **log_facts(record.history, model.config.num_levels)}
+    facts["training"] = {"steps": step, **log_facts(record.history)}
     if planned > step:
         facts["training"]["planned_steps"] = planned
     if record.history:

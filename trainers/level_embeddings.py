@@ -15,8 +15,9 @@ from trainers.datasets import ImageDataset, ImageSource
 from trainers.embedding import extract_embeddings
 from trainers.errors import InputError
 from trainers.loading import load_with_statistics
+from trainers.model_facts import model_fields
 from trainers.pooling import EveryLevel
-from trainers.recipes import first_difference, model_fields
+from trainers.recipes import first_difference
 from trainers.transforms import eval_transform
 
 

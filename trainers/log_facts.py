@@ -1,17 +1,17 @@
 """What the log of a pre-training run says of all of it: time, speed, and the signs of collapse at its ends."""
 
 import math
+from itertools import count, takewhile
 
 from modeling_cjepa.losses_cjepa import level_term
 
 
-def log_facts(history: list[dict], num_levels: int) -> dict:
+def log_facts(history: list[dict]) -> dict:
     """
     The facts of a run that its log holds.
 
     Args:
         history (`list[dict]`): `trainer.state.log_history`.
-        num_levels (`int`): Of the model.
 
     Returns:
         `dict`: `seconds` of training, the parts before a resume included, `images_per_second` (median),
@@ -26,6 +26,8 @@ def log_facts(history: list[dict], num_levels: int) -> dict:
     seconds = math.fsum(
         (now - before) / entry["images_per_second"] for before, now, entry in zip(seen, seen[1:], logged, strict=False)
     )
+    levels = takewhile(lambda level: level_term("rankme", level) in logged[0], count())
+    num_levels = len(list(levels))
     ends = {
         sign: [[entry[level_term(sign, level)] for entry in (logged[0], logged[-1])] for level in range(num_levels)]
         for sign in ("rankme", "feature_std")

@@ -3,7 +3,7 @@
 import inspect
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_cjepa import (
     CJepaForImageClassification,
@@ -13,6 +13,15 @@ from modeling_cjepa import (
     SJeaModel,
 )
 from modeling_cjepa.configuration_cjepa import pair
+
+
+def model_fields(config_class: type) -> dict[str, object]:
+    """Types of a configuration's own fields, without those every transformers model has."""
+    fields: dict[str, object] = {}
+    for cls in reversed(config_class.__mro__):
+        if issubclass(cls, PreTrainedConfig) and cls is not PreTrainedConfig:
+            fields |= inspect.get_annotations(cls)
+    return fields
 
 
 def model_facts(model: PreTrainedModel) -> dict:
@@ -25,7 +34,7 @@ def model_facts(model: PreTrainedModel) -> dict:
     Returns:
         `dict`: `parameters` by part, and every field of its kind of configuration.
     """
-    fields = inspect.get_annotations(type(model.config))
+    fields = model_fields(type(model.config))
     return {"parameters": parameters_by_part(model), **{name: getattr(model.config, name) for name in fields}}
 
 

@@ -16,6 +16,11 @@ def is_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and computes_in_bf16(device))
 
 
+def precision_name(precision: str, device: torch.device) -> str:
+    """`bf16` or `float32`, as a device computes."""
+    return "bf16" if is_bf16(precision, device) else "float32"
+
+
 def computes_in_bf16(device: torch.device) -> bool:
     """Whether a device multiplies matrices in bf16 faster than in float32."""
     if device.type == "cuda":

@@ -83,7 +83,7 @@ def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float = 0.0)
         "precision": "bf16" if args.bf16 else "float32",
         "schedule": args.schedule_facts(),
         **energy_facts(Path(args.output_dir)),
-        **log_facts(state.log_history, model.config.num_levels),
+        **log_facts(state.log_history),
     }
     return {
         "recipe": recipe.name,

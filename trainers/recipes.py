@@ -15,6 +15,7 @@ import yaml
 from trainers.errors import InputError
 from trainers.evaluation import EvaluationArguments
 from trainers.flags import add_flags, check_value, closest, enum_values, given_flags, type_hints
+from trainers.model_facts import model_fields
 from trainers.objectives import OBJECTIVES, Objective
 from trainers.recipe_files import SECRETS
 from trainers.resources import recipe_path
@@ -91,11 +92,6 @@ class Recipe:
     def objective(self) -> Objective:
         """The way of pre-training."""
         return OBJECTIVES[self.run.model_type]
-
-
-def model_fields(config_class: type) -> dict[str, object]:
-    """Types of a configuration's own fields, without those every transformers model has."""
-    return inspect.get_annotations(config_class)
 
 
 def first_difference(name: str, before, now) -> tuple:

@@ -8,9 +8,17 @@ from transformers.trainer_utils import set_seed
 from modeling_cjepa.configuration_cjepa import pair
 from trainers.allocator import keep_freed_memory
 from trainers.doctor import diagnose
+from trainers.errors import InputError
 from trainers.files import full_disk_named, write_json
 from trainers.pretrain_results import run_facts
-from trainers.pretraining import check_training, choose_attention, find_own_checkpoint, train, training_arguments
+from trainers.pretraining import (
+    check_training,
+    choose_attention,
+    find_own_checkpoint,
+    read_decoded,
+    train,
+    training_arguments,
+)
 from trainers.publishing import whole_folder
 from trainers.recipes import Recipe
 from trainers.rivals import RIVALS, RivalTrainer
@@ -40,12 +48,18 @@ def train_rival(name: str, recipe: Recipe) -> Path | None:
     output = Path(args.output_dir)
     with only_run_in(output):
         config = recipe.objective.build_config(recipe.model)
-        source, _ = load_sources(recipe.data, max(pair(config.image_size)), not args.disable_tqdm)
+        image_size = max(pair(config.image_size))
+        source, _ = load_sources(recipe.data, image_size, not args.disable_tqdm)
+        if recipe.data.decoded_cache is not None:
+            source = read_decoded(source, recipe.data, image_size, args)
         set_seed(args.seed)
-        model = RIVALS[name].build(config, source.label_names, choose_attention(recipe, args))
-        check_training(recipe, model, args, len(source), source.name)
-        checkpoint = find_own_checkpoint(args, model)
-        trainer = RIVALS[name].build_trainer(model, args, recipe.data, source)
+        try:
+            model = RIVALS[name].build(config, source.label_names, choose_attention(recipe, args))
+            check_training(recipe, model, args, len(source), source.name)
+            checkpoint = find_own_checkpoint(args, model)
+            trainer = RIVALS[name].build_trainer(model, args, recipe.data, source)
+        except (ValueError, ImportError, OSError, RuntimeError) as error:
+            raise InputError(f"The run cannot start: {' '.join(str(error).split())}") from error
         with full_disk_named(output):
             seconds = train(recipe, trainer, checkpoint)
             return None if seconds is None else _save(recipe, trainer, seconds, output / "final")

@@ -12,17 +12,19 @@ from transformers import PreTrainedConfig, PreTrainedModel, ViTMAEConfig, ViTMAE
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from modeling_cjepa import CJepaConfig
+from modeling_cjepa import CJepaConfig, SJeaConfig
 from modeling_cjepa.configuration_cjepa import pair
+from trainers.checkpoint_files import MANIFEST, broken_part
 from trainers.errors import InputError
 from trainers.loading import CLASSIFIERS, load_model
 from trainers.objectives import Objective
 from trainers.trainer import JepaTrainer
 
 _MASK_RATIO = 0.75
-_SIZES = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "num_channels",
-    "layer_norm_eps",
+_ADVISED = ("learning_rate", "max_grad_norm")
+_SHARED = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "qkv_bias", "layer_norm_eps", "image_size", "num_channels",
 )  # fmt: skip
 
 
@@ -34,7 +36,7 @@ class MaeConfig(CJepaConfig):
     def of_transformers(self, mask_ratio: float) -> ViTMAEConfig:
         """As transformers has it."""
         config = ViTMAEConfig(
-            **{name: getattr(self, name) for name in _SIZES},
+            **{name: getattr(self, name) for name in _SHARED},
             patch_size=pair(self.patch_size)[0],
             decoder_hidden_size=self.predictor_hidden_size,
             decoder_num_hidden_layers=self.predictor_num_hidden_layers,
@@ -74,7 +76,8 @@ class MaeForPreTraining(PreTrainedModel):
     """A masked autoencoder (arXiv 2111.06377): 75 % of the patches are hidden, their normalised pixels predicted."""
 
     config_class = MaeConfig
-    _supports_sdpa = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: MaeConfig):
         super().__init__(config)
@@ -113,7 +116,13 @@ def _watched(name: str, loss: torch.Tensor, embeddings: torch.Tensor) -> ModelOu
 
 
 class RivalTrainer(JepaTrainer):
-    """Trains a rival as [`JepaTrainer`] trains all else."""
+    """Trains a rival as [`JepaTrainer`] trains all else. The doctor tells its signs, and stops nothing."""
+
+    def __init__(self, model, args, **kwargs):
+        super().__init__(model, args, **kwargs)
+        # its advice is of what JEPA has
+        self.doctor.facts = {"model_type": "rival", **{name: self.doctor.facts[name] for name in _ADVISED}}
+        self.doctor.stops = False
 
     def model_inputs(self, inputs: dict) -> tuple[torch.Tensor]:
         """One view of each image (B, C, H, W), normalised."""
@@ -164,16 +173,21 @@ class Rival(Objective):
         raise NotImplementedError
 
 
+def _is_square(config: CJepaConfig) -> bool:
+    """Whether a model's images and patches are square, and no part of a patch is left over."""
+    (height, width), (rows, columns) = pair(config.image_size), pair(config.patch_size)
+    return height == width and rows == columns and height % rows == 0
+
+
 class Mae(Rival):
     """[`MaeForPreTraining`]."""
 
     def check(self, config):
         is_plain = isinstance(config, CJepaConfig) and config.num_levels == 1 and not config.stem_hidden_sizes
-        sizes = {*pair(config.image_size), *pair(config.patch_size)} if is_plain else set()
-        if not is_plain or len(sizes) > 2 or max(sizes) % min(sizes):
+        if not is_plain or config.drop_path_rate or not _is_square(config):
             raise InputError(
-                "rival mae takes the sizes of a C-JEPA recipe with one level, without a stem, and with square images "
-                "of whole, square patches."
+                "rival mae takes the sizes of a C-JEPA recipe with one level, without a stem and without drop path, "
+                "and with square images of whole, square patches."
             )
 
     def build(self, config, label_names, attention):
@@ -181,7 +195,12 @@ class Mae(Rival):
         return MaeForPreTraining._from_config(config, attn_implementation=attention)
 
     def load(self, place):
-        trained = MaeForPreTraining.from_pretrained(place, dtype=torch.float32)
+        broken = Path(place, MANIFEST).is_file() and broken_part(Path(place), "model*.safetensors")
+        if broken:
+            raise InputError(f"{place} is a broken checkpoint ({broken}); remove it and repeat the command.")
+        trained, info = MaeForPreTraining.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+        if info["missing_keys"]:
+            raise InputError(f"{place} lacks weights of an MAE ({min(info['missing_keys'])}); train it again.")
         encoder = MaeEncoder(trained.config)
         encoder.vit.load_state_dict(trained.mae.vit.state_dict())
         return encoder
@@ -198,7 +217,9 @@ class Supervised(Rival):
         id2label = dict(enumerate(label_names))
         fields = {"id2label": id2label, "label2id": {name: number for number, name in id2label.items()}}
         config = type(config).from_dict(config.to_dict() | fields)
-        return CLASSIFIERS[type(config)]._from_config(config, attn_implementation=attention)
+        model = CLASSIFIERS[type(config)]._from_config(config, attn_implementation=attention)
+        # as S-JEA's own trainer has it
+        return model.to(memory_format=torch.channels_last) if isinstance(config, SJeaConfig) else model
 
     def load(self, place):
         return load_model(place)

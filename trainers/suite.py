@@ -26,6 +26,7 @@ from trainers.evaluation import EvaluationArguments
 from trainers.flags import closest
 from trainers.linear_sweep import sweep_predict
 from trainers.pooling import level_of
+from trainers.precision import precision_name
 from trainers.probes import bootstrap_interval, knn_predict, linear_predict, share_of_each_class
 from trainers.subject import Subject
 from trainers.suite_features import Features, ImageReader
@@ -107,6 +108,7 @@ def evaluate_suite(
         "temperature": arguments.temperature,
         "num_resamples": NUM_RESAMPLES,
         "seed": arguments.seed,
+        "precision": precision_name(arguments.precision, subject.model.device),
         "rows": rows,
     }
 
