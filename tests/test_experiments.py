@@ -268,6 +268,7 @@ def test_rows_are_means_over_seeds(tmp_path):
     found = [a_run("c-jepa", 1, 40.0), a_run("c-jepa", 2, 44.0), a_run("i-jepa", 1, 30.0)]
     rows = {(row["method"], row["metric"]): row for row in summarise(experiment, found, None, "the command")}
     knn = rows["c-jepa", "knn"]
+    assert knn["experiment"] == "small" and read_experiment("cpu_15min").label == "cpu-15min"
     assert knn["value"] == 42.0 and knn["ci95"] == pytest.approx(mean_interval([40.0, 44.0]))
     assert (knn["seeds"], knn["seconds"], knn["images_seen"]) == ([1, 2], 90.0, 100)
     assert (knn["machine"], knn["commit"], knn["command"]) == ("P, 2 threads", "c1, c2", "the command")

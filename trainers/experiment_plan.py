@@ -90,6 +90,11 @@ class Experiment:
     figure: str = "bars"
     reach: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """What its rows call it: its name, with hyphens."""
+        return self.name.replace("_", "-")
+
     def runs(self) -> list[Run]:
         """All runs, seed by seed, so that the first seed of all methods is known soon."""
         return [

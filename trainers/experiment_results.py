@@ -71,7 +71,7 @@ def summarise(experiment: Experiment, found: list[dict], pixels: dict | None, co
     """
     rows = []
     for name, runs in by_method(found).items():
-        shared = {"experiment": experiment.name, "method": name, "dataset": experiment.dataset}
+        shared = {"experiment": experiment.label, "method": name, "dataset": experiment.dataset}
         facts = _facts(runs, command)
         for label, of_seeds in _ends(name, runs).items():
             rows += _metric_rows(shared | {"method": label}, of_seeds, facts)
@@ -80,7 +80,7 @@ def summarise(experiment: Experiment, found: list[dict], pixels: dict | None, co
     if pixels is not None and found:
         untrained.append(("raw pixels", [pixels], found[:1]))
     for label, of_seeds, runs in untrained:
-        shared = {"experiment": experiment.name, "method": label, "dataset": experiment.dataset}
+        shared = {"experiment": experiment.label, "method": label, "dataset": experiment.dataset}
         rows += _metric_rows(shared, of_seeds, _facts(runs, command) | _UNTRAINED)
     return rows
 
@@ -238,7 +238,7 @@ def write_results(folder: Path, experiment: Experiment, rows: list[dict], found:
     summary = folder / SUMMARY
     try:
         before = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else []
-        others = [row for row in before if row["experiment"] != experiment.name]
+        others = [row for row in before if row["experiment"] != experiment.label]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{summary} is no list of rows ({first_line(error)}); mend or remove it.") from error
     write_json(folder / f"{experiment.name}.json", {"title": experiment.title, "rows": rows, "runs": found})
