@@ -6,8 +6,9 @@ from tiny import RESNET, sjea_level
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 from trainers.errors import InputError
-from trainers.pretraining import build_model, training_arguments
+from trainers.pretraining import build_model
 from trainers.recipes import read_recipe
+from trainers.run_arguments import training_arguments
 
 FIELDS = {name: value for name, value in RESNET.items() if name != "model_type"}
 

@@ -9,8 +9,8 @@ from modeling_cjepa import CJepaForPreTraining
 from trainers import estimate as estimate_module
 from trainers.cli import main
 from trainers.estimate import estimate, format_estimate
-from trainers.pretraining import training_arguments
 from trainers.recipes import read_recipe
+from trainers.run_arguments import training_arguments
 
 TINY = {name.removeprefix("--"): int(value) for name, value in zip(FLAGS[:14:2], FLAGS[1:14:2], strict=True)}
 

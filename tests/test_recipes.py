@@ -10,10 +10,11 @@ from trainers.cli import main
 from trainers.errors import InputError
 from trainers.flags import fits, flag_value, plain_number
 from trainers.objectives import OBJECTIVES
-from trainers.pretraining import build_model, training_arguments
+from trainers.pretraining import build_model
 from trainers.recipe_files import write_recipe
 from trainers.recipes import add_recipe_flags, overrides_of, read_recipe, section_fields
 from trainers.resources import recipe_names
+from trainers.run_arguments import training_arguments
 
 
 def parse(*flags: str) -> dict:

@@ -14,10 +14,10 @@ from transformers import AutoConfig, ViTMAEConfig, ViTMAEForPreTraining
 from trainers.cli import main
 from trainers.errors import InputError
 from trainers.experiment_file import read_experiment
-from trainers.pretraining import training_arguments
 from trainers.recipes import read_recipe
 from trainers.rival_training import train_rival
 from trainers.rivals import RIVALS, MaeEncoder
+from trainers.run_arguments import training_arguments
 from trainers.sources import load_sources
 
 SETTINGS = dict(zip((flag[2:] for flag in FLAGS[:-1:2]), map(yaml.safe_load, FLAGS[1:-1:2]), strict=True))

@@ -14,10 +14,11 @@ from modeling_cjepa import CJepaModel
 from trainers.cli import main
 from trainers.conversion.converting import convert
 from trainers.errors import InputError
-from trainers.pretraining import build_model, training_arguments
+from trainers.pretraining import build_model
 from trainers.publishing import save_model
 from trainers.recipes import read_recipe
 from trainers.resources import recipe_path
+from trainers.run_arguments import training_arguments
 from trainers.transforms import image_processor
 
 RUN = {"use_cpu": True, "precision": "float32"}

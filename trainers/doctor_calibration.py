@@ -22,9 +22,10 @@ from trainers.doctor_trials import trial_recipe
 from trainers.evaluation import EvaluationArguments, embed
 from trainers.files import write_json
 from trainers.pooling import EveryLevel
-from trainers.pretraining import build_model, build_trainer, training_arguments
+from trainers.pretraining import build_model, build_trainer
 from trainers.probes import knn_predict
 from trainers.reports import markdown_table
+from trainers.run_arguments import training_arguments
 from trainers.sources import load_sources
 from trainers.subsets import choose_images, with_common_classes
 from trainers.transforms import eval_transform

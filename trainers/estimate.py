@@ -19,11 +19,11 @@ from trainers.pretraining import (
     check_training,
     choose_attention,
     find_own_checkpoint,
-    training_arguments,
 )
 from trainers.progress import RunClock
 from trainers.recipes import Recipe
 from trainers.reports import markdown_table
+from trainers.run_arguments import training_arguments
 from trainers.run_lock import only_run_in
 from trainers.sources import known_num_train_images
 from trainers.stream_sources import stream_files

@@ -54,10 +54,7 @@ class EvaluationArguments:
                             ("num_probe_images", 2), ("seed", 0), ("dataloader_num_workers", 0)):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < least:
                 raise InputError(f"{name}={value} is too small; set it to {least} or more.")
-        try:
-            check_precision(self.precision)
-        except ValueError as error:
-            raise InputError(str(error)) from error
+        check_precision(self.precision)
         if not self.temperature > 0:
             raise InputError(f"temperature={self.temperature} divides similarities; set it above 0, such as 0.07.")
 

@@ -31,12 +31,12 @@ from trainers.finetune_data import (
 from trainers.finetune_results import finish, trainable_parameters
 from trainers.finetune_trainer import ClassifierTrainer, check_possible, num_ranks
 from trainers.layer_decay import parameter_groups
-from trainers.pretraining import start_arguments
 from trainers.probes import top_accuracies
 from trainers.publication import push_finished
 from trainers.readable import write_skipped
 from trainers.recipe_files import recipe_text
 from trainers.recipes import RunArguments
+from trainers.run_arguments import start_arguments
 from trainers.run_lock import only_run_in
 from trainers.stopping import stopped_sentence
 from trainers.transforms import eval_transform, image_processor

@@ -72,22 +72,32 @@ def load_model(path: str | Path, with_classifier: bool = False) -> PreTrainedMod
         InputError: There is none, it is broken, or a weight is missing.
     """
     config = load_encoder_config(path)
-    broken = Path(path, MANIFEST).is_file() and broken_part(Path(path), "model*.safetensors")
-    if broken:
-        raise InputError(f"{path} is a broken checkpoint ({broken}); take another one.")
-    check_folder(str(path))
     pretraining, encoder = _CLASSES[type(config)]
     choices = (pretraining, *([CLASSIFIERS[type(config)]] if with_classifier else []))
     cls = next((choice for choice in choices if choice.__name__ in (config.architectures or [])), encoder)
-    try:
-        model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise InputError(f"The weights of {path} cannot be loaded ({first_line(error)}); save it again.") from error
-    missing = sorted(info["missing_keys"])
+    model, missing = read_weights(cls, path)
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise InputError(f"{path} lacks {len(missing)} weights of a {cls.__name__} ({shown}); save it again.")
     return model
+
+
+def read_weights(cls: type[PreTrainedModel], path: str | Path) -> tuple[PreTrainedModel, list[str]]:
+    """
+    A model of a class in float32, and the names of those of its weights that were not there, in order.
+
+    Raises:
+        InputError: It is a broken checkpoint, or its weights cannot be loaded.
+    """
+    broken = Path(path, MANIFEST).is_file() and broken_part(Path(path), "model*.safetensors")
+    if broken:
+        raise InputError(f"{path} is a broken checkpoint ({broken}); take another one.")
+    check_folder(str(path))
+    try:
+        model, info = cls.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise InputError(f"The weights of {path} cannot be loaded ({first_line(error)}); save it again.") from error
+    return model, sorted(info["missing_keys"])
 
 
 def load_processor(path: str | Path):

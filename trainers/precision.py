@@ -2,13 +2,15 @@
 
 import torch
 
+from trainers.errors import InputError
+
 PRECISIONS = ("auto", "bf16", "float32")
 
 
 def check_precision(precision: str):
-    """Raises `ValueError` for a word that is none of `PRECISIONS`."""
+    """Raises `InputError` for a word that is none of `PRECISIONS`."""
     if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
+        raise InputError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}.")
 
 
 def is_bf16(precision: str, device: torch.device) -> bool:

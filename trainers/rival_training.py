@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import torch
 from transformers.trainer_utils import set_seed
 
 from modeling_cjepa.configuration_cjepa import pair
-from trainers.allocator import keep_freed_memory
 from trainers.doctor import diagnose
 from trainers.errors import InputError
 from trainers.files import full_disk_named, write_json
@@ -15,9 +13,9 @@ from trainers.pretraining import (
     check_training,
     choose_attention,
     find_own_checkpoint,
+    prepare_process,
     read_decoded,
     train,
-    training_arguments,
 )
 from trainers.publishing import whole_folder
 from trainers.recipes import Recipe
@@ -41,10 +39,7 @@ def train_rival(name: str, recipe: Recipe) -> Path | None:
     Raises:
         InputError: It cannot be trained.
     """
-    torch.set_flush_denormal(True)
-    args = training_arguments(recipe)
-    if args.device.type == "cpu":
-        keep_freed_memory()
+    args = prepare_process(recipe)
     output = Path(args.output_dir)
     with only_run_in(output):
         config = recipe.objective.build_config(recipe.model)

@@ -14,9 +14,8 @@ from transformers.utils import ModelOutput
 
 from modeling_cjepa import CJepaConfig, SJeaConfig
 from modeling_cjepa.configuration_cjepa import pair
-from trainers.checkpoint_files import MANIFEST, broken_part
 from trainers.errors import InputError
-from trainers.loading import CLASSIFIERS, load_model
+from trainers.loading import CLASSIFIERS, load_model, read_weights
 from trainers.objectives import Objective
 from trainers.trainer import JepaTrainer
 
@@ -195,12 +194,9 @@ class Mae(Rival):
         return MaeForPreTraining._from_config(config, attn_implementation=attention)
 
     def load(self, place):
-        broken = Path(place, MANIFEST).is_file() and broken_part(Path(place), "model*.safetensors")
-        if broken:
-            raise InputError(f"{place} is a broken checkpoint ({broken}); remove it and repeat the command.")
-        trained, info = MaeForPreTraining.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
-        if info["missing_keys"]:
-            raise InputError(f"{place} lacks weights of an MAE ({min(info['missing_keys'])}); train it again.")
+        trained, missing = read_weights(MaeForPreTraining, place)
+        if missing:
+            raise InputError(f"{place} lacks weights of an MAE ({missing[0]}); train it again.")
         encoder = MaeEncoder(trained.config)
         encoder.vit.load_state_dict(trained.mae.vit.state_dict())
         return encoder

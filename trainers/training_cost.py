@@ -15,9 +15,10 @@ from modeling_cjepa.configuration_cjepa import pair
 from trainers.benchmark import decay_groups, quartiles, shown, step_rows
 from trainers.errors import InputError
 from trainers.flops import wait_for
-from trainers.pretraining import build_model, build_trainer, training_arguments
+from trainers.pretraining import build_model, build_trainer
 from trainers.recipes import Recipe
 from trainers.reports import markdown_table
+from trainers.run_arguments import training_arguments
 from trainers.sources import load_sources
 
 
