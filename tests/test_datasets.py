@@ -222,6 +222,18 @@ def test_a_photograph_stands_upright():
     assert np.array_equal(source.image(0), np.rot90(np.asarray(sideways), -1))
 
 
+def test_where_the_train_split_is_that_to_evaluate_on_a_tenth_is_held_out(tmp_path):
+    for split, first in (("train", 0), ("test", 100)):
+        make_parquet(tmp_path / f"{split}.parquet", 20, first)
+    for arguments in ({"eval_split": "train"}, {"train_split": "test"}):
+        train, held_out = load_sources(DataArguments(dataset=str(tmp_path), **arguments))
+        first = 100 if "train_split" in arguments else 0
+        seen = {np.asarray(source.image(i)).tobytes() for source in (train, held_out) for i in range(len(source))}
+        assert (len(train), len(held_out)) == (18, 2) and held_out.name.endswith("(held out)")
+        assert seen == {np.asarray(picture(first + i)).tobytes() for i in range(20)}
+    assert len(load_sources(DataArguments(dataset=str(tmp_path)))[1]) == 20
+
+
 def test_scenes_are_labelled_and_test_scenes_are_others():
     train, test = load_sources(DataArguments(num_train_images=30, num_eval_images=30), image_size=16)
     assert len(train) == len(test) == 30 and len(train.label_names) == 12

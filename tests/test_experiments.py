@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import asdict
 
 import pytest
@@ -20,8 +19,8 @@ from trainers.experiment_evaluation import _places
 from trainers.experiment_figures import draw_experiment
 from trainers.experiment_file import read_experiment
 from trainers.experiment_plan import choose_runs
-from trainers.experiment_results import format_rows, images_until, summarise, write_results
-from trainers.experiment_runs import Call, carry_out, carry_out_run
+from trainers.experiment_results import finished_runs, format_rows, summarise, write_results
+from trainers.experiment_runs import Call, carry_out, carry_out_run, digest_of, settings_text
 from trainers.experiment_runs import main as carry_out_told_run
 from trainers.probes import accuracy_interval, mean_interval
 from trainers.resources import experiment_names
@@ -51,7 +50,7 @@ def of_400(percent):
 
 def a_run(method, seed, knn, *earlier, linear=50.0, begin=10.0, **changes):
     """What was found of a run of 100 images between evaluations."""
-    row = {"encoder": "", "linear": linear, "rankme": 9.0, "feature_std": 0.5}
+    row = {"encoder": "", "linear": linear, "rankme": 9.0, "lidar": 3.0, "feature_std": 0.5}
     points = [
         {
             "step": 10 * at,
@@ -62,9 +61,11 @@ def a_run(method, seed, knn, *earlier, linear=50.0, begin=10.0, **changes):
     ]
     return {
         "method": method, "seed": seed, "swept": {}, "images": {"num_test": 400}, "points": points,
-        "baselines": [row | {"knn": begin, "dim": 8}], "signs": {"lidar": 3.0},
-        "training": {"images_seen": points[-1]["images_seen"], "seconds": 60.0 * seed},
-        "machine": {"processor": "P", "threads": 2}, "software": {"commit": f"c{seed}"},
+        "baselines": [row | {"knn": begin, "dim": 8}],
+        "training": {"images_seen": points[-1]["images_seen"], "seconds": 60.0 * seed, "steps": points[-1]["step"],
+                     "skipped_steps": 0},
+        "machine": {"processor": "P", "threads": 2},
+        "software": {"commit": f"c{seed}"}, "evaluated": {"commit": "e", "precision": "float32"},
     } | changes  # fmt: skip
 
 
@@ -211,21 +212,21 @@ def test_a_run_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_run_that_fails_does_not_keep_others_from_being_run(tmp_path, capfd):
-    given = written(tmp_path, methods={"any": {}, "bad": {"num_train_images": 3}}, baselines=False)
+    methods = {"any": {}, "bad": {"num_train_images": 3}, "can": {}}
+    given = written(tmp_path, methods=methods, seeds=[1], baselines=False)
     assert main(["experiment", given, "--output", str(tmp_path / "runs")]) == 2
     told = capfd.readouterr()
-    for seed in (1, 2):
-        assert f"bad, seed {seed}, ended with status 2, see above" in told.err
-        assert (tmp_path / f"runs/any/seed-{seed}/evaluation.json").is_file()
+    assert "bad, seed 1, ended with status 2, see above" in told.err
+    for method in ("any", "can"):
+        assert (tmp_path / f"runs/{method}/seed-1/evaluation.json").is_file()
     assert "The table is of the others; the same command tries these again" in told.err
     assert "fewer than the 16 of a batch" in told.err
     assert "| any " in told.out and "| bad " not in told.out
+    assert re.search("- Failed: bad, seed 1: .*fewer than the 16 of a batch", told.out)
 
-    # the same command tries again what failed, and goes on with the others
-    (tmp_path / "runs/any/seed-2/evaluation.json").unlink()
+    # the same command tries again what failed
     assert main(["experiment", given, "--output", str(tmp_path / "runs")]) == 2
-    assert "bad, seed 2, ended with status 2" in capfd.readouterr().err
-    assert (tmp_path / "runs/any/seed-2/evaluation.json").is_file()
+    assert "bad, seed 1, ended with status 2" in capfd.readouterr().err
 
 
 def test_what_ails_the_first_run_ends_the_experiment(tmp_path, capfd):
@@ -271,7 +272,7 @@ def test_rows_are_means_over_seeds(tmp_path):
     assert knn["experiment"] == "small" and read_experiment("cpu_15min").label == "cpu-15min"
     assert knn["value"] == 42.0 and knn["ci95"] == pytest.approx(mean_interval([40.0, 44.0]))
     assert (knn["seeds"], knn["seconds"], knn["images_seen"]) == ([1, 2], 90.0, 100)
-    assert (knn["machine"], knn["commit"], knn["command"]) == ("P, 2 threads", "c1, c2", "the command")
+    assert (knn["machine"], knn["commit"], knn["command"]) == ("P, 2 threads", "c1, c2, e", "the command")
     low, high = rows["i-jepa", "knn"]["ci95"]
     assert low < 30 < high and high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.3 * 0.7 / 400), rel=0.05)
     assert rows["i-jepa", "rankme"]["ci95"] is None
@@ -282,7 +283,7 @@ def test_one_random_encoder_stands_for_all_methods_that_have_it(tmp_path):
     experiment = read_experiment(written(tmp_path))
     alike = [a_run("c-jepa", 1, 40.0), a_run("i-jepa", 1, 30.0)]
     methods = [row["method"] for row in summarise(experiment, alike, None, "")]
-    assert methods.count("random encoder") == methods.count("c-jepa") - 1  # which has LiDAR, too
+    assert methods.count("random encoder") == methods.count("c-jepa") == 5
     later = [*alike, a_run("c-jepa", 2, 40.0, begin=11.0), a_run("without the first seed", 2, 40.0, begin=11.0)]
     assert [row["method"] for row in summarise(experiment, later, None, "") if "random" in row["method"]][0] == (
         "random encoder"
@@ -294,21 +295,54 @@ def test_one_random_encoder_stands_for_all_methods_that_have_it(tmp_path):
     assert {(row["images_seen"], row["seconds"]) for row in untrained} == {(0, 0.0)}
 
 
-def test_images_until_an_accuracy_lie_on_lines_between_evaluations(tmp_path):
-    run = a_run("c-jepa", 1, 40.0, 20.0, 30.0)
-    assert images_until(run, "knn", 15.0) == 50
-    assert images_until(run, "knn", 20.0) == 100
-    assert images_until(run, "knn", 35.0) == 250
-    assert images_until(run, "knn", 41.0) is None
-    assert images_until(run, "knn", 5.0) == 0
-    unknown = run | {"baselines": []}
-    assert images_until(unknown, "knn", 15.0) == 100
-
+def test_an_accuracy_is_reached_where_an_evaluation_found_it(tmp_path):
     experiment = read_experiment(written(tmp_path, reach={"knn": 35.0}))
-    rows = summarise(experiment, [run, a_run("i-jepa", 1, 34.0)], None, "")
-    reached = {row["method"]: row["value"] for row in rows if row["metric"] == "images_to_knn_35"}
-    assert reached == {"c-jepa": 250, "i-jepa": None}
-    assert "not reached" in format_rows(experiment, rows)
+    found = [
+        a_run("c-jepa", 1, 40.0, 20.0, 35.0), a_run("c-jepa", 2, 40.0, 20.0, 30.0),
+        a_run("i-jepa", 1, 34.0), a_run("i-jepa", 2, 36.0),
+    ]  # fmt: skip
+    rows = summarise(experiment, found, None, "")
+    reached = {(row["method"], row["metric"]): row["value"] for row in rows if "_to_knn_35" in row["metric"]}
+    # a seed of 1 minute at 200 of 300 images, one of 2 at the last
+    assert reached["c-jepa", "images_to_knn_35"] == (200 + 300) / 2
+    assert reached["c-jepa", "minutes_to_knn_35"] == pytest.approx((2 / 3 + 2) / 2)
+    assert reached["i-jepa", "images_to_knn_35"] is reached["i-jepa", "minutes_to_knn_35"] is None
+    table = format_rows(experiment, rows, [])
+    assert "| images to 35 % knn | minutes to 35 % knn |" in re.sub(" +", " ", table)
+    assert "| 250 (" in table and "not reached" in table
+
+
+def test_skipped_steps_and_failed_runs_are_told(tmp_path):
+    experiment = read_experiment(written(tmp_path))
+    found = [a_run("c-jepa", 1, 40.0), a_run("i-jepa", 1, 30.0)]
+    assert "skipped" not in format_rows(experiment, summarise(experiment, found, None, ""), [])
+    found[1]["training"]["skipped_steps"] = 5
+    rows = summarise(experiment, found, None, "")
+    skipped = {row["method"]: row["value"] for row in rows if row["metric"] == "skipped_steps"}
+    assert skipped == {"c-jepa": 0, "i-jepa": 50}
+    failed = [{"method": "i-jepa", "seed": 2, "why": "It diverged."}]
+    assert "- Failed: i-jepa, seed 2: It diverged." in format_rows(experiment, rows, failed)
+
+
+def test_results_of_runs_that_are_elsewhere_are_kept(tmp_path):
+    experiment = read_experiment(written(tmp_path))
+    runs = {(run.method, run.seed): digest_of(experiment, run) for run in experiment.runs()}
+    elsewhere = [a_run(method, seed, 40.0, asked=asked) for (method, seed), asked in runs.items()]
+    elsewhere[-1]["asked"] = "that of other settings"
+    write_results(tmp_path, experiment, [], elsewhere, [])
+    here = tmp_path / "runs" / experiment.runs()[0].place
+    here.mkdir(parents=True)
+    (here / "evaluation.json").write_text(json.dumps(a_run("c-jepa", 1, 50.0)))
+    (here / "settings.yaml").write_text(settings_text(experiment, experiment.runs()[0]))
+    found = finished_runs(experiment, tmp_path / "runs", tmp_path)
+    assert [run["points"][-1]["rows"][0]["knn"] for run in found] == [50.0, 40.0, 40.0]
+    assert len(finished_runs(experiment, tmp_path / "runs")) == 1
+    # where the images lie has no part in it
+    elsewhere = read_experiment(written(tmp_path), {"dataset": "/there/cifar10"})
+    here = read_experiment(written(tmp_path), {"dataset": "/here/cifar10"})
+    other = read_experiment(written(tmp_path), {"dataset": "/here/photos"})
+    first = [digest_of(each, each.runs()[0]) for each in (elsewhere, here, other)]
+    assert first[0] == first[1] != first[2]
 
 
 def test_a_sweep_is_every_combination(tmp_path):
@@ -332,6 +366,7 @@ def test_every_figure_shows_what_it_is_given(tmp_path, figure):
     sweep = {"ema_momentum": [0.0, 0.9], "learning_rate": [0.001, 0.01]}
     experiment = read_experiment(written(tmp_path, sweep=sweep, figure=figure))
     found = [a_run(run.method, run.seed, 40.0 + number, 35.0) for number, run in enumerate(experiment.runs())]
+    found = found[:-1]  # one that failed, a hole in the map
     pixels = {"knn": 30.0, "linear": 35.0, "rankme": 80.0, "feature_std": 0.2}
     rows = summarise(experiment, found, pixels, "")
     draw_experiment(experiment, found, rows, tmp_path / "drawn.png")
@@ -342,7 +377,7 @@ def test_a_broken_summary_is_not_replaced(tmp_path):
     experiment = read_experiment(written(tmp_path))
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(InputError, match="summary.json is no list of rows"):
-        write_results(tmp_path, experiment, [], [])
+        write_results(tmp_path, experiment, [], [], [])
     assert (tmp_path / "summary.json").read_text() == "{"
 
 
@@ -409,9 +444,8 @@ def test_shipped_experiments_are_sound(name):
     assert len(read_experiment(name).runs()) >= 2
 
 
-def test_pretraining_is_not_evaluated_if_so_asked(tmp_path):
-    command = [sys.executable, "-m", "trainers.cli", "pretrain", "cjepa_scenes", *FLAGS, "--max_steps", "2"]
+def test_pretraining_is_not_evaluated_if_so_asked(tmp_path, capsys):
     given = ["--evaluate", "false", "--output_dir", str(tmp_path / "run")]
-    printed = subprocess.run([*command, *given], capture_output=True, text=True, check=True).stdout
-    assert "not evaluated: --evaluate false" in printed
+    assert main(["pretrain", "cjepa_scenes", *FLAGS, "--max_steps", "2", *given]) == 0
+    assert "not evaluated: --evaluate false" in capsys.readouterr().out
     assert "evaluation" not in json.loads((tmp_path / "run/final/results.json").read_text())

@@ -50,7 +50,6 @@ def run_experiment(namespace):
     from trainers.experiment_file import read_experiment
     from trainers.experiment_plan import choose_runs
     from trainers.experiment_report import report
-    from trainers.experiment_results import format_rows
     from trainers.experiment_runs import Call, carry_out, check_settings, is_done
     from trainers.files import make_place
     from trainers.recipes import overrides_of
@@ -67,11 +66,15 @@ def run_experiment(namespace):
             check_settings(experiment, run, call.folder(run))
             print(f"{'done' if is_done(call.folder(run)) else 'to do'}  {run.method}, seed {run.seed}")
         return
-    folders = [Path(output), *([Path(namespace.results)] if namespace.results else [])]
-    for folder, flag in zip(folders, ("--output", "--results"), strict=False):
-        make_place(folder / "results", flag)
-    failures = carry_out(experiment, runs, call, namespace.jobs)
-    print("\n" + format_rows(experiment, report(experiment, call, folders)))
+    results = namespace.results and Path(namespace.results)
+    make_place(Path(output, "results"), "--output")
+    if results:
+        make_place(results / "results", "--results")
+    failures = []
+    try:
+        failures = carry_out(experiment, runs, call, namespace.jobs)
+    finally:
+        print("\n" + report(experiment, call, results))  # of what is done, also where the rest was stopped
     if failures:
         raise InputError(f"{'; '.join(failures)}. The table is of the others; the same command tries these again.")
 

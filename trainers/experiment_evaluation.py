@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_cjepa import CJepaForPreTraining
@@ -17,12 +16,14 @@ from trainers.baselines import random_encoders, raw_pixels_label
 from trainers.checkpoint_files import checkpoint_step, present_checkpoints
 from trainers.datasets import ImageDataset
 from trainers.embedding import RawPixels, encoding
+from trainers.encoder_lidar import lidar_of_levels
 from trainers.evaluation import evaluate_encoder, evaluate_levels
 from trainers.experiment_plan import Experiment
 from trainers.files import write_json
 from trainers.precision import precision_name
 from trainers.readable import readable_splits
 from trainers.recipes import Recipe
+from trainers.reports import software_facts
 from trainers.sources import load_sources
 from trainers.subsets import choose_images, with_common_classes
 from trainers.transforms import eval_transform
@@ -42,7 +43,7 @@ class Images:
     """
 
     def __init__(self, recipe: Recipe, image_size: tuple[int, int]):
-        self.recipe, self.arguments = recipe, recipe.evaluation
+        self.recipe, self.arguments, self.image_size = recipe, recipe.evaluation, image_size
         progress = not self.arguments.disable_tqdm
         train, test = load_sources(recipe.data, max(image_size), progress)
         sources = with_common_classes(choose_images(train, self.arguments.num_probe_images), test)
@@ -75,26 +76,28 @@ def evaluate_run(experiment: Experiment, recipe: Recipe, folder: Path, training:
         load (`Callable`): Gives the model that is saved at a place, in float32.
 
     Returns:
-        `dict`: `images`; `precision` of the encoders' arithmetic; `points`, of each checkpoint and last of the end
-        `step`, `images_seen` and `rows`; `baselines`, rows of the encoder before training, if asked for. Rows are
-        those of [`~evaluation.probe`], whose `encoder` is empty for what stands for the method, and else names what
-        is beside it.
+        `dict`: `images`; `evaluated`, the `precision` of the encoders' arithmetic and the `commit` of the code, where
+        it is known; `points`, of each checkpoint and last of the end `step`, `images_seen` and `rows`; `baselines`,
+        rows of a random encoder of the same kind, if asked for. Rows are those of [`~evaluation.probe`], at the end
+        and of the random encoder with `lidar`; their `encoder` is empty for what stands for the method, and else names
+        what is beside it.
     """
     images = Images(recipe, saved_image_size(folder))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     points = []
     for place, step in _places(folder, training["steps"], experiment.num_checkpoints):
         model = load(place).to(device)
-        rows = _of_levels(experiment, model.base_model, images.settings)
+        rows = _of_levels(experiment, model.base_model, images, with_lidar=step == training["steps"])
         points.append({"step": step, "images_seen": step * training["batch_size"], "rows": rows})
     if experiment.context_encoder and isinstance(model, CJepaForPreTraining):
         rows += evaluate_levels(model.context_encoder, *images.settings, None, "context encoder")
     baselines = []
     if experiment.baselines:
         ((_, encoder),) = random_encoders(model.base_model, 1, recipe.training["seed"])
-        baselines = _before_training(experiment, encoder.to(device), images, folder.parents[1] / _RANDOM)
-    precision = precision_name(recipe.evaluation.precision, torch.device(device))
-    return {"images": images.facts(), "precision": precision, "points": points, "baselines": baselines}
+        baselines = _of_random(experiment, encoder.to(device), images, folder.parents[1] / _RANDOM)
+    evaluated = {"precision": precision_name(recipe.evaluation.precision, torch.device(device))}
+    evaluated |= {name: value for name, value in software_facts().items() if name == "commit"}
+    return {"images": images.facts(), "evaluated": evaluated, "points": points, "baselines": baselines}
 
 
 def saved_image_size(folder: Path) -> tuple[int, int]:
@@ -103,8 +106,8 @@ def saved_image_size(folder: Path) -> tuple[int, int]:
     return pair(config["image_size"])
 
 
-def _before_training(experiment: Experiment, encoder: PreTrainedModel, images: Images, known: Path) -> list[dict]:
-    """The rows of an encoder before training, which are found once for all runs that begin with the same one."""
+def _of_random(experiment: Experiment, encoder: PreTrainedModel, images: Images, known: Path) -> list[dict]:
+    """The rows of a random encoder, which are found once for all runs that are compared with the same one."""
     *_, test, mean, std, arguments = images.settings
     first = torch.stack([test[index]["pixel_values"] for index in range(min(_FIRST, len(test)))])
     with encoding(encoder, mean, std, encoder.device, bf16=False) as encode:
@@ -114,7 +117,7 @@ def _before_training(experiment: Experiment, encoder: PreTrainedModel, images: I
     path = known / f"{digest[:16]}.json"
     if not path.is_file():
         known.mkdir(exist_ok=True)
-        write_json(path, _of_levels(experiment, encoder, images.settings))
+        write_json(path, _of_levels(experiment, encoder, images, with_lidar=True))
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -126,14 +129,20 @@ def _places(folder: Path, num_steps: int, number: int) -> list[tuple[Path, int]]
     return [*on_the_way, (folder / "final", num_steps)]
 
 
-def _of_levels(experiment: Experiment, encoder: nn.Module, settings: tuple) -> list[dict]:
+def _of_levels(experiment: Experiment, encoder: PreTrainedModel, images: Images, with_lidar: bool) -> list[dict]:
     """The rows of an encoder's levels, first that which stands for the method."""
-    rows = evaluate_levels(encoder, *settings, "all")
+    rows = evaluate_levels(encoder, *images.settings, "all")
+    if with_lidar:
+        *_, mean, std, arguments = images.settings
+        found = lidar_of_levels(encoder, images.sources[1], images.image_size, mean, std, arguments)
+        rows = [row | {"lidar": value} for row, value in zip(rows, found, strict=True)]
     num_levels = max(len(rows) - 1, 1)
     names = [f"level {number}" for number in range(num_levels)] + ["all levels"]
     rows = [row | {"encoder": name} for row, name in zip(rows, names, strict=False)]
-    own = rows.pop(-1 if experiment.level == "all" else choose_level(experiment.level, num_levels))
-    return [own | {"encoder": ""}, *rows]
+    # a method of one level has no other, whatever the stacks beside it are asked for
+    own = -1 if experiment.level == "all" or num_levels == 1 else choose_level(experiment.level, num_levels)
+    stands_for_all = rows.pop(own) | {"encoder": ""}
+    return [stands_for_all, *rows]
 
 
 def evaluate_pixels(recipe: Recipe, image_size: tuple[int, int]) -> dict:

@@ -14,7 +14,7 @@ from trainers.probes import mean_interval
 
 _TITLES = {
     "knn": "kNN, % correct", "linear": "linear probe, % correct", "rankme": "effective rank (RankMe)",
-    "lidar": "LiDAR", "feature_std": "spread of features (std)",
+    "lidar": "LiDAR", "feature_std": "spread of features (std)", "skipped_steps": "steps skipped, %",
 }  # fmt: skip
 # what has to be beaten, and is not trained
 _BASELINES = ("random encoder", "raw pixels")
@@ -39,21 +39,25 @@ def draw_experiment(experiment: Experiment, found: list[dict], rows: list[dict],
 
 
 def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure:
-    """kNN and linear probe over the images seen: means over seeds, and their 95 % intervals as bands."""
+    """kNN and linear probe over the minutes of training: means over seeds, and their 95 % intervals as bands."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ACCURACIES, strict=True):
         for method, runs in by_method(found).items():
-            points = list(zip(*(course_of(run, metric) for run in runs), strict=True))
-            images = [point[0][0] for point in points]
-            values = [[value for _, value in point] for point in points]
-            (line,) = axes.plot(images, list(map(statistics.mean, values)), marker="o", markersize=3, label=method)
-            bands = [mean_interval(each) for each in values]
+            courses = [{point.images: point for point in course_of(run, metric)} for run in runs]
+            images = [number for number in courses[0] if all(number in course for course in courses)]
+            minutes, percents = (
+                [[getattr(course[number], field) for course in courses] for number in images]
+                for field in ("minutes", "percent")
+            )
+            x = list(map(statistics.mean, minutes))
+            (line,) = axes.plot(x, list(map(statistics.mean, percents)), marker="o", markersize=3, label=method)
+            bands = [mean_interval(each) for each in percents]
             if None not in bands:
-                axes.fill_between(images, *zip(*bands, strict=True), color=line.get_color(), alpha=0.15, linewidth=0)
+                axes.fill_between(x, *zip(*bands, strict=True), color=line.get_color(), alpha=0.15, linewidth=0)
         for row, style in zip(_baselines(rows, metric), itertools.cycle(("--", ":", "-.")), strict=False):
             axes.axhline(row["value"], color="gray", linestyle=style, linewidth=1, label=row["method"])
         axes.set_title(_TITLES[metric], fontsize=10)
-        axes.set_xlabel("images seen", fontsize=9)
+        axes.set_xlabel("minutes of training", fontsize=9)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
@@ -98,6 +102,7 @@ def _maps(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure
     for column, metric in enumerate(metrics):
         of = {row["method"]: row["value"] for row in rows if row["metric"] == metric}
         known = [value for method, value in of.items() if not method.startswith(_BASELINES)]
+        before = "".join(f", {row['method']} {row['value']:.3g}" for row in _baselines(rows, metric)[:1])
         for line, method in zip(grid, experiment.methods, strict=True):
             axes = line[column]
             values = [
@@ -107,9 +112,11 @@ def _maps(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure
             image = axes.imshow(values, vmin=min(known), vmax=max(known), cmap="viridis", aspect="auto")
             for y, of_row in enumerate(values):
                 for x, value in enumerate(of_row):
-                    shade = "black" if image.norm(value) > 0.6 else "white"
-                    axes.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=7, color=shade)
-            axes.set_title(f"{method}: {_TITLES[metric]}", fontsize=8)
+                    is_known = value == value
+                    shade = "white" if is_known and image.norm(value) <= 0.6 else "black"
+                    text = f"{value:.3g}" if is_known else "-"
+                    axes.text(x, y, text, ha="center", va="center", fontsize=7, color=shade)
+            axes.set_title(f"{method}: {_TITLES[metric]}{before}", fontsize=8)
             axes.set_xticks(range(len(rights)), [f"{value:g}" for value in rights], fontsize=7)
             axes.set_yticks(range(len(ups)), [f"{value:g}" for value in reversed(ups)], fontsize=7)
             axes.set_xlabel(right, fontsize=8)

@@ -67,12 +67,12 @@ class Experiment:
         context_encoder (`bool`): Whether C-JEPA's context encoder at the end is evaluated, too.
         level (`int` or `"all"`, *optional*): Of a stack, whose figures are the method's own; the top one when not
             given. Those of the others are rows of their own.
-        baselines (`bool`): Whether what has to be beaten is evaluated, too: of each run the encoder before training,
-            and once raw pixels.
+        baselines (`bool`): Whether what has to be beaten is evaluated, too: of each run a random encoder of the same
+            kind, and once raw pixels.
         figure (`"bars"`, `"curves"` or `"map"`): How it is drawn: the ends of the runs side by side, their course, or
             two swept keys as rows and columns.
-        reach (`dict`): Percents, by the names of accuracies; of each method it is told after how many images they
-            were reached.
+        reach (`dict`): Percents, by the names of accuracies; of each method it is told after how many images and
+            minutes they were found to be reached.
     """
 
     name: str

@@ -6,39 +6,45 @@ from pathlib import Path
 
 from trainers.experiment_evaluation import evaluate_pixels, saved_image_size
 from trainers.experiment_figures import draw_experiment
-from trainers.experiment_plan import Experiment, choose_runs
-from trainers.experiment_results import finished_runs, summarise, write_results
-from trainers.experiment_runs import Call
+from trainers.experiment_plan import Experiment
+from trainers.experiment_results import failed_runs, finished_runs, format_rows, summarise, write_results
+from trainers.experiment_runs import Call, is_done
 from trainers.files import write_json
 
 _PIXELS = "raw_pixels.json"
 
 
-def report(experiment: Experiment, call: Call, folders: list[Path]) -> list[dict]:
+def report(experiment: Experiment, call: Call, results: Path | None = None) -> str:
     """
-    Writes the results of the runs that are done.
+    Writes the results of the runs that are done into their folder.
 
     Args:
         experiment ([`Experiment`]): Of which.
         call ([`Call`]): How they were carried out.
-        folders (`list[Path]`): Where to.
+        results (`Path`, *optional*): Where to, too. What is there of runs that are not here is kept.
 
     Returns:
-        `list[dict]`: The rows of [`~experiment_results.summarise`].
+        `str`: The table, empty if no run is done.
     """
-    found = finished_runs(experiment, Path(call.output))
-    pixels = _pixels(experiment, call, found) if experiment.baselines and found else None
+    output = Path(call.output)
+    found, failed = finished_runs(experiment, output, results), failed_runs(experiment, output)
+    if not found:
+        return ""
+    pixels = _pixels(experiment, call) if experiment.baselines else None
     rows = summarise(experiment, found, pixels, call.command)
+    folders = [output, *([results] if results else [])]
     for folder in folders:
-        write_results(folder, experiment, rows, found)
+        write_results(folder, experiment, rows, found, failed)
     for folder in folders:
         draw_experiment(experiment, found, rows, folder / f"{experiment.name}.png")
-    return rows
+    return format_rows(experiment, rows, failed)
 
 
-def _pixels(experiment: Experiment, call: Call, found: list[dict]) -> dict:
-    """The row of raw pixels of the images of the first run that is done, which is found once for them."""
-    (first,) = choose_runs(experiment, [found[0]["method"]], [found[0]["seed"]])
+def _pixels(experiment: Experiment, call: Call) -> dict | None:
+    """The row of raw pixels of the images of the first run that is done here, which is found once for them."""
+    first = next((run for run in experiment.runs() if is_done(call.folder(run))), None)
+    if first is None:
+        return None
     path, recipe = Path(call.output, _PIXELS), first.read(Path(call.output))
     size = saved_image_size(call.folder(first))
     asked = {"data": asdict(recipe.data), "evaluation": asdict(recipe.evaluation), "image_size": list(size)}

@@ -1,5 +1,6 @@
 """Carries out the runs of an experiment: trains each, or goes on with it, and evaluates it."""
 
+import hashlib
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 from threading import Event
 
 import torch
+import yaml
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -33,6 +35,7 @@ from trainers.rival_training import train_rival
 from trainers.rivals import RIVALS
 
 EVALUATION = "evaluation.json"
+FAILURE = "failure.json"
 SETTINGS = "settings.yaml"
 # what of an experiment the figures of its runs depend on, beside their settings
 _MEASURED = ("num_checkpoints", "context_encoder", "level", "baselines")
@@ -42,8 +45,6 @@ _WITHOUT_EFFECT = (WITHOUT_EFFECT - type_hints(EvaluationArguments).keys()) | {
 }  # fmt: skip
 # at which shares of a run it is saved where it is evaluated at its end alone
 _SAVED = 0.2
-# what the last log of a run tells
-_SIGNS = ("rankme", "lidar", "feature_std", "loss")
 # the exit status after Ctrl-C, and of a run that a signal or `max_hours` has stopped
 _INTERRUPTED = 130
 _STOPPED = (_INTERRUPTED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGHUP)
@@ -101,7 +102,7 @@ def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int
         ThreadPoolExecutor(num_jobs) as pool,
     ):
         try:
-            settings = [_settings_text(experiment, run) for run in missing]
+            settings = [settings_text(experiment, run) for run in missing]
             first = missing[:1] if not any(is_done(call.folder(run)) for run in experiment.runs()) else []
             carry_out_one = partial(_carry_out_elsewhere, call, num_jobs, stopped, first)
             for status, sentence in pool.map(carry_out_one, missing, settings):
@@ -123,18 +124,25 @@ def check_settings(experiment: Experiment, run: Run, folder: Path):
     """Refuses to go on with a run, or to take one for done, that has other settings than the experiment says."""
     path = folder / SETTINGS
     before = path.read_text(encoding="utf-8") if path.is_file() else None
-    if (before is not None or is_done(folder)) and before != _settings_text(experiment, run):
+    if (before is not None or is_done(folder)) and before != settings_text(experiment, run):
         raise InputError(
             f"{folder} holds a run with other settings than {experiment.name} has now, see {SETTINGS} there; name "
             "another --output, or remove that folder."
         )
 
 
-def _settings_text(experiment: Experiment, run: Run) -> str:
-    """All that a run's figures depend on."""
+def settings_text(experiment: Experiment, run: Run) -> str:
+    """All that a run's figures depend on, as its folder keeps it."""
     values = {name: value for name, value in run.read(Path()).values.items() if name not in _WITHOUT_EFFECT}
     values |= {"rival": run.rival} if run.rival else {}
     return recipe_text(values | {name: getattr(experiment, name) for name in _MEASURED})
+
+
+def digest_of(experiment: Experiment, run: Run) -> str:
+    """A hash of [`settings_text`], by which the results of a run are known on other machines, too."""
+    settings = yaml.safe_load(settings_text(experiment, run))
+    text = json.dumps(public_facts({"settings": settings}), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _carry_out_elsewhere(
@@ -176,7 +184,7 @@ def carry_out_run(experiment: Experiment, run: Run, call: Call):
     folder = call.folder(run)
     final = folder / "final"
     if not final.is_dir():
-        write_text_atomically(folder / SETTINGS, _settings_text(experiment, run))
+        write_text_atomically(folder / SETTINGS, settings_text(experiment, run))
         share, limit = (1 / experiment.num_checkpoints, None) if experiment.num_checkpoints > 1 else (_SAVED, 1)
         saving = {"save_strategy": "steps", "save_steps": share, "save_total_limit": limit}
         resuming = {"resume_from_checkpoint": LAST} if present_checkpoints(folder) else {}
@@ -186,14 +194,13 @@ def carry_out_run(experiment: Experiment, run: Run, call: Call):
         if trained is None:
             raise _Stopped(f"{run.method}, seed {run.seed}, was stopped; repeat the command to go on.")
     facts = public_facts(json.loads((final / "results.json").read_text(encoding="utf-8")))
-    last_log = next((entry for entry in reversed(facts["history"]) if "rankme" in entry), {})
     told = {name: facts[name] for name in ("settings", "training", "machine", "software", "data")}
     told["diagnosis"] = facts.get("diagnosis", {}).get("state")
-    told["signs"] = {name: last_log.get(name) for name in _SIGNS}
     load = load_model if run.rival is None else RIVALS[run.rival].load
     found = evaluate_run(experiment, run.read(Path(call.output)), folder, facts["training"], load)
-    own = {"method": run.method, "seed": run.seed, "swept": run.swept}
+    own = {"method": run.method, "seed": run.seed, "swept": run.swept, "asked": digest_of(experiment, run)}
     write_json(folder / EVALUATION, own | public_facts(told | found))
+    (folder / FAILURE).unlink(missing_ok=True)
 
 
 def main(told: str) -> int:
@@ -213,12 +220,17 @@ def main(told: str) -> int:
     try:
         experiment = read_experiment(call.experiment, call.overrides)
         (run,) = choose_runs(experiment, [method], [seed])
-        if _settings_text(experiment, run) != settings:
+        if settings_text(experiment, run) != settings:
             raise InputError(f"{call.experiment} was changed while it was carried out; repeat the command.")
         carry_out_run(experiment, run, call)
+    except _Stopped as error:
+        print(f"\ncjepa: {error}", file=sys.stderr)
+        return _INTERRUPTED
     except InputError as error:
         print(f"\ncjepa: {plain_message(error)}", file=sys.stderr)
-        return _INTERRUPTED if isinstance(error, _Stopped) else 2
+        why = public_facts({"why": plain_message(error)})
+        write_json(call.folder(run) / FAILURE, {"method": run.method, "seed": run.seed} | why)
+        return 2
     except KeyboardInterrupt:
         return _INTERRUPTED
     return 0

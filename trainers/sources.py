@@ -45,8 +45,8 @@ class DataArguments:
     train_split: str = field(default="train", metadata={"help": "split to train on"})
     eval_split: str | None = field(
         default=None,
-        metadata={"help": "split to evaluate on; when not given `test` or `validation`, or else a tenth of the train "
-                          "split is held out"},
+        metadata={"help": "split to evaluate on; when not given `test` or `validation`; where there is none, or it is "
+                          "the train split, a tenth of that is held out"},
     )  # fmt: skip
     image_column: str | None = field(
         default=None, metadata={"help": "column of images; found by its type if not given"}
@@ -124,7 +124,7 @@ def known_num_train_images(arguments: DataArguments) -> int | None:
 
 def named_splits(splits: dict, arguments: DataArguments) -> tuple[dict, str | None]:
     """
-    The splits with that to train on, and the name of that to evaluate on, None if there is none.
+    The splits with that to train on, and the name of that to evaluate on, None if there is no other.
 
     Args:
         splits (`dict`): Of a data set, by name.
@@ -142,7 +142,7 @@ def named_splits(splits: dict, arguments: DataArguments) -> tuple[dict, str | No
     name = arguments.eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
     if name is not None and name not in splits:
         raise InputError(f"{arguments.dataset} has no split {name!r}, only {', '.join(splits)}; mend --eval_split.")
-    return splits, name
+    return splits, None if name == arguments.train_split else name
 
 
 def scenes_source(arguments: DataArguments, split: str, image_size: int, progress: bool) -> ImageSource:
