@@ -253,6 +253,7 @@ def test_scenes_are_labelled_and_test_scenes_are_others():
         ({"dataset": "{tmp}/good", "image_column": "label"}, "Column 'label' .* holds no images"),
         ({"dataset": "{tmp}/good", "label_column": "kind"}, "no column 'kind'"),
         ({"dataset": "scenes", "label_column": "colour"}, "no labels 'colour'"),
+        ({"dataset": "scenes", "eval_split": "train"}, "scenes has images of its own to test on; leave it out"),
     ],
 )
 def test_wrong_data_is_one_clear_error(tmp_path, arguments, message):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from tiny import tiny_model
@@ -47,9 +48,15 @@ def test_crops_of_an_image_are_its_views(changes):
     assert found == lidar_of_levels(model, source, (SIZE, SIZE), MEAN, STD, ARGUMENTS)
 
 
-def test_crops_differ_and_lower_what_is_told_apart():
+def test_what_varies_within_an_image_counts_against_what_varies_between():
     noise = ImageSource(np.random.default_rng(0).integers(0, 256, (30, SIZE, SIZE, 3), dtype=np.uint8))
-    model = tiny_model().cjepa.eval()
+    model, seen = tiny_model().cjepa.eval(), []
+    model.register_forward_hook(lambda module, given, output: seen.append(output.pooler_output))
     (found,) = lidar_of_levels(model, noise, (SIZE, SIZE), MEAN, STD, ARGUMENTS)
-    whole, _ = extract_embeddings(model, ImageDataset(noise, eval_transform((SIZE, SIZE))), MEAN, STD, progress=False)
-    assert found != pytest.approx(rank_between(whole), rel=1e-2)
+    crops = torch.cat(seen).double().numpy().reshape(30, 10, -1)
+    means = crops.mean(axis=1)
+    within = np.mean([np.outer(v, v) for v in (crops - means[:, None]).reshape(300, -1)], axis=0)
+    assert np.trace(within) > 0.1 * np.trace(np.cov(means.T))
+    e = scipy.linalg.eigvalsh(np.cov(means.T, bias=True), within + 1e-4 * np.eye(len(within))).clip(0)
+    p = e / e.sum() + 1e-7
+    assert found == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-3)

@@ -19,9 +19,10 @@ from trainers.experiment_evaluation import _places
 from trainers.experiment_figures import draw_experiment
 from trainers.experiment_file import read_experiment
 from trainers.experiment_plan import choose_runs
-from trainers.experiment_results import finished_runs, format_rows, summarise, write_results
+from trainers.experiment_results import format_rows, summarise
 from trainers.experiment_runs import Call, carry_out, carry_out_run, digest_of, settings_text
 from trainers.experiment_runs import main as carry_out_told_run
+from trainers.experiment_store import Found, find, write_results
 from trainers.probes import accuracy_interval, mean_interval
 from trainers.resources import experiment_names
 
@@ -60,8 +61,8 @@ def a_run(method, seed, knn, *earlier, linear=50.0, begin=10.0, **changes):
         for at, value in enumerate((*earlier, knn), start=1)
     ]
     return {
-        "method": method, "seed": seed, "swept": {}, "images": {"num_test": 400}, "points": points,
-        "baselines": [row | {"knn": begin, "dim": 8}],
+        "method": method, "seed": seed, "swept": {}, "images": {"fingerprint": "a"}, "points": points,
+        "baselines": [row | {"knn": begin, "weights": f"{begin}, {seed}"}],
         "training": {"images_seen": points[-1]["images_seen"], "seconds": 60.0 * seed, "steps": points[-1]["step"],
                      "skipped_steps": 0},
         "machine": {"processor": "P", "threads": 2},
@@ -89,6 +90,7 @@ def test_every_method_is_trained_with_every_seed_and_evaluated_on_its_way(done):
             found = json.loads((folder / f"runs/{method}/seed-{seed}/evaluation.json").read_text())
             assert [point["step"] for point in found["points"]] == [2, 4]
             assert found["settings"]["seed"] == seed
+            assert min(row["lidar"] for row in (*found["points"][-1]["rows"], *found["baselines"])) > 1
             encoders = [[row["encoder"] for row in point["rows"]] for point in found["points"]]
             assert encoders == [[""], ["", "context encoder"]]
     # both methods begin with the same encoder
@@ -206,7 +208,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
         with pytest.raises(InputError, match="c-jepa, seed 1, was stopped; repeat the command"):
             carry_out_run(experiment, run, call)
     assert asked == [None, "last"]
-    told = asdict(call) | {"method": run.method, "seed": run.seed}
+    told = asdict(call) | {"method": run.method, "seed": run.seed, "folder": str(call.folder(run))}
     told["settings"] = (call.folder(run) / "settings.yaml").read_text()
     assert carry_out_told_run(json.dumps(told)) == 130  # which ends the experiment
 
@@ -226,14 +228,18 @@ def test_a_run_that_fails_does_not_keep_others_from_being_run(tmp_path, capfd):
 
     # the same command tries again what failed
     assert main(["experiment", given, "--output", str(tmp_path / "runs")]) == 2
-    assert "bad, seed 1, ended with status 2" in capfd.readouterr().err
+    told = capfd.readouterr()
+    assert "bad, seed 1, ended with status 2" in told.err and "fewer than the 16 of a batch" in told.err
+    assert "Failed: bad" in (tmp_path / "runs/small.md").read_text()
 
 
 def test_what_ails_the_first_run_ends_the_experiment(tmp_path, capfd):
     given = written(tmp_path, methods={"bad": {"num_train_images": 3}, "good": {}}, baselines=False)
     assert main(["experiment", given, "--output", str(tmp_path / "runs")]) == 2
-    assert "bad, seed 1, ended with status 2, see above; what is done is kept" in capfd.readouterr().err
+    told = capfd.readouterr()
+    assert "bad, seed 1, ended with status 2, see above; what is done is kept" in told.err
     assert not (tmp_path / "runs/good").exists()
+    assert "- Failed: bad, seed 1: " in told.out
 
 
 @pytest.mark.parametrize(("status", "ends_all"), [(130, True), (-15, True), (-9, False), (1, False)])
@@ -255,6 +261,8 @@ def test_a_signal_to_stop_is_meant_for_all_runs(tmp_path, monkeypatch, status, e
     else:
         (failure,) = carry_out(experiment, experiment.runs(), call)
         assert failure.startswith(told) and len(begun) == 4
+        (failed,) = find(experiment, tmp_path / "runs").failed
+        assert failed["method"] == "i-jepa" and failed["why"] == f"It ended with status {status} and gave no reason."
 
 
 def test_interval_of_a_mean_is_students():
@@ -267,7 +275,7 @@ def test_interval_of_a_mean_is_students():
 def test_rows_are_means_over_seeds(tmp_path):
     experiment = read_experiment(written(tmp_path))
     found = [a_run("c-jepa", 1, 40.0), a_run("c-jepa", 2, 44.0), a_run("i-jepa", 1, 30.0)]
-    rows = {(row["method"], row["metric"]): row for row in summarise(experiment, found, None, "the command")}
+    rows = {(row["method"], row["metric"]): row for row in summarise(experiment, Found(found), "the command")}
     knn = rows["c-jepa", "knn"]
     assert knn["experiment"] == "small" and read_experiment("cpu_15min").label == "cpu-15min"
     assert knn["value"] == 42.0 and knn["ci95"] == pytest.approx(mean_interval([40.0, 44.0]))
@@ -282,16 +290,16 @@ def test_rows_are_means_over_seeds(tmp_path):
 def test_one_random_encoder_stands_for_all_methods_that_have_it(tmp_path):
     experiment = read_experiment(written(tmp_path))
     alike = [a_run("c-jepa", 1, 40.0), a_run("i-jepa", 1, 30.0)]
-    methods = [row["method"] for row in summarise(experiment, alike, None, "")]
+    methods = [row["method"] for row in summarise(experiment, Found(alike), "")]
     assert methods.count("random encoder") == methods.count("c-jepa") == 5
     later = [*alike, a_run("c-jepa", 2, 40.0, begin=11.0), a_run("without the first seed", 2, 40.0, begin=11.0)]
-    assert [row["method"] for row in summarise(experiment, later, None, "") if "random" in row["method"]][0] == (
+    assert [row["method"] for row in summarise(experiment, Found(later), "") if "random" in row["method"]][0] == (
         "random encoder"
     )
     unlike = [*alike, a_run("s-jea", 1, 30.0, begin=20.0)]
-    named = {row["method"] for row in summarise(experiment, unlike, None, "")}
+    named = {row["method"] for row in summarise(experiment, Found(unlike), "")}
     assert {"random encoder of c-jepa, i-jepa", "random encoder of s-jea"} <= named
-    untrained = [row for row in summarise(experiment, alike, None, "") if row["method"] == "random encoder"]
+    untrained = [row for row in summarise(experiment, Found(alike), "") if row["method"] == "random encoder"]
     assert {(row["images_seen"], row["seconds"]) for row in untrained} == {(0, 0.0)}
 
 
@@ -301,48 +309,68 @@ def test_an_accuracy_is_reached_where_an_evaluation_found_it(tmp_path):
         a_run("c-jepa", 1, 40.0, 20.0, 35.0), a_run("c-jepa", 2, 40.0, 20.0, 30.0),
         a_run("i-jepa", 1, 34.0), a_run("i-jepa", 2, 36.0),
     ]  # fmt: skip
-    rows = summarise(experiment, found, None, "")
+    rows = summarise(experiment, Found(found), "")
     reached = {(row["method"], row["metric"]): row["value"] for row in rows if "_to_knn_35" in row["metric"]}
     # a seed of 1 minute at 200 of 300 images, one of 2 at the last
     assert reached["c-jepa", "images_to_knn_35"] == (200 + 300) / 2
     assert reached["c-jepa", "minutes_to_knn_35"] == pytest.approx((2 / 3 + 2) / 2)
     assert reached["i-jepa", "images_to_knn_35"] is reached["i-jepa", "minutes_to_knn_35"] is None
-    table = format_rows(experiment, rows, [])
+    table = format_rows(experiment, rows)
     assert "| images to 35 % knn | minutes to 35 % knn |" in re.sub(" +", " ", table)
     assert "| 250 (" in table and "not reached" in table
 
 
-def test_skipped_steps_and_failed_runs_are_told(tmp_path):
+def test_skipped_steps_are_told(tmp_path):
     experiment = read_experiment(written(tmp_path))
     found = [a_run("c-jepa", 1, 40.0), a_run("i-jepa", 1, 30.0)]
-    assert "skipped" not in format_rows(experiment, summarise(experiment, found, None, ""), [])
+    assert "skipped" not in format_rows(experiment, summarise(experiment, Found(found), ""))
     found[1]["training"]["skipped_steps"] = 5
-    rows = summarise(experiment, found, None, "")
+    rows = summarise(experiment, Found(found), "")
     skipped = {row["method"]: row["value"] for row in rows if row["metric"] == "skipped_steps"}
     assert skipped == {"c-jepa": 0, "i-jepa": 50}
-    failed = [{"method": "i-jepa", "seed": 2, "why": "It diverged."}]
-    assert "- Failed: i-jepa, seed 2: It diverged." in format_rows(experiment, rows, failed)
+
+
+def digests(experiment):
+    return {(run.method, run.seed): digest_of(run, settings_text(experiment, run)) for run in experiment.runs()}
 
 
 def test_results_of_runs_that_are_elsewhere_are_kept(tmp_path):
     experiment = read_experiment(written(tmp_path))
-    runs = {(run.method, run.seed): digest_of(experiment, run) for run in experiment.runs()}
-    elsewhere = [a_run(method, seed, 40.0, asked=asked) for (method, seed), asked in runs.items()]
-    elsewhere[-1]["asked"] = "that of other settings"
-    write_results(tmp_path, experiment, [], elsewhere, [])
-    here = tmp_path / "runs" / experiment.runs()[0].place
-    here.mkdir(parents=True)
-    (here / "evaluation.json").write_text(json.dumps(a_run("c-jepa", 1, 50.0)))
-    (here / "settings.yaml").write_text(settings_text(experiment, experiment.runs()[0]))
-    found = finished_runs(experiment, tmp_path / "runs", tmp_path)
-    assert [run["points"][-1]["rows"][0]["knn"] for run in found] == [50.0, 40.0, 40.0]
-    assert len(finished_runs(experiment, tmp_path / "runs")) == 1
-    # where the images lie has no part in it
-    elsewhere = read_experiment(written(tmp_path), {"dataset": "/there/cifar10"})
-    here = read_experiment(written(tmp_path), {"dataset": "/here/cifar10"})
-    other = read_experiment(written(tmp_path), {"dataset": "/here/photos"})
-    first = [digest_of(each, each.runs()[0]) for each in (elsewhere, here, other)]
-    assert first[0] == first[1] != first[2]
+    (first, *_, last), asked = experiment.runs(), digests(experiment)
+    there = Found(
+        [a_run(*place, 40.0, asked=digest) for place, digest in asked.items()][:-1],
+        [{"method": last.method, "seed": last.seed, "asked": asked[last.method, last.seed], "why": "It diverged."}],
+        {"knn": 31.0},
+    )
+    write_results(tmp_path, experiment, [], "the table", there)
+    here = tmp_path / "runs"
+    assert find(experiment, here, tmp_path) == there and find(experiment, here) == Found()
+
+    for run, name, told in (
+        (first, "evaluation", a_run("c-jepa", 1, 50.0)), (last, "failure", {"method": "x", "seed": 0, "why": "here"}),
+    ):  # fmt: skip
+        (here / run.place).mkdir(parents=True)
+        (here / run.place / f"{name}.json").write_text(json.dumps(told))
+    (here / first.place / "settings.yaml").write_text(settings_text(experiment, first))
+    found = find(experiment, here, tmp_path)
+    assert [run["points"][-1]["rows"][0]["knn"] for run in found.runs] == [50.0, 40.0, 40.0]
+    assert found.format_failures() == "- Failed: x, seed 0: here\n"
+
+    # on other test images, or with other settings, they are of no use
+    (here / first.place / "evaluation.json").write_text(
+        json.dumps(a_run("c-jepa", 1, 50.0, images={"fingerprint": "b"}))
+    )
+    assert len(find(experiment, here, tmp_path).runs) == 1
+    assert find(read_experiment(written(tmp_path), {"max_steps": 5}), tmp_path / "none", tmp_path).runs == []
+
+
+def test_where_images_lie_makes_no_other_run(tmp_path):
+    there, here, others = (
+        digests(read_experiment(written(tmp_path), {"dataset": dataset, "decoded_cache": cache}))
+        for dataset, cache in (("/there/cifar10", None), ("/here/cifar10", "cache"), ("/here/photos", None))
+    )
+    assert there == here and not set(here.values()) & set(others.values())
+    assert len(set(here.values())) == 4
 
 
 def test_a_sweep_is_every_combination(tmp_path):
@@ -368,7 +396,7 @@ def test_every_figure_shows_what_it_is_given(tmp_path, figure):
     found = [a_run(run.method, run.seed, 40.0 + number, 35.0) for number, run in enumerate(experiment.runs())]
     found = found[:-1]  # one that failed, a hole in the map
     pixels = {"knn": 30.0, "linear": 35.0, "rankme": 80.0, "feature_std": 0.2}
-    rows = summarise(experiment, found, pixels, "")
+    rows = summarise(experiment, Found(found, pixels=pixels), "")
     draw_experiment(experiment, found, rows, tmp_path / "drawn.png")
     assert Image.open(tmp_path / "drawn.png").width > 500
 
@@ -377,7 +405,7 @@ def test_a_broken_summary_is_not_replaced(tmp_path):
     experiment = read_experiment(written(tmp_path))
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(InputError, match="summary.json is no list of rows"):
-        write_results(tmp_path, experiment, [], [], [])
+        write_results(tmp_path, experiment, [], "", Found())
     assert (tmp_path / "summary.json").read_text() == "{"
 
 

@@ -394,3 +394,9 @@ def test_a_stream_of_unknown_length_can_be_stopped(tmp_path, capsys):
     tars = ["--dataset", write_tars(tmp_path / "tars", EQUAL), "--streaming", "--num_train_images", "null"]
     status = pretrain(tmp_path / "run", *tars, "--max_steps", "6", "--max_hours", "1e-7")
     assert status == 0 and "stopped by --max_hours 1e-07 at step 1 of 6; saved checkpoint-1" in capsys.readouterr().out
+
+
+def test_nothing_is_held_out_of_a_stream(tmp_path):
+    arguments = PretrainDataArguments(dataset=write_parquet(tmp_path, EQUAL), streaming=True, eval_split="train")
+    with pytest.raises(InputError, match="eval_split='train' is the train split, and nothing is held out of a stream"):
+        load_stream(arguments)

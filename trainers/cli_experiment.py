@@ -32,7 +32,7 @@ def add_experiment(commands):
     )
     parser.add_argument(
         "--results", metavar="FOLDER", help="write table, picture and figures there, too, and the rows into its "
-        "summary.json",
+        "summary.json; what is there of runs that were done elsewhere with the same settings is kept",
     )  # fmt: skip
     parser.add_argument("--methods", metavar="METHOD", nargs="+", help="only these, as --list calls them")
     parser.add_argument("--seeds", metavar="SEED", nargs="+", type=int, help="only these of the experiment's seeds")
@@ -70,11 +70,12 @@ def run_experiment(namespace):
     make_place(Path(output, "results"), "--output")
     if results:
         make_place(results / "results", "--results")
-    failures = []
     try:
         failures = carry_out(experiment, runs, call, namespace.jobs)
-    finally:
-        print("\n" + report(experiment, call, results))  # of what is done, also where the rest was stopped
+    except (InputError, KeyboardInterrupt):
+        print("\n" + report(experiment, call, results, is_whole=False))
+        raise
+    print("\n" + report(experiment, call, results))
     if failures:
         raise InputError(f"{'; '.join(failures)}. The table is of the others; the same command tries these again.")
 

@@ -1,5 +1,7 @@
 """LiDAR of frozen encoders, of ten crops each of a thousand images, as its paper has it (arXiv 2312.04000)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
@@ -42,7 +44,8 @@ def lidar_of_levels(
         arguments ([`EvaluationArguments`]): Batch size, workers, precision, progress.
 
     Returns:
-        `list[float]`: In the order of [`~evaluation.evaluate_levels`]; levels side by side have length 1 each.
+        `list[float]`: In the order of [`~evaluation.evaluate_levels`]; side by side, levels have length 1 each.
+            NaN of a single image.
     """
     crops = _Crops(choose_images(source, NUM_IMAGES), train_transform(image_size, _CROP_SCALE, horizontal_flip=True))
     is_stack, device = model.config.num_levels > 1, device_of(model)
@@ -55,4 +58,5 @@ def lidar_of_levels(
     if is_stack:
         parts = encoder.split(embeddings)
         parts.append(torch.cat([F.normalize(part, dim=1) for part in parts], dim=1))
-    return [lidar(part.unflatten(0, (-1, NUM_CROPS))) for part in parts]
+    views = [part.unflatten(0, (-1, NUM_CROPS)) for part in parts]
+    return [lidar(each) if len(each) > 1 else math.nan for each in views]

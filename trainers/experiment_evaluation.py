@@ -15,7 +15,7 @@ from modeling_cjepa.configuration_cjepa import choose_level, pair
 from trainers.baselines import random_encoders, raw_pixels_label
 from trainers.checkpoint_files import checkpoint_step, present_checkpoints
 from trainers.datasets import ImageDataset
-from trainers.embedding import RawPixels, encoding
+from trainers.embedding import RawPixels
 from trainers.encoder_lidar import lidar_of_levels
 from trainers.evaluation import evaluate_encoder, evaluate_levels
 from trainers.experiment_plan import Experiment
@@ -28,9 +28,8 @@ from trainers.sources import load_sources
 from trainers.subsets import choose_images, with_common_classes
 from trainers.transforms import eval_transform
 
-# of the folder of all runs: what was found of encoders before training, by what they make of the first test images
+# of the folder of all runs: what was found of random encoders, by their weights
 _RANDOM = "random_encoders"
-_FIRST = 16
 
 
 class Images:
@@ -51,11 +50,11 @@ class Images:
         self.datasets = [ImageDataset(source, eval_transform(image_size)) for source in self.sources]
 
     def facts(self) -> dict:
-        """Their names and numbers."""
+        """Their names and numbers, and which those to test on are."""
         train, test = self.sources
         return {
             "train": train.name, "test": test.name, "num_train": len(train), "num_test": len(test),
-            "num_skipped": len(self.skipped),
+            "num_skipped": len(self.skipped), "fingerprint": test.fingerprint(),
         }  # fmt: skip
 
     @property
@@ -90,7 +89,8 @@ def evaluate_run(experiment: Experiment, recipe: Recipe, folder: Path, training:
         rows = _of_levels(experiment, model.base_model, images, with_lidar=step == training["steps"])
         points.append({"step": step, "images_seen": step * training["batch_size"], "rows": rows})
     if experiment.context_encoder and isinstance(model, CJepaForPreTraining):
-        rows += evaluate_levels(model.context_encoder, *images.settings, None, "context encoder")
+        own, *_ = _of_levels(experiment, model.context_encoder, images, with_lidar=True)
+        rows.append(own | {"encoder": "context encoder"})
     baselines = []
     if experiment.baselines:
         ((_, encoder),) = random_encoders(model.base_model, 1, recipe.training["seed"])
@@ -108,16 +108,16 @@ def saved_image_size(folder: Path) -> tuple[int, int]:
 
 def _of_random(experiment: Experiment, encoder: PreTrainedModel, images: Images, known: Path) -> list[dict]:
     """The rows of a random encoder, which are found once for all runs that are compared with the same one."""
-    *_, test, mean, std, arguments = images.settings
-    first = torch.stack([test[index]["pixel_values"] for index in range(min(_FIRST, len(test)))])
-    with encoding(encoder, mean, std, encoder.device, bf16=False) as encode:
-        embeddings = encode(first).pooler_output.float().cpu()
-    asked = [asdict(images.recipe.data), asdict(arguments), experiment.level]
-    digest = hashlib.sha256(embeddings.numpy().tobytes() + json.dumps(asked).encode()).hexdigest()
-    path = known / f"{digest[:16]}.json"
+    weights = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        weights.update(name.encode() + tensor.cpu().numpy().tobytes())
+    digest = weights.hexdigest()[:16]
+    asked = [asdict(images.recipe.data), asdict(images.arguments), images.facts(), experiment.level]
+    path = known / f"{digest}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}.json"
     if not path.is_file():
         known.mkdir(exist_ok=True)
-        write_json(path, _of_levels(experiment, encoder, images, with_lidar=True))
+        rows = _of_levels(experiment, encoder, images, with_lidar=True)
+        write_json(path, [row | {"weights": digest} for row in rows])
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -27,7 +27,7 @@ def draw_experiment(experiment: Experiment, found: list[dict], rows: list[dict],
 
     Args:
         experiment ([`Experiment`]): What.
-        found (`list[dict]`): Of [`~experiment_results.finished_runs`].
+        found (`list[dict]`): Of [`~experiment_store.Found`].
         rows (`list[dict]`): Of [`~experiment_results.summarise`].
         path (`Path`): The PNG to write.
     """
@@ -52,7 +52,7 @@ def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figu
             x = list(map(statistics.mean, minutes))
             (line,) = axes.plot(x, list(map(statistics.mean, percents)), marker="o", markersize=3, label=method)
             bands = [mean_interval(each) for each in percents]
-            if None not in bands:
+            if bands and None not in bands:
                 axes.fill_between(x, *zip(*bands, strict=True), color=line.get_color(), alpha=0.15, linewidth=0)
         for row, style in zip(_baselines(rows, metric), itertools.cycle(("--", ":", "-.")), strict=False):
             axes.axhline(row["value"], color="gray", linestyle=style, linewidth=1, label=row["method"])
@@ -101,7 +101,7 @@ def _maps(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure
     names = {(run.base, *run.swept.values()): run.method for run in experiment.runs()}
     for column, metric in enumerate(metrics):
         of = {row["method"]: row["value"] for row in rows if row["metric"] == metric}
-        known = [value for method, value in of.items() if not method.startswith(_BASELINES)]
+        known = [of[method] for method in names.values() if method in of]
         before = "".join(f", {row['method']} {row['value']:.3g}" for row in _baselines(rows, metric)[:1])
         for line, method in zip(grid, experiment.methods, strict=True):
             axes = line[column]

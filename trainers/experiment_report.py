@@ -7,14 +7,15 @@ from pathlib import Path
 from trainers.experiment_evaluation import evaluate_pixels, saved_image_size
 from trainers.experiment_figures import draw_experiment
 from trainers.experiment_plan import Experiment
-from trainers.experiment_results import failed_runs, finished_runs, format_rows, summarise, write_results
+from trainers.experiment_results import format_rows, summarise
 from trainers.experiment_runs import Call, is_done
+from trainers.experiment_store import find, write_results
 from trainers.files import write_json
 
 _PIXELS = "raw_pixels.json"
 
 
-def report(experiment: Experiment, call: Call, results: Path | None = None) -> str:
+def report(experiment: Experiment, call: Call, results: Path | None = None, is_whole: bool = True) -> str:
     """
     Writes the results of the runs that are done into their folder.
 
@@ -22,25 +23,28 @@ def report(experiment: Experiment, call: Call, results: Path | None = None) -> s
         experiment ([`Experiment`]): Of which.
         call ([`Call`]): How they were carried out.
         results (`Path`, *optional*): Where to, too. What is there of runs that are not here is kept.
+        is_whole (`bool`): Whether raw pixels are evaluated where they are not known; not where one waits for the end.
 
     Returns:
-        `str`: The table, empty if no run is done.
+        `str`: The table, and which runs failed.
     """
     output = Path(call.output)
-    found, failed = finished_runs(experiment, output, results), failed_runs(experiment, output)
-    if not found:
-        return ""
-    pixels = _pixels(experiment, call) if experiment.baselines else None
-    rows = summarise(experiment, found, pixels, call.command)
+    found = find(experiment, output, results)
+    if not found.runs:
+        return found.format_failures()
+    if experiment.baselines:
+        found.pixels = _pixels(experiment, call, is_whole) or found.pixels
+    rows = summarise(experiment, found, call.command)
+    table = format_rows(experiment, rows) + "\n" * bool(found.failed) + found.format_failures()
     folders = [output, *([results] if results else [])]
     for folder in folders:
-        write_results(folder, experiment, rows, found, failed)
+        write_results(folder, experiment, rows, table, found)
     for folder in folders:
-        draw_experiment(experiment, found, rows, folder / f"{experiment.name}.png")
-    return format_rows(experiment, rows, failed)
+        draw_experiment(experiment, found.runs, rows, folder / f"{experiment.name}.png")
+    return table
 
 
-def _pixels(experiment: Experiment, call: Call) -> dict | None:
+def _pixels(experiment: Experiment, call: Call, is_whole: bool) -> dict | None:
     """The row of raw pixels of the images of the first run that is done here, which is found once for them."""
     first = next((run for run in experiment.runs() if is_done(call.folder(run))), None)
     if first is None:
@@ -50,6 +54,8 @@ def _pixels(experiment: Experiment, call: Call) -> dict | None:
     asked = {"data": asdict(recipe.data), "evaluation": asdict(recipe.evaluation), "image_size": list(size)}
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if before.get("of") != asked:
+        if not is_whole:
+            return None
         before = {"of": asked, "row": evaluate_pixels(recipe, size)}
         write_json(path, before)
     return before["row"]

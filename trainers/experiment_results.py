@@ -1,71 +1,22 @@
-"""What the runs of an experiment say together: means over seeds with 95 % intervals, as rows, table and files."""
+"""What the runs of an experiment say together: means over seeds with 95 % intervals, as rows and as a table."""
 
-import json
 import statistics
-from pathlib import Path
 from typing import NamedTuple
 
 from trainers.encoder_lidar import NUM_CROPS, NUM_IMAGES
-from trainers.errors import InputError, first_line
 from trainers.experiment_file import ACCURACIES
 from trainers.experiment_plan import Experiment
-from trainers.experiment_runs import EVALUATION, FAILURE, check_settings, digest_of
-from trainers.files import write_json, write_text_atomically
+from trainers.experiment_store import Found
 from trainers.probes import mean_interval
 from trainers.reports import markdown_table
 
 METRICS = (*ACCURACIES, "rankme", "lidar", "feature_std")
-SUMMARY = "summary.json"
 _IMAGES, _MINUTES = "images_to_", "minutes_to_"
 _SKIPPED = "skipped_steps"
 _CALLED = {"knn": "kNN %", "linear": "linear %", "rankme": "RankMe", "lidar": "LiDAR", "feature_std": "std",
            _SKIPPED: "skipped steps %"}  # fmt: skip
 _FORMS = {"feature_std": "{:.3f}"}
 _UNTRAINED = {"images_seen": 0, "seconds": 0.0}
-
-
-def finished_runs(experiment: Experiment, output: Path, results: Path | None = None) -> list[dict]:
-    """
-    What was found of the runs that are done.
-
-    Args:
-        experiment ([`Experiment`]): What they belong to.
-        output (`Path`): The folder of all runs.
-        results (`Path`, *optional*): A folder with earlier results of the experiment. Runs that were done with the
-            same settings, and whose folders are not here, are taken over from there.
-
-    Returns:
-        `list[dict]`: Of each run its evaluation, in the experiment's order.
-
-    Raises:
-        InputError: A file of them is broken, or a run has other settings than the experiment.
-    """
-    earlier = _earlier_runs(experiment, results) if results else {}
-    found = []
-    for run in experiment.runs():
-        check_settings(experiment, run, output / run.place)
-        here = _read(output / run.place / EVALUATION)
-        found.append(here or earlier.get((run.method, run.seed, digest_of(experiment, run))))
-    return [run for run in found if run]
-
-
-def failed_runs(experiment: Experiment, output: Path) -> list[dict]:
-    """`method`, `seed` and `why` of each run that could not be carried out when it was last tried."""
-    return [failure for run in experiment.runs() if (failure := _read(output / run.place / FAILURE))]
-
-
-def _earlier_runs(experiment: Experiment, results: Path) -> dict[tuple, dict]:
-    """The runs that results hold, by method, seed and hash of their settings."""
-    runs = (_read(results / f"{experiment.name}.json") or {}).get("runs", [])
-    return {(run["method"], run["seed"], run.get("asked")): run for run in runs}
-
-
-def _read(file: Path):
-    """What a JSON file holds, None if there is none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except ValueError as error:
-        raise InputError(f"{file} is broken ({first_line(error)}); remove it, and repeat the command.") from error
 
 
 def by_method(found: list[dict]) -> dict[str, list[dict]]:
@@ -76,14 +27,13 @@ def by_method(found: list[dict]) -> dict[str, list[dict]]:
     return methods
 
 
-def summarise(experiment: Experiment, found: list[dict], pixels: dict | None, command: str) -> list[dict]:
+def summarise(experiment: Experiment, found: Found, command: str) -> list[dict]:
     """
     The rows of an experiment.
 
     Args:
         experiment ([`Experiment`]): What was compared.
-        found (`list[dict]`): Of [`finished_runs`].
-        pixels (`dict`, *optional*): The row of raw pixels.
+        found ([`~experiment_store.Found`]): What is known of its runs.
         command (`str`): What repeats the experiment.
 
     Returns:
@@ -95,18 +45,18 @@ def summarise(experiment: Experiment, found: list[dict], pixels: dict | None, co
         were skipped anywhere, a row of their share.
     """
     rows = []
-    for name, runs in by_method(found).items():
+    for name, runs in by_method(found.runs).items():
         shared = {"experiment": experiment.label, "method": name, "dataset": experiment.dataset}
         facts = _facts(runs, command)
         for label, of_seeds in _ends(name, runs).items():
             rows += _metric_rows(shared | {"method": label}, of_seeds, facts)
-        if any(run["training"][_SKIPPED] for run in found):
+        if any(run["training"][_SKIPPED] for run in found.runs):
             rows.append(_skipped(shared, runs, facts))
         for metric, percent in experiment.reach.items():
             rows += _reached(shared, metric, percent, runs, facts)
-    untrained = _random_encoders(found)
-    if pixels is not None and found:
-        untrained.append(("raw pixels", [pixels], found[:1]))
+    untrained = _random_encoders(found.runs)
+    if found.pixels is not None and found.runs:
+        untrained.append(("raw pixels", [found.pixels], found.runs[:1]))
     for label, of_seeds, runs in untrained:
         shared = {"experiment": experiment.label, "method": label, "dataset": experiment.dataset}
         rows += _metric_rows(shared, of_seeds, _facts(runs, command) | _UNTRAINED)
@@ -139,21 +89,16 @@ def _ends(name: str, runs: list[dict]) -> dict[str, list[dict]]:
 
 
 def _random_encoders(found: list[dict]) -> list[tuple[str, list[dict], list[dict]]]:
-    """The encoders before training: once for all methods that have the same."""
+    """What random encoders are called, their rows and the runs beside them: once for all that share them."""
     kinds: list[tuple[set, dict[str, list[dict]]]] = []
     for name, runs in by_method(found).items():
-        # alike by the figures of a seed that both have: a method may lack others
-        figures = {
-            (run["seed"], row.get("num_parameters"), row["dim"], row["knn"], row["linear"])
-            for run in runs
-            for row in run["baselines"][:1]
-        }
-        if not figures:
+        weights = {row["weights"] for run in runs for row in run["baselines"][:1]}
+        if not weights:
             continue
-        known, of_methods = next((kind for kind in kinds if kind[0] & figures), (set(), {}))
+        known, of_methods = next((kind for kind in kinds if kind[0] & weights), (set(), {}))
         if not of_methods:
             kinds.append((known, of_methods))
-        known |= figures
+        known |= weights
         of_methods[name] = runs
     encoders = []
     for _, of_methods in kinds:
@@ -215,7 +160,7 @@ def course_of(run: dict, metric: str) -> list[Point]:
     An accuracy at each of a run's evaluations.
 
     Args:
-        run (`dict`): Of [`finished_runs`].
+        run (`dict`): As its `evaluation.json` has it.
         metric (`"knn"` or `"linear"`): Which.
 
     Returns:
@@ -229,8 +174,8 @@ def course_of(run: dict, metric: str) -> list[Point]:
     ]
 
 
-def format_rows(experiment: Experiment, rows: list[dict], failed: list[dict]) -> str:
-    """The rows of an experiment as Markdown, a line a method, and what could not be carried out."""
+def format_rows(experiment: Experiment, rows: list[dict]) -> str:
+    """The rows of an experiment as Markdown: a line a method."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     of = {(row["method"], row["metric"]): row for row in rows}
@@ -247,12 +192,10 @@ def format_rows(experiment: Experiment, rows: list[dict], failed: list[dict]) ->
         "",
         f"{experiment.dataset}; `{facts['command']}`; {facts['machine']}; commit {commits}. In brackets 95 % "
         "intervals: of the mean over seeds, or over test images where there is one seed. RankMe and std are of test "
-        f"images, LiDAR is of {NUM_CROPS} crops each of {NUM_IMAGES:,} of them; levels side by side have length 1.",
+        f"images, LiDAR is of {NUM_CROPS} crops each of up to {NUM_IMAGES:,}; levels side by side have length 1.",
         "",
         *markdown_table(cells),
         "",
-        *(f"- Failed: {run['method']}, seed {run['seed']}: {run['why']}" for run in failed),
-        *([""] if failed else []),
     ])  # fmt: skip
 
 
@@ -272,29 +215,3 @@ def _cell(row: dict | None) -> str:
     form = "{:,.0f}" if row["metric"].startswith(_IMAGES) else _FORMS.get(row["metric"], "{:.1f}")
     ends = f" ({' to '.join(map(form.format, row['ci95']))})" if row["ci95"] else ""
     return form.format(row["value"]) + ends
-
-
-def write_results(folder: Path, experiment: Experiment, rows: list[dict], found: list[dict], failed: list[dict]):
-    """
-    Writes `NAME.json` and `NAME.md`, and puts the rows into `summary.json` in place of the experiment's earlier ones.
-
-    Args:
-        folder (`Path`): Where to; made if there is none.
-        experiment ([`Experiment`]): Whose.
-        rows (`list[dict]`): Of [`summarise`].
-        found (`list[dict]`): Of [`finished_runs`].
-        failed (`list[dict]`): Of [`failed_runs`].
-
-    Raises:
-        InputError: `summary.json` there is no list of rows.
-    """
-    summary = folder / SUMMARY
-    try:
-        before = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else []
-        others = [row for row in before if row["experiment"] != experiment.label]
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{summary} is no list of rows ({first_line(error)}); mend or remove it.") from error
-    told = {"title": experiment.title, "rows": rows, "runs": found, "failed": failed}
-    write_json(folder / f"{experiment.name}.json", told)
-    write_text_atomically(folder / f"{experiment.name}.md", format_rows(experiment, rows, failed))
-    write_json(summary, others + rows)

@@ -138,10 +138,11 @@ def settings_text(experiment: Experiment, run: Run) -> str:
     return recipe_text(values | {name: getattr(experiment, name) for name in _MEASURED})
 
 
-def digest_of(experiment: Experiment, run: Run) -> str:
-    """A hash of [`settings_text`], by which the results of a run are known on other machines, too."""
-    settings = yaml.safe_load(settings_text(experiment, run))
-    text = json.dumps(public_facts({"settings": settings}), sort_keys=True, default=str)
+def digest_of(run: Run, settings: str) -> str:
+    """A hash of a run and its [`settings_text`], by which what is told of it is known on other machines, too."""
+    values = yaml.safe_load(settings) | {"method": run.method}
+    values.pop("decoded_cache", None)
+    text = json.dumps(public_facts({"settings": values}), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -152,8 +153,10 @@ def _carry_out_elsewhere(
     name = f"{run.method}, seed {run.seed}"
     if stopped.is_set():
         return _INTERRUPTED, f"{name}, was not begun"
-    told = json.dumps(asdict(call) | {"method": run.method, "seed": run.seed, "settings": settings})
-    command, folder = [sys.executable, "-m", __name__, told], call.folder(run)
+    folder = call.folder(run)
+    told = asdict(call) | {"method": run.method, "seed": run.seed, "settings": settings, "folder": str(folder)}
+    command = [sys.executable, "-m", __name__, json.dumps(told)]
+    (folder / FAILURE).unlink(missing_ok=True)
     if num_jobs == 1:
         tqdm.write(f"\n{name}")
         status, where = subprocess.run(command, check=False).returncode, "see above"
@@ -165,10 +168,20 @@ def _carry_out_elsewhere(
             status = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment).returncode
         where = f"see {log.name}"
         tqdm.write(f"{name}: {'failed' if status else 'done'}")
+    if status and status not in _STOPPED:
+        _record_failure(run, settings, folder, status)
     # what ails the first ails all, and such a signal is meant for all
     if status and (run in first or status in _STOPPED):
         stopped.set()
     return status, f"{name}, ended with status {status}, {where}"
+
+
+def _record_failure(run: Run, settings: str, folder: Path, status: int):
+    """Keeps why a run failed, for the results; a process that was killed or broke has left no reason itself."""
+    file = folder / FAILURE
+    why = {"why": f"It ended with status {status} and gave no reason."}
+    own = {"method": run.method, "seed": run.seed, "asked": digest_of(run, settings)}
+    write_json(file, own | (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else why))
 
 
 def carry_out_run(experiment: Experiment, run: Run, call: Call):
@@ -198,9 +211,9 @@ def carry_out_run(experiment: Experiment, run: Run, call: Call):
     told["diagnosis"] = facts.get("diagnosis", {}).get("state")
     load = load_model if run.rival is None else RIVALS[run.rival].load
     found = evaluate_run(experiment, run.read(Path(call.output)), folder, facts["training"], load)
-    own = {"method": run.method, "seed": run.seed, "swept": run.swept, "asked": digest_of(experiment, run)}
+    own = {"method": run.method, "seed": run.seed, "swept": run.swept}
+    own["asked"] = digest_of(run, settings_text(experiment, run))
     write_json(folder / EVALUATION, own | public_facts(told | found))
-    (folder / FAILURE).unlink(missing_ok=True)
 
 
 def main(told: str) -> int:
@@ -208,13 +221,13 @@ def main(told: str) -> int:
     Carries out one run, for [`carry_out`].
 
     Args:
-        told (`str`): The fields of [`Call`], `method`, `seed` and `settings` as JSON.
+        told (`str`): The fields of [`Call`], `method`, `seed`, `settings` and `folder` as JSON.
 
     Returns:
         `int`: The exit status.
     """
     fields = json.loads(told)
-    method, seed, settings = (fields.pop(name) for name in ("method", "seed", "settings"))
+    method, seed, settings, folder = (fields.pop(name) for name in ("method", "seed", "settings", "folder"))
     call = Call(**fields)
     logging.disable_progress_bar()  # of single files, which would break up the run's own
     try:
@@ -227,9 +240,9 @@ def main(told: str) -> int:
         print(f"\ncjepa: {error}", file=sys.stderr)
         return _INTERRUPTED
     except InputError as error:
-        print(f"\ncjepa: {plain_message(error)}", file=sys.stderr)
-        why = public_facts({"why": plain_message(error)})
-        write_json(call.folder(run) / FAILURE, {"method": run.method, "seed": run.seed} | why)
+        why = plain_message(error)
+        print(f"\ncjepa: {why}", file=sys.stderr)
+        write_json(Path(folder, FAILURE), public_facts({"why": why}))
         return 2
     except KeyboardInterrupt:
         return _INTERRUPTED

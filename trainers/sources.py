@@ -103,9 +103,14 @@ def load_sources(
     Raises:
         InputError: There is no such data set, split or column, or no image in it.
     """
-    if arguments.dataset == "scenes":
+    is_rendered = arguments.dataset == "scenes"
+    folder = Path(arguments.dataset).expanduser()
+    if arguments.eval_split is not None and (is_rendered or is_clevr(folder)):
+        raise InputError(f"eval_split={arguments.eval_split!r}: {arguments.dataset} has images of its own to test on; "
+                         "leave it out.")  # fmt: skip
+    if is_rendered:
         return tuple(scenes_source(arguments, split, image_size, progress) for split in NUM_SCENES)
-    if is_clevr(folder := Path(arguments.dataset).expanduser()):
+    if is_clevr(folder):
         return _as_many_as_asked(*load_clevr(folder, arguments.label_column), arguments)
     splits, name = named_splits(load_splits(arguments), arguments)
     train = source_of(splits[arguments.train_split], arguments, arguments.train_split)

@@ -115,6 +115,11 @@ def load_stream(arguments: PretrainDataArguments) -> Stream:
         InputError: There is no such data set, split or column, or it is not in shards.
     """
     suffix, files = stream_files(arguments)
+    if arguments.eval_split == arguments.train_split:
+        raise InputError(
+            f"eval_split={arguments.eval_split!r} is the train split, and nothing is held out of a stream; name "
+            "another, or leave --streaming out."
+        )
     tables, evaluation = named_splits(load_tables(arguments, streaming=True), arguments)
     train = tables[arguments.train_split]
     # one split may have been called otherwise by its files' names

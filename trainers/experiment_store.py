@@ -1,0 +1,104 @@
+"""What is known of an experiment's runs, and its results as files."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from trainers.errors import InputError, first_line
+from trainers.experiment_plan import Experiment
+from trainers.experiment_runs import EVALUATION, FAILURE, check_settings, digest_of, settings_text
+from trainers.files import write_json, write_text_atomically
+
+SUMMARY = "summary.json"
+
+
+@dataclass
+class Found:
+    """
+    What is known of the runs of an experiment.
+
+    Args:
+        runs (`list[dict]`): The evaluations of those that are done, in the experiment's order.
+        failed (`list[dict]`): `method`, `seed` and `why` of those that failed when they were last tried.
+        pixels (`dict`, *optional*): The row of raw pixels.
+    """
+
+    runs: list[dict] = field(default_factory=list)
+    failed: list[dict] = field(default_factory=list)
+    pixels: dict | None = None
+
+    def format_failures(self) -> str:
+        """A line for each run that failed."""
+        return "".join(f"- Failed: {run['method']}, seed {run['seed']}: {run['why']}\n" for run in self.failed)
+
+
+def find(experiment: Experiment, output: Path, results: Path | None = None) -> Found:
+    """
+    Reads what is known of an experiment's runs.
+
+    Args:
+        experiment ([`Experiment`]): What they belong to.
+        output (`Path`): The folder of all runs.
+        results (`Path`, *optional*): A folder with earlier results of the experiment. What was found there with the
+            same settings, on the same test images, of runs whose folders are not here is taken over.
+
+    Returns:
+        [`Found`].
+
+    Raises:
+        InputError: A file of them is broken, or a run has other settings than the experiment.
+    """
+    here = {}
+    for run in experiment.runs():
+        folder = output / run.place
+        check_settings(experiment, run, folder)
+        here[digest_of(run, settings_text(experiment, run))] = _read(folder / EVALUATION) or _read(folder / FAILURE)
+    earlier = (_read(results / f"{experiment.name}.json") if results else None) or {}
+    there = {told.get("asked"): told for told in earlier.get("failed", []) + earlier.get("runs", [])}
+    images = {told["images"]["fingerprint"] for told in here.values() if told and _is_done(told)}
+    known = []
+    for digest, told in here.items():
+        other = there.get(digest)
+        if other and _is_done(other) and images and other["images"]["fingerprint"] not in images:
+            other = None
+        known += sorted(filter(None, (other, told)), key=_is_done)[-1:]  # of two alike that from here
+    done = [told for told in known if _is_done(told)]
+    return Found(done, [told for told in known if not _is_done(told)], earlier.get("pixels"))
+
+
+def _is_done(told: dict) -> bool:
+    """Whether what is told of a run is its evaluation, and not why it failed."""
+    return "points" in told
+
+
+def _read(file: Path):
+    """What a JSON file holds, None if there is none."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError as error:
+        raise InputError(f"{file} is broken ({first_line(error)}); remove it, and repeat the command.") from error
+
+
+def write_results(folder: Path, experiment: Experiment, rows: list[dict], table: str, found: Found):
+    """
+    Writes `NAME.json` and `NAME.md`, and puts the rows into `summary.json` in place of the experiment's earlier ones.
+
+    Args:
+        folder (`Path`): Where to; made if there is none.
+        experiment ([`Experiment`]): Whose.
+        rows (`list[dict]`): Of [`~experiment_results.summarise`].
+        table (`str`): What `NAME.md` holds.
+        found ([`Found`]): Of [`find`].
+
+    Raises:
+        InputError: `summary.json` there is no list of rows.
+    """
+    summary = folder / SUMMARY
+    try:
+        before = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else []
+        others = [row for row in before if row["experiment"] != experiment.label]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{summary} is no list of rows ({first_line(error)}); mend or remove it.") from error
+    write_json(folder / f"{experiment.name}.json", {"title": experiment.title, "rows": rows} | asdict(found))
+    write_text_atomically(folder / f"{experiment.name}.md", table)
+    write_json(summary, others + rows)
