@@ -129,13 +129,14 @@ def _reached(shared: dict, metric: str, percent: float, runs: list[dict], facts:
     """
     The rows of the images and of the minutes of training at the first evaluation that found an accuracy reached.
 
-    Their values are means over the seeds, and None where one did not reach it.
+    Their values are means over the seeds, and None where one did not reach it. They have no interval: what lies
+    between two evaluations is not known.
     """
     first = [next((point for point in course_of(run, metric) if point.percent >= percent), None) for run in runs]
     rows = []
     for name, field in ((_IMAGES, "images"), (_MINUTES, "minutes")):
         values = None if None in first else [getattr(point, field) for point in first]
-        told = {"value": values and statistics.mean(values), "ci95": values and mean_interval(values)}
+        told = {"value": values and statistics.mean(values), "ci95": None}
         rows.append(shared | {"metric": f"{name}{metric}_{percent:g}"} | told | facts)
     return rows
 

@@ -55,20 +55,24 @@ def find(experiment: Experiment, output: Path, results: Path | None = None) -> F
         here[digest_of(run, settings_text(experiment, run))] = _read(folder / EVALUATION) or _read(folder / FAILURE)
     earlier = (_read(results / f"{experiment.name}.json") if results else None) or {}
     there = {told.get("asked"): told for told in earlier.get("failed", []) + earlier.get("runs", [])}
-    images = {told["images"]["fingerprint"] for told in here.values() if told and _is_done(told)}
-    known = []
-    for digest, told in here.items():
-        other = there.get(digest)
-        if other and _is_done(other) and images and other["images"]["fingerprint"] not in images:
-            other = None
-        known += sorted(filter(None, (other, told)), key=_is_done)[-1:]  # of two alike that from here
-    done = [told for told in known if _is_done(told)]
-    return Found(done, [told for told in known if not _is_done(told)], earlier.get("pixels"))
+    images = {told["images"]["fingerprint"] for told in here.values() if _is_done(told)}
+    known = [_best_known(told, there.get(digest), images) for digest, told in here.items()]
+    failed = [told for told in known if told and not _is_done(told)]
+    return Found(list(filter(_is_done, known)), failed, earlier.get("pixels"))
 
 
-def _is_done(told: dict) -> bool:
-    """Whether what is told of a run is its evaluation, and not why it failed."""
-    return "points" in told
+def _is_done(told: dict | None) -> bool:
+    """Whether what is told of a run is its evaluation, and not why it failed, or nothing."""
+    return told is not None and "points" in told
+
+
+def _best_known(here: dict | None, there: dict | None, images: set[str]) -> dict | None:
+    """An evaluation rather than a failure, and what is here rather than what is elsewhere, on the same test images."""
+    if _is_done(there) and images and there["images"]["fingerprint"] not in images:
+        there = None
+    if here is None or (_is_done(there) and not _is_done(here)):
+        return there
+    return here
 
 
 def _read(file: Path):
