@@ -59,7 +59,7 @@ def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figu
         axes.set_title(_TITLES[metric], fontsize=10)
         axes.set_xlabel("minutes of training", fontsize=9)
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
