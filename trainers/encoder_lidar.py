@@ -2,15 +2,13 @@
 
 import math
 
-import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.diagnostics import lidar
 from trainers.embedding import device_of, extract_embeddings
 from trainers.evaluation import EvaluationArguments
-from trainers.pooling import EveryLevel, OneLevel
+from trainers.pooling import EveryLevel, OneLevel, side_by_side
 from trainers.precision import is_bf16
 from trainers.subsets import choose_images
 from trainers.transforms import train_transform
@@ -57,6 +55,6 @@ def lidar_of_levels(
     parts = [embeddings]
     if is_stack:
         parts = encoder.split(embeddings)
-        parts.append(torch.cat([F.normalize(part, dim=1) for part in parts], dim=1))
+        parts.append(side_by_side(parts))
     views = [part.unflatten(0, (-1, NUM_CROPS)) for part in parts]
     return [lidar(each) if len(each) > 1 else math.nan for each in views]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -19,7 +18,7 @@ from trainers.datasets import ImageDataset, ImageSource
 from trainers.diagnostics import feature_std, rankme
 from trainers.embedding import RawPixels, check_finite, device_of, extract_embeddings
 from trainers.errors import InputError
-from trainers.pooling import EveryLevel, OneLevel
+from trainers.pooling import EveryLevel, OneLevel, side_by_side
 from trainers.precision import check_precision, is_bf16, precision_name
 from trainers.probes import accuracy_interval, knn_predict, linear_predict
 from trainers.subject import Subject
@@ -177,8 +176,8 @@ def evaluate_levels(
         probe(train_part, train_y, test_part, test_y, arguments, f"{label}, level {number}")
         for number, (train_part, test_part) in enumerate(parts)
     ]
-    together = (torch.cat([F.normalize(part, dim=1) for part in column], dim=1) for column in zip(*parts, strict=True))
-    rows.append(probe(next(together), train_y, next(together), test_y, arguments, f"{label}, all levels"))
+    train_all, test_all = map(side_by_side, zip(*parts, strict=True))
+    rows.append(probe(train_all, train_y, test_all, test_y, arguments, f"{label}, all levels"))
     return [_with_parameters(row, model, min(number, num_levels - 1)) for number, row in enumerate(rows)]
 
 

@@ -19,6 +19,7 @@ from trainers.embedding import RawPixels
 from trainers.encoder_lidar import lidar_of_levels
 from trainers.evaluation import evaluate_encoder, evaluate_levels
 from trainers.experiment_plan import Experiment
+from trainers.feature_encoder import fingerprint
 from trainers.files import write_json
 from trainers.precision import precision_name
 from trainers.readable import readable_splits
@@ -108,16 +109,13 @@ def saved_image_size(folder: Path) -> tuple[int, int]:
 
 def _of_random(experiment: Experiment, encoder: PreTrainedModel, images: Images, known: Path) -> list[dict]:
     """The rows of a random encoder, which are found once for all runs that are compared with the same one."""
-    weights = hashlib.sha256()
-    for name, tensor in encoder.state_dict().items():
-        weights.update(name.encode() + tensor.cpu().numpy().tobytes())
-    digest = weights.hexdigest()[:16]
+    weights = fingerprint(encoder)[:16]
     asked = [asdict(images.recipe.data), asdict(images.arguments), images.facts(), experiment.level]
-    path = known / f"{digest}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}.json"
+    path = known / f"{weights}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}.json"
     if not path.is_file():
         known.mkdir(exist_ok=True)
         rows = _of_levels(experiment, encoder, images, with_lidar=True)
-        write_json(path, [row | {"weights": digest} for row in rows])
+        write_json(path, [row | {"weights": weights} for row in rows])
     return json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -1,6 +1,7 @@
 """Pictures of an experiment: the course of its methods, their ends side by side, or a map over two swept keys."""
 
 import itertools
+import math
 import statistics
 from pathlib import Path
 
@@ -112,9 +113,9 @@ def _maps(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure
             image = axes.imshow(values, vmin=min(known), vmax=max(known), cmap="viridis", aspect="auto")
             for y, of_row in enumerate(values):
                 for x, value in enumerate(of_row):
-                    is_known = value == value
-                    shade = "white" if is_known and image.norm(value) <= 0.6 else "black"
-                    text = f"{value:.3g}" if is_known else "-"
+                    is_missing = math.isnan(value)
+                    shade = "black" if is_missing or image.norm(value) > 0.6 else "white"
+                    text = "-" if is_missing else f"{value:.3g}"
                     axes.text(x, y, text, ha="center", va="center", fontsize=7, color=shade)
             axes.set_title(f"{method}: {_TITLES[metric]}{before}", fontsize=8)
             axes.set_xticks(range(len(rights)), [f"{value:g}" for value in rights], fontsize=7)

@@ -35,7 +35,7 @@ def report(experiment: Experiment, call: Call, results: Path | None = None, is_w
     if experiment.baselines:
         found.pixels = _pixels(experiment, call, is_whole) or found.pixels
     rows = summarise(experiment, found, call.command)
-    table = format_rows(experiment, rows) + "\n" * bool(found.failed) + found.format_failures()
+    table = "\n".join(filter(None, (format_rows(experiment, rows), found.format_failures())))
     folders = [output, *([results] if results else [])]
     for folder in folders:
         write_results(folder, experiment, rows, table, found)

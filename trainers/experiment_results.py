@@ -44,13 +44,13 @@ def summarise(experiment: Experiment, found: Found, command: str) -> list[dict]:
         the experiment's `reach`: the images and the minutes at the first evaluation that found it reached. If steps
         were skipped anywhere, a row of their share.
     """
-    rows = []
+    rows, any_skipped = [], any(run["training"][_SKIPPED] for run in found.runs)
     for name, runs in by_method(found.runs).items():
         shared = {"experiment": experiment.label, "method": name, "dataset": experiment.dataset}
         facts = _facts(runs, command)
         for label, of_seeds in _ends(name, runs).items():
             rows += _metric_rows(shared | {"method": label}, of_seeds, facts)
-        if any(run["training"][_SKIPPED] for run in found.runs):
+        if any_skipped:
             rows.append(_skipped(shared, runs, facts))
         for metric, percent in experiment.reach.items():
             rows += _reached(shared, metric, percent, runs, facts)

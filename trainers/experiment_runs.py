@@ -120,15 +120,16 @@ def is_done(folder: Path) -> bool:
     return (folder / EVALUATION).is_file()
 
 
-def check_settings(experiment: Experiment, run: Run, folder: Path):
-    """Refuses to go on with a run, or to take one for done, that has other settings than the experiment says."""
-    path = folder / SETTINGS
+def check_settings(experiment: Experiment, run: Run, folder: Path) -> str:
+    """The [`settings_text`] of a run; one that has other settings in its folder is refused, begun or done."""
+    path, settings = folder / SETTINGS, settings_text(experiment, run)
     before = path.read_text(encoding="utf-8") if path.is_file() else None
-    if (before is not None or is_done(folder)) and before != settings_text(experiment, run):
+    if (before is not None or is_done(folder)) and before != settings:
         raise InputError(
             f"{folder} holds a run with other settings than {experiment.name} has now, see {SETTINGS} there; name "
             "another --output, or remove that folder."
         )
+    return settings
 
 
 def settings_text(experiment: Experiment, run: Run) -> str:
@@ -194,10 +195,10 @@ def carry_out_run(experiment: Experiment, run: Run, call: Call):
     Raises:
         InputError: It cannot be trained or was stopped by a signal.
     """
-    folder = call.folder(run)
+    folder, settings = call.folder(run), settings_text(experiment, run)
     final = folder / "final"
     if not final.is_dir():
-        write_text_atomically(folder / SETTINGS, settings_text(experiment, run))
+        write_text_atomically(folder / SETTINGS, settings)
         share, limit = (1 / experiment.num_checkpoints, None) if experiment.num_checkpoints > 1 else (_SAVED, 1)
         saving = {"save_strategy": "steps", "save_steps": share, "save_total_limit": limit}
         resuming = {"resume_from_checkpoint": LAST} if present_checkpoints(folder) else {}
@@ -211,8 +212,7 @@ def carry_out_run(experiment: Experiment, run: Run, call: Call):
     told["diagnosis"] = facts.get("diagnosis", {}).get("state")
     load = load_model if run.rival is None else RIVALS[run.rival].load
     found = evaluate_run(experiment, run.read(Path(call.output)), folder, facts["training"], load)
-    own = {"method": run.method, "seed": run.seed, "swept": run.swept}
-    own["asked"] = digest_of(run, settings_text(experiment, run))
+    own = {"method": run.method, "seed": run.seed, "swept": run.swept, "asked": digest_of(run, settings)}
     write_json(folder / EVALUATION, own | public_facts(told | found))
 
 

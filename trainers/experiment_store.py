@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainers.errors import InputError, first_line
 from trainers.experiment_plan import Experiment
-from trainers.experiment_runs import EVALUATION, FAILURE, check_settings, digest_of, settings_text
+from trainers.experiment_runs import EVALUATION, FAILURE, check_settings, digest_of
 from trainers.files import write_json, write_text_atomically
 
 SUMMARY = "summary.json"
@@ -51,8 +51,8 @@ def find(experiment: Experiment, output: Path, results: Path | None = None) -> F
     here = {}
     for run in experiment.runs():
         folder = output / run.place
-        check_settings(experiment, run, folder)
-        here[digest_of(run, settings_text(experiment, run))] = _read(folder / EVALUATION) or _read(folder / FAILURE)
+        digest = digest_of(run, check_settings(experiment, run, folder))
+        here[digest] = _read(folder / EVALUATION) or _read(folder / FAILURE)
     earlier = (_read(results / f"{experiment.name}.json") if results else None) or {}
     there = {told.get("asked"): told for told in earlier.get("failed", []) + earlier.get("runs", [])}
     images = {told["images"]["fingerprint"] for told in here.values() if _is_done(told)}

@@ -3,7 +3,10 @@
 Shapes: B images, N tokens, h and w rows and columns of a level's grid, D width of its features.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -94,6 +97,11 @@ class EveryLevel(nn.Module):
     def split(self, embeddings: torch.Tensor) -> list[torch.Tensor]:
         """The embeddings (n, D) of each level."""
         return list(embeddings.split(self.widths, dim=1))
+
+
+def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The embeddings (n, D) of all levels as one, each level's of length 1."""
+    return torch.cat([F.normalize(part, dim=1) for part in parts], dim=1)
 
 
 class OneLevel(nn.Module):
