@@ -10,6 +10,8 @@ from formats import save_ours
 from hub_server import running_hub
 from tiny import tiny_model
 
+from trainers import probes
+
 
 @pytest.fixture(scope="module")
 def hub():
@@ -36,3 +38,9 @@ def ours():
 def folder(ours, tmp_path):
     """The folder of `ours` with its image processor."""
     return save_ours(ours, tmp_path / "ours")
+
+
+@pytest.fixture
+def few_penalties(monkeypatch):
+    """The linear probe tries three penalties instead of nine, for runs of which no test asks what the best one is."""
+    monkeypatch.setattr(probes, "C_GRID", (0.01, 1.0, 100.0))

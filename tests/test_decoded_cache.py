@@ -34,6 +34,8 @@ from trainers.stream_sources import PretrainDataArguments
 from trainers.train_data import StoredTrainData
 from trainers.transforms import train_transform
 
+pytestmark = pytest.mark.usefixtures("few_penalties")
+
 # widths and heights, the last smaller than what the cache shrinks to
 SHAPES = [(90, 60), (60, 75), (40, 41), (200, 100), (20, 30)]
 SIZE = 40

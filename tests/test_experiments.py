@@ -401,12 +401,13 @@ def test_every_figure_shows_what_it_is_given(tmp_path, figure):
     assert Image.open(tmp_path / "drawn.png").width > 500
 
 
-def test_a_broken_summary_is_not_replaced(tmp_path):
+@pytest.mark.parametrize(("text", "words"), [("{", "summary.json is broken"), ("[1]", "is no list of rows")])
+def test_a_broken_summary_is_not_replaced(tmp_path, text, words):
     experiment = read_experiment(written(tmp_path))
-    (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(InputError, match="summary.json is no list of rows"):
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(InputError, match=words):
         write_results(tmp_path, experiment, [], "", Found())
-    assert (tmp_path / "summary.json").read_text() == "{"
+    assert (tmp_path / "summary.json").read_text() == text
 
 
 @pytest.mark.parametrize(

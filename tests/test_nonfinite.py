@@ -18,6 +18,8 @@ from trainers.cli import main
 from trainers.errors import InputError
 from trainers.nonfinite import spoil_gradients
 
+pytestmark = pytest.mark.usefixtures("few_penalties")
+
 WORKER = Path(__file__).parent / "nonfinite_worker.py"
 STACK = {"levels": [sjea_level(), sjea_level()]}
 FIVE_STEPS = {"max_steps": 5, "per_device_train_batch_size": 8}

@@ -26,6 +26,8 @@ from trainers.datasets import ImageSource
 from trainers.publishing import whole_folder
 from trainers.recipes import read_recipe
 
+pytestmark = pytest.mark.usefixtures("few_penalties")
+
 
 def pretrain(output, *flags, recipe="cjepa_scenes") -> int:
     return main(["pretrain", recipe, *FLAGS, "--output_dir", str(output), "--max_steps", "3", *flags])

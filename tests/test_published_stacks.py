@@ -14,6 +14,8 @@ from transformers import AutoModelForImageClassification
 from trainers.cli import main
 from trainers.loading import load_model
 
+pytestmark = pytest.mark.usefixtures("few_penalties")
+
 LEVELS = [sjea_level(), sjea_level(reads="expanded", expander_sizes=[10])]
 SMALL = ["--num_train_images", "64", "--num_eval_images", "48", "--logging_steps", "1", "--precision", "float32",
          "--per_device_train_batch_size", "16", "--use_cpu", "--max_steps", "3"]  # fmt: skip

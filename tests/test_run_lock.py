@@ -15,6 +15,8 @@ from trainers import finetuning, pretraining
 from trainers.cli import main
 from trainers.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("few_penalties")
+
 encoder, photos, finetune = test_finetuning.encoder, test_finetuning.photos, test_finetuning.finetune
 ROOT = Path(__file__).resolve().parent.parent
 # is in the folder until it is killed, and leaves a child behind that was started meanwhile, as a loader's workers are

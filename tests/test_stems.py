@@ -15,6 +15,8 @@ from trainers.cli import main
 from trainers.flops import model_flops
 from trainers.monitor import Monitor
 
+pytestmark = pytest.mark.usefixtures("few_penalties")
+
 STEM = {"stem_hidden_sizes": [8, 12]}
 
 

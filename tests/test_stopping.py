@@ -25,6 +25,8 @@ from trainers.cli import main
 from trainers.errors import InputError
 from trainers.stopping import StopCallback, stopped_sentence
 
+pytestmark = pytest.mark.usefixtures("few_penalties")
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 60
 SCENES = ["cjepa_scenes", *FLAGS, "--max_steps", str(STEPS), "--save_strategy", "no", "--disable_tqdm"]

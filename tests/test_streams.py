@@ -35,6 +35,8 @@ from trainers.tables import load_tables
 from trainers.tars import check_tars
 from trainers.transforms import train_transform
 
+pytestmark = pytest.mark.usefixtures("few_penalties")
+
 EQUAL, UNEQUAL = [6] * 8, [5, 9, 2, 7, 1, 8, 4, 6]
 
 

@@ -21,6 +21,8 @@ from trainers.resources import recipe_path
 from trainers.run_arguments import training_arguments
 from trainers.transforms import image_processor
 
+pytestmark = pytest.mark.usefixtures("few_penalties")
+
 RUN = {"use_cpu": True, "precision": "float32"}
 VIT = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32,

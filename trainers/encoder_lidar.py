@@ -9,7 +9,6 @@ from trainers.diagnostics import lidar
 from trainers.embedding import device_of, extract_embeddings
 from trainers.evaluation import EvaluationArguments
 from trainers.pooling import EveryLevel, OneLevel, side_by_side
-from trainers.precision import is_bf16
 from trainers.subsets import choose_images
 from trainers.transforms import train_transform
 
@@ -46,12 +45,11 @@ def lidar_of_levels(
             NaN of a single image.
     """
     crops = _Crops(choose_images(source, NUM_IMAGES), train_transform(image_size, _CROP_SCALE, horizontal_flip=True))
-    is_stack, device = model.config.num_levels > 1, device_of(model)
+    is_stack = model.config.num_levels > 1
     encoder = EveryLevel(model) if is_stack else OneLevel(model, 0)
     embeddings, _ = extract_embeddings(
-        encoder, crops, mean, std, arguments.eval_batch_size, device, not arguments.disable_tqdm,
-        arguments.dataloader_num_workers, "LiDAR: crops", is_bf16(arguments.precision, device),
-    )  # fmt: skip
+        encoder, crops, mean, std, description="LiDAR: crops", **arguments.extraction(device_of(model))
+    )
     parts = [embeddings]
     if is_stack:
         parts = encoder.split(embeddings)

@@ -57,6 +57,16 @@ class EvaluationArguments:
         if not self.temperature > 0:
             raise InputError(f"temperature={self.temperature} divides similarities; set it above 0, such as 0.07.")
 
+    def extraction(self, device: torch.device) -> dict:
+        """The arguments of [`~embedding.extract_embeddings`] that follow from them, for an encoder on a device."""
+        return {
+            "batch_size": self.eval_batch_size,
+            "num_workers": self.dataloader_num_workers,
+            "device": device,
+            "progress": not self.disable_tqdm,
+            "bf16": is_bf16(self.precision, device),
+        }
+
 
 def embed(encoder: nn.Module, train: ImageDataset, test: ImageDataset, mean, std, arguments, label: str, device=None):
     """
@@ -75,18 +85,11 @@ def embed(encoder: nn.Module, train: ImageDataset, test: ImageDataset, mean, std
         InputError: The embeddings are not finite.
     """
     device = device_of(encoder) if device is None else torch.device(device)
-    settings = {
-        "batch_size": arguments.eval_batch_size,
-        "num_workers": arguments.dataloader_num_workers,
-        "device": device,
-        "progress": not arguments.disable_tqdm,
-        "bf16": is_bf16(arguments.precision, device),
-    }
     embedded = tuple(
         tensor.to(device if device.type == "cuda" else "cpu")
         for dataset, images in ((train, "train"), (test, "test"))
         for tensor in extract_embeddings(
-            encoder, dataset, mean, std, description=f"{label}: {images} images", **settings
+            encoder, dataset, mean, std, description=f"{label}: {images} images", **arguments.extraction(device)
         )
     )
     for embeddings in (embedded[0], embedded[2]):

@@ -95,13 +95,12 @@ def write_results(folder: Path, experiment: Experiment, rows: list[dict], table:
         found ([`Found`]): Of [`find`].
 
     Raises:
-        InputError: `summary.json` there is no list of rows.
+        InputError: `summary.json` there is broken or no list of rows.
     """
     summary = folder / SUMMARY
     try:
-        before = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else []
-        others = [row for row in before if row["experiment"] != experiment.label]
-    except (ValueError, TypeError, KeyError) as error:
+        others = [row for row in _read(summary) or [] if row["experiment"] != experiment.label]
+    except (TypeError, KeyError) as error:
         raise InputError(f"{summary} is no list of rows ({first_line(error)}); mend or remove it.") from error
     write_json(folder / f"{experiment.name}.json", {"title": experiment.title, "rows": rows} | asdict(found))
     write_text_atomically(folder / f"{experiment.name}.md", table)
