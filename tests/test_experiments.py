@@ -298,7 +298,7 @@ def test_one_random_encoder_stands_for_all_methods_that_have_it(tmp_path):
     )
     unlike = [*alike, a_run("s-jea", 1, 30.0, begin=20.0)]
     named = {row["method"] for row in summarise(experiment, Found(unlike), "")}
-    assert {"random encoder of c-jepa, i-jepa", "random encoder of s-jea"} <= named
+    assert {"random encoder of c-jepa; i-jepa", "random encoder of s-jea"} <= named
     untrained = [row for row in summarise(experiment, Found(alike), "") if row["method"] == "random encoder"]
     assert {(row["images_seen"], row["seconds"]) for row in untrained} == {(0, 0.0)}
 

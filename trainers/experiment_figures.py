@@ -1,6 +1,5 @@
 """Pictures of an experiment: the course of its methods, their ends side by side, or a map over two swept keys."""
 
-import itertools
 import math
 import statistics
 from pathlib import Path
@@ -9,7 +8,7 @@ from matplotlib.figure import Figure
 
 from trainers.experiment_file import ACCURACIES
 from trainers.experiment_plan import Experiment
-from trainers.experiment_results import by_method, course_of
+from trainers.experiment_results import Point, by_method, course_of
 from trainers.files import whole_file
 from trainers.probes import mean_interval
 
@@ -18,7 +17,7 @@ _TITLES = {
     "lidar": "LiDAR", "feature_std": "spread of features (std)", "skipped_steps": "steps skipped, %",
 }  # fmt: skip
 # what has to be beaten, and is not trained
-_BASELINES = ("random encoder", "raw pixels")
+_BASELINES = _RANDOM, _PIXELS = ("random encoder", "raw pixels")
 _DPI = 120
 
 
@@ -40,11 +39,14 @@ def draw_experiment(experiment: Experiment, found: list[dict], rows: list[dict],
 
 
 def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure:
-    """kNN and linear probe over the minutes of training: means over seeds, and their 95 % intervals as bands."""
+    """
+    kNN and linear probe over the minutes of training, from a random encoder of the same kind on: means over seeds, and
+    their 95 % intervals as bands.
+    """
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ACCURACIES, strict=True):
         for method, runs in by_method(found).items():
-            courses = [{point.images: point for point in course_of(run, metric)} for run in runs]
+            courses = [{point.images: point for point in _from_the_start(run, metric)} for run in runs]
             images = [number for number in courses[0] if all(number in course for course in courses)]
             minutes, percents = (
                 [[getattr(course[number], field) for course in courses] for number in images]
@@ -55,17 +57,22 @@ def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figu
             bands = [mean_interval(each) for each in percents]
             if bands and None not in bands:
                 axes.fill_between(x, *zip(*bands, strict=True), color=line.get_color(), alpha=0.15, linewidth=0)
-        for row, style in zip(_baselines(rows, metric), itertools.cycle(("--", ":", "-.")), strict=False):
-            axes.axhline(row["value"], color="gray", linestyle=style, linewidth=1, label=row["method"])
+        for row in _baselines(rows, metric, _PIXELS):
+            axes.axhline(row["value"], color="gray", linestyle="--", linewidth=1, label=row["method"])
         axes.set_title(_TITLES[metric], fontsize=10)
-        axes.set_xlabel("minutes of training", fontsize=9)
+        axes.set_xlabel("minutes of training; at 0 a random encoder of the same kind", fontsize=9)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
-def _baselines(rows: list[dict], metric: str) -> list[dict]:
-    return [row for row in rows if row["metric"] == metric and row["method"].startswith(_BASELINES)]
+def _from_the_start(run: dict, metric: str) -> list[Point]:
+    begins = [Point(0, 0.0, row[metric]) for row in run["baselines"][:1]]
+    return [*begins, *course_of(run, metric)]
+
+
+def _baselines(rows: list[dict], metric: str, kind: str) -> list[dict]:
+    return [row for row in rows if row["metric"] == metric and row["method"].startswith(kind)]
 
 
 def _bars(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure:
@@ -103,7 +110,7 @@ def _maps(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure
     for column, metric in enumerate(metrics):
         of = {row["method"]: row["value"] for row in rows if row["metric"] == metric}
         known = [of[method] for method in names.values() if method in of]
-        before = "".join(f", {row['method']} {row['value']:.3g}" for row in _baselines(rows, metric)[:1])
+        before = "".join(f", {row['method']} {row['value']:.3g}" for row in _baselines(rows, metric, _RANDOM)[:1])
         for line, method in zip(grid, experiment.methods, strict=True):
             axes = line[column]
             values = [

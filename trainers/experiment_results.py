@@ -103,7 +103,7 @@ def _random_encoders(found: list[dict]) -> list[tuple[str, list[dict], list[dict
     encoders = []
     for _, of_methods in kinds:
         runs = max(of_methods.values(), key=len)
-        label = "random encoder" if len(kinds) == 1 else f"random encoder of {', '.join(of_methods)}"
+        label = "random encoder" if len(kinds) == 1 else f"random encoder of {'; '.join(of_methods)}"
         encoders.append((label, [run["baselines"][0] for run in runs], runs))
     return encoders
 
