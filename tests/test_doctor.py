@@ -50,6 +50,15 @@ def test_a_rising_loss_of_a_healthy_run_is_explained():
     assert "(0.1 -> 0.3)" in sentence and "0.5 -> 0.61" in sentence and "no sign of collapse" in sentence
 
 
+def test_a_rank_that_was_never_high_is_told_and_no_alarm():
+    few, enough = (diagnose(history(rankme=(2.6, last)), settings(hidden_size=384)) for last in (4.8, 20.0))
+    assert few.state == enough.state == HEALTHY
+    assert (
+        "effective rank 2.6 -> 4.8 of 384" in few.sentences()[0] and "these are few directions" in few.sentences()[1]
+    )
+    assert "few directions" not in " ".join(enough.sentences())
+
+
 def test_shrunk_features():
     log = history(feature_std=(0.5, 0.01), loss_prediction=(0.5, 0.001), rankme=(6.0, 1.1))
     diagnosis = diagnose(log, settings({"ema_momentum": 0.0}, regularizer_weight=0.0))

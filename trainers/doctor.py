@@ -23,6 +23,8 @@ STILL = 0.1
 DIVERGED_LOSS = 3.0
 # a loss that has risen so far above its lowest, in a healthy run, is worth a sentence
 RISEN_LOSS = 1.1
+# of the width: an effective rank below it is worth a sentence, too; no alarm, since every run begins there
+FEW_DIRECTIONS = 0.05
 # figures of as many images as others, or of this share of them, are compared
 ABOUT = 0.9
 
@@ -188,9 +190,14 @@ class _Level:
         earliest = self.entries[min(MIN_LOGS, len(self.entries)) - 1].get("step", 0)
         return max(earliest, self.facts.get("warmup_steps", 0))
 
-    def width(self) -> str:
+    @property
+    def width(self) -> int | None:
+        """Of the embeddings, where it is known."""
         widths = self.facts.get("widths") or []
-        return f" of {widths[self.number]}" if self.number < len(widths) else ""
+        return widths[self.number] if self.number < len(widths) else None
+
+    def of_width(self) -> str:
+        return f" of {self.width}" if self.width else ""
 
 
 def _diagnose_level(level: _Level) -> LevelDiagnosis:
@@ -235,7 +242,7 @@ def _flattened(level: _Level):
     step, highest = level.rank.highest()
     if not level.rank.has_sunk(COLLAPSED_RANK, level.since, floor=1):
         return None
-    fall = f"effective rank {highest:.3g} -> {level.rank.last:.3g}{level.width()}{level.rank.dip(step)}"
+    fall = f"effective rank {highest:.3g} -> {level.rank.last:.3g}{level.of_width()}{level.rank.dip(step)}"
     return DIMENSIONAL, [_with_loss(level, step, fall, "the features came to lie in few directions")], step
 
 
@@ -261,16 +268,21 @@ def _still(level: _Level):
             return None
     return NOT_LEARNING, [
         f"the embeddings are as they were at the start: standard deviation {level.std.last:.2g}, effective "
-        f"rank {level.rank.last:.3g}{level.width()}"
+        f"rank {level.rank.last:.3g}{level.of_width()}"
     ]
 
 
 def _healthy(level: _Level) -> list[str]:
-    """The figures, and why the loss of a healthy run rises."""
+    """The figures, whether they are of few directions, and why the loss of a healthy run rises."""
     sentences = [
-        f"effective rank {level.rank.first:.3g} -> {level.rank.last:.3g}{level.width()}, standard deviation "
+        f"effective rank {level.rank.first:.3g} -> {level.rank.last:.3g}{level.of_width()}, standard deviation "
         f"{level.std.first:.2g} -> {level.std.last:.2g}"
     ]
+    if level.width and level.rank.last < FEW_DIRECTIONS * level.width:
+        sentences.append(
+            "nothing was lost, but these are few directions, less than a twentieth of the width: unless the rank "
+            "still rises, neighbours may be no better than a random encoder's, which `cjepa evaluate` tells"
+        )
     if not level.prediction:
         return sentences
     step, lowest = level.loss.lowest()
