@@ -76,14 +76,14 @@ def _baselines(rows: list[dict], metric: str, kind: str) -> list[dict]:
 
 
 def _bars(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure:
-    """The rows of kNN, linear probe and RankMe, each with its interval."""
+    """The rows of kNN, linear probe and RankMe, each with its interval; that of pixels would flatten the ranks."""
     metrics = (*ACCURACIES, "rankme")
     methods = list(dict.fromkeys(row["method"] for row in rows))
     figure = Figure(figsize=(13, 1.4 + 0.32 * len(methods)), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 3, sharey=True), metrics, strict=True):
         of = {row["method"]: row for row in rows if row["metric"] == metric}
         for place, method in enumerate(methods):
-            if method not in of:
+            if method not in of or (metric not in ACCURACIES and method.startswith(_PIXELS)):
                 continue
             value, ci95 = of[method]["value"], of[method]["ci95"]
             color = "gray" if method.startswith(_BASELINES) else "tab:blue"
