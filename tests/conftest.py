@@ -10,8 +10,6 @@ from formats import save_ours
 from hub_server import running_hub
 from tiny import tiny_model
 
-from trainers import probes
-
 
 @pytest.fixture(scope="module")
 def hub():
@@ -43,4 +41,4 @@ def folder(ours, tmp_path):
 @pytest.fixture
 def few_penalties(monkeypatch):
     """The linear probe tries three penalties instead of nine, for runs of which no test asks what the best one is."""
-    monkeypatch.setattr(probes, "C_GRID", (0.01, 1.0, 100.0))
+    monkeypatch.setattr("trainers.probes.C_GRID", (0.01, 1.0, 100.0))

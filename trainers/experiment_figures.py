@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from trainers.experiment_file import ACCURACIES
+from trainers.experiment_file import ACCURACIES, BASELINES, PIXELS, RANDOM
 from trainers.experiment_plan import Experiment
 from trainers.experiment_results import Point, by_method, course_of
 from trainers.files import whole_file
@@ -16,8 +16,6 @@ _TITLES = {
     "knn": "kNN, % correct", "linear": "linear probe, % correct", "rankme": "effective rank (RankMe)",
     "lidar": "LiDAR", "feature_std": "spread of features (std)", "skipped_steps": "steps skipped, %",
 }  # fmt: skip
-# what has to be beaten, and is not trained
-_BASELINES = _RANDOM, _PIXELS = ("random encoder", "raw pixels")
 _DPI = 120
 
 
@@ -57,7 +55,7 @@ def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figu
             bands = [mean_interval(each) for each in percents]
             if bands and None not in bands:
                 axes.fill_between(x, *zip(*bands, strict=True), color=line.get_color(), alpha=0.15, linewidth=0)
-        for row in _baselines(rows, metric, _PIXELS):
+        for row in _baselines(rows, metric, PIXELS):
             axes.axhline(row["value"], color="gray", linestyle="--", linewidth=1, label=row["method"])
         axes.set_title(_TITLES[metric], fontsize=10)
         axes.set_xlabel("minutes of training; at 0 a random encoder of the same kind", fontsize=9)
@@ -83,10 +81,10 @@ def _bars(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure
     for axes, metric in zip(figure.subplots(1, 3, sharey=True), metrics, strict=True):
         of = {row["method"]: row for row in rows if row["metric"] == metric}
         for place, method in enumerate(methods):
-            if method not in of or (metric not in ACCURACIES and method.startswith(_PIXELS)):
+            if method not in of or (metric not in ACCURACIES and method.startswith(PIXELS)):
                 continue
             value, ci95 = of[method]["value"], of[method]["ci95"]
-            color = "gray" if method.startswith(_BASELINES) else "tab:blue"
+            color = "gray" if method.startswith(BASELINES) else "tab:blue"
             axes.plot(value, place, "o", color=color)
             if ci95:
                 axes.plot(ci95, [place, place], "-", color=color, linewidth=2, alpha=0.6)
@@ -110,7 +108,7 @@ def _maps(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure
     for column, metric in enumerate(metrics):
         of = {row["method"]: row["value"] for row in rows if row["metric"] == metric}
         known = [of[method] for method in names.values() if method in of]
-        before = "".join(f", {row['method']} {row['value']:.3g}" for row in _baselines(rows, metric, _RANDOM)[:1])
+        before = "".join(f", {row['method']} {row['value']:.3g}" for row in _baselines(rows, metric, RANDOM)[:1])
         for line, method in zip(grid, experiment.methods, strict=True):
             axes = line[column]
             values = [

@@ -26,8 +26,11 @@ _OF_THE_RUNNER = {
     "push_to_hub": "publish the run you choose when all are done",
     "streaming": "all runs are evaluated on the images themselves; give --dataset a folder or parquet files",
 }  # fmt: skip
-# names of files and rows that are not a method's or an experiment's
-_ROWS, _FILES = ("random encoder", "raw pixels"), ("summary", "raw_pixels")
+# rows of what has to be beaten and is not trained; no method is called so
+RANDOM, PIXELS = "random encoder", "raw pixels"
+BASELINES = (RANDOM, PIXELS)
+# files among results; no experiment is called so
+_FILES = ("summary", "raw_pixels")
 _NAME = re.compile(r"[A-Za-z0-9][\w .,:()'+=%-]{0,99}")
 # keys by which the images are others than the file says
 _IMAGES = ("num_train_images", "num_eval_images", "train_split", "eval_split", "dataset_config", "label_column")
@@ -111,10 +114,10 @@ def _checked(values, path: Path) -> Experiment:
 
 def _check_methods(experiment: Experiment, path: Path):
     for name, own in experiment.methods.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.startswith(_ROWS):
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.startswith(BASELINES):
             raise InputError(
                 f"{path}: {name!r} cannot be a method's name; give up to 100 letters, digits and spaces, and not "
-                f"{' or '.join(_ROWS)}."
+                f"{' or '.join(BASELINES)}."
             )
         if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
             raise InputError(f"{path}: {name}: {own!r} must be a mapping of keys to values.")

@@ -4,7 +4,7 @@ import statistics
 from typing import NamedTuple
 
 from trainers.encoder_lidar import NUM_CROPS, NUM_IMAGES
-from trainers.experiment_file import ACCURACIES
+from trainers.experiment_file import ACCURACIES, PIXELS, RANDOM
 from trainers.experiment_plan import Experiment
 from trainers.experiment_store import Found
 from trainers.probes import mean_interval
@@ -56,7 +56,7 @@ def summarise(experiment: Experiment, found: Found, command: str) -> list[dict]:
             rows += _reached(shared, metric, percent, runs, facts)
     untrained = _random_encoders(found.runs)
     if found.pixels is not None and found.runs:
-        untrained.append(("raw pixels", [found.pixels], found.runs[:1]))
+        untrained.append((PIXELS, [found.pixels], found.runs[:1]))
     for label, of_seeds, runs in untrained:
         shared = {"experiment": experiment.label, "method": label, "dataset": experiment.dataset}
         rows += _metric_rows(shared, of_seeds, _facts(runs, command) | _UNTRAINED)
@@ -103,7 +103,7 @@ def _random_encoders(found: list[dict]) -> list[tuple[str, list[dict], list[dict
     encoders = []
     for _, of_methods in kinds:
         runs = max(of_methods.values(), key=len)
-        label = "random encoder" if len(kinds) == 1 else f"random encoder of {'; '.join(of_methods)}"
+        label = RANDOM if len(kinds) == 1 else f"{RANDOM} of {'; '.join(of_methods)}"
         encoders.append((label, [run["baselines"][0] for run in runs], runs))
     return encoders
 
