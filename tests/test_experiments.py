@@ -16,7 +16,7 @@ from trainers.cli import main
 from trainers.cli_experiment import public_command
 from trainers.errors import InputError
 from trainers.experiment_evaluation import _places
-from trainers.experiment_figures import draw_experiment
+from trainers.experiment_figures import _curves, draw_experiment
 from trainers.experiment_file import read_experiment
 from trainers.experiment_plan import choose_runs
 from trainers.experiment_results import format_rows, summarise
@@ -318,6 +318,21 @@ def test_an_accuracy_is_reached_where_an_evaluation_found_it(tmp_path):
     table = format_rows(experiment, rows)
     assert "| images to 35 % knn | minutes to 35 % knn |" in re.sub(" +", " ", table)
     assert "| 250 |" in re.sub(" +", " ", table) and "not reached" in table
+
+
+def test_minutes_of_unlike_machines_are_told_apart(tmp_path):
+    experiment = read_experiment(written(tmp_path))
+    found = [a_run("c-jepa", 1, 40.0), a_run("i-jepa", 1, 30.0)]
+    table = format_rows(experiment, summarise(experiment, Found(found), ""))
+    assert "; P, 2 threads; commit" in table and "machine" not in table
+    (axes, _) = _curves(experiment, found, []).axes
+    assert axes.get_xlabel().startswith("minutes") and list(axes.lines[0].get_xdata()) == [0.0, 1.0]
+    found.append(a_run("i-jepa", 2, 30.0, machine={"processor": "Q", "threads": 2}))
+    table = re.sub(" +", " ", format_rows(experiment, summarise(experiment, Found(found), "")))
+    assert "; A: P, 2 threads; B: Q, 2 threads; commit" in table and "| minutes | machine | seeds |" in table
+    assert "| 1.0 | A | 1 |" in table and "| 1.5 | A, B | 1, 2 |" in table
+    (axes, _) = _curves(experiment, found, []).axes
+    assert axes.get_xlabel().startswith("images") and list(axes.lines[0].get_xdata()) == [0, 100]
 
 
 def test_skipped_steps_are_told(tmp_path):

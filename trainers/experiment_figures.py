@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from trainers.experiment_file import ACCURACIES, BASELINES, PIXELS, RANDOM
 from trainers.experiment_plan import Experiment
-from trainers.experiment_results import Point, by_method, course_of
+from trainers.experiment_results import Point, by_method, course_of, machines_of
 from trainers.files import whole_file
 from trainers.probes import mean_interval
 
@@ -38,19 +38,20 @@ def draw_experiment(experiment: Experiment, found: list[dict], rows: list[dict],
 
 def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure:
     """
-    kNN and linear probe over the minutes of training, from a random encoder of the same kind on: means over seeds, and
-    their 95 % intervals as bands.
+    kNN and linear probe over the minutes of training (over images where machines differ, whose minutes do not
+    compare), from a random encoder of the same kind on: means over seeds, and their 95 % intervals as bands.
     """
+    over, unit = ("minutes", "minutes of training") if len(machines_of(found)) == 1 else ("images", "images seen")
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ACCURACIES, strict=True):
         for method, runs in by_method(found).items():
             courses = [{point.images: point for point in _from_the_start(run, metric)} for run in runs]
             images = [number for number in courses[0] if all(number in course for course in courses)]
-            minutes, percents = (
+            seen, percents = (
                 [[getattr(course[number], field) for course in courses] for number in images]
-                for field in ("minutes", "percent")
+                for field in (over, "percent")
             )
-            x = list(map(statistics.mean, minutes))
+            x = list(map(statistics.mean, seen))
             (line,) = axes.plot(x, list(map(statistics.mean, percents)), marker="o", markersize=3, label=method)
             bands = [mean_interval(each) for each in percents]
             if bands and None not in bands:
@@ -58,7 +59,7 @@ def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figu
         for row in _baselines(rows, metric, PIXELS):
             axes.axhline(row["value"], color="gray", linestyle="--", linewidth=1, label=row["method"])
         axes.set_title(_TITLES[metric], fontsize=10)
-        axes.set_xlabel("minutes of training; at 0 a random encoder of the same kind", fontsize=9)
+        axes.set_xlabel(f"{unit}; at 0 a random encoder of the same kind", fontsize=9)
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure

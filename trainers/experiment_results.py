@@ -1,6 +1,7 @@
 """What the runs of an experiment say together: means over seeds with 95 % intervals, as rows and as a table."""
 
 import statistics
+import string
 from typing import NamedTuple
 
 from trainers.encoder_lidar import NUM_CROPS, NUM_IMAGES
@@ -63,16 +64,20 @@ def summarise(experiment: Experiment, found: Found, command: str) -> list[dict]:
     return rows
 
 
+def machines_of(runs: list[dict]) -> list[str]:
+    """What the machines were, that runs were trained on: each once."""
+    return sorted({", ".join(f"{value} {name}" if name in ("cores", "threads") else str(value)
+                             for name, value in run["machine"].items()) for run in runs})  # fmt: skip
+
+
 def _facts(runs: list[dict], command: str) -> dict:
     """What a row says of how its figures were made."""
-    machines = {", ".join(f"{value} {name}" if name in ("cores", "threads") else str(value)
-                          for name, value in run["machine"].items()) for run in runs}  # fmt: skip
     commits = {facts.get("commit", "unknown") for run in runs for facts in (run["software"], run["evaluated"])}
     return {
         "seeds": [run["seed"] for run in runs],
         "images_seen": round(statistics.mean(run["training"]["images_seen"] for run in runs)),
         "seconds": round(statistics.mean(run["training"]["seconds"] for run in runs), 1),
-        "machine": "; ".join(sorted(machines)),
+        "machine": "; ".join(machines_of(runs)),
         "commit": ", ".join(sorted(commits)),
         "command": command,
     }
@@ -176,28 +181,36 @@ def course_of(run: dict, metric: str) -> list[Point]:
 
 
 def format_rows(experiment: Experiment, rows: list[dict]) -> str:
-    """The rows of an experiment as Markdown: a line a method."""
+    """The rows of an experiment as Markdown: a line a method. Where machines differ, each line names its own."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     of = {(row["method"], row["metric"]): row for row in rows}
-    cells = [["method", *map(_called, metrics), "images seen", "minutes", "seeds"]]
+    letters = dict(zip(_each_once(rows, "machine", "; "), string.ascii_uppercase, strict=False))
+    is_mixed = len(letters) > 1
+    cells = [["method", *map(_called, metrics), "images seen", "minutes", *["machine"] * is_mixed, "seeds"]]
     for method in methods:
         any_row = next(row for row in rows if row["method"] == method)
         known = [_cell(of.get((method, metric))) for metric in metrics]
         seen, minutes = f"{any_row['images_seen']:,}", f"{any_row['seconds'] / 60:.1f}"
-        cells.append([method, *known, seen, minutes, ", ".join(map(str, any_row["seeds"]))])
-    facts = {name: "; ".join(dict.fromkeys(row[name] for row in rows)) for name in ("machine", "command")}
-    commits = ", ".join(dict.fromkeys(commit for row in rows for commit in row["commit"].split(", ")))
+        machine = [", ".join(letters[name] for name in any_row["machine"].split("; "))] * is_mixed
+        cells.append([method, *known, seen, minutes, *machine, ", ".join(map(str, any_row["seeds"]))])
+    machines = "; ".join(f"{letter}: {name}" if is_mixed else name for name, letter in letters.items())
+    commits, commands = ", ".join(_each_once(rows, "commit", ", ")), "; ".join(_each_once(rows, "command", "; "))
     return "\n".join([
         f"# {experiment.title}",
         "",
-        f"{experiment.dataset}; `{facts['command']}`; {facts['machine']}; commit {commits}. In brackets 95 % "
+        f"{experiment.dataset}; `{commands}`; {machines}; commit {commits}. In brackets 95 % "
         "intervals: of the mean over seeds, or over test images where there is one seed. RankMe and std are of test "
         f"images, LiDAR is of {NUM_CROPS} crops each of up to {NUM_IMAGES:,}; levels side by side have length 1.",
         "",
         *markdown_table(cells),
         "",
     ])  # fmt: skip
+
+
+def _each_once(rows: list[dict], name: str, between: str) -> list[str]:
+    """What rows tell under a name, each once, in the order it is first told."""
+    return list(dict.fromkeys(each for row in rows for each in row[name].split(between)))
 
 
 def _called(metric: str) -> str:
