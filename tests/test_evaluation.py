@@ -30,7 +30,7 @@ from trainers.evaluation import (
 )
 from trainers.files import write_json, write_text_atomically
 from trainers.loading import load_encoder_config
-from trainers.probes import accuracy_interval, knn_predict, linear_predict
+from trainers.probes import accuracy_interval, folds_of, knn_predict, linear_predict
 from trainers.reports import format_table
 from trainers.scenes import FAMILY_NAMES, render_scenes
 from trainers.transforms import eval_transform, image_processor, normalize
@@ -171,6 +171,23 @@ def test_linear_probe_minimises_the_objective_where_few_directions_dominate():
     assert converged
     best = objective(reference.coef_.T, reference.intercept_)
     assert objective(axes @ weight.numpy(), bias.numpy()) == pytest.approx(best, rel=1e-4)
+
+
+def test_fits_go_on_where_that_of_the_C_before_ended(monkeypatch):
+    steps, minimize = [], probes.minimize
+
+    def counted(*args, **kwargs):
+        result = minimize(*args, **kwargs)
+        steps.append(result.nit)
+        return result
+
+    monkeypatch.setattr(probes, "minimize", counted)
+    monkeypatch.setattr(probes, "C_GRID", (1.0, 1.0, 1.0))
+    x, y = clusters(2000, 20)
+    linear_predict(x, y, x)
+    num_folds = len(folds_of(y, 0))
+    first, again, last = steps[:num_folds], steps[num_folds:-1], steps[-1]
+    assert len(again) == 2 * num_folds and max(again) <= 1 < 5 < min(*first, last)
 
 
 def test_linear_probe_chooses_C_on_train_embeddings_alone():

@@ -118,10 +118,12 @@ def _choose_C(x: torch.Tensor, targets: torch.Tensor, num_classes: int, variance
     """The C of `C_GRID` that predicts the held-out rows of x (n, R) best."""
     num_held_out = sum(len(held_out) for _, held_out in folds)
     best_score, best_C, num_worse = -1.0, C_GRID[0], 0
+    starts = [None] * len(folds)  # a fit begins where that of the C before ended
     for C in tqdm(C_GRID, desc="linear probe", unit="fit", disable=not progress):
         num_correct = 0
-        for kept, held_out in folds:
-            weight, bias, _ = _fit(x[kept], targets[kept], num_classes, C, variances)
+        for at, (kept, held_out) in enumerate(folds):
+            weight, bias, _ = _fit(x[kept], targets[kept], num_classes, C, variances, starts[at])
+            starts[at] = (weight, bias)
             num_correct += int(((x[held_out] @ weight + bias).argmax(dim=1) == targets[held_out]).sum())
         score = num_correct / num_held_out
         standard_error = math.sqrt(score * (1 - score) / num_held_out)
@@ -200,9 +202,10 @@ def principal_axes(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.linalg.eigh(x.T @ x / len(x))
 
 
-def _fit(x: torch.Tensor, targets: torch.Tensor, num_classes: int, C: float, variances: torch.Tensor):
+def _fit(x: torch.Tensor, targets: torch.Tensor, num_classes: int, C: float, variances: torch.Tensor, start=None):
     """
-    The minimum of sum of losses * C + |weights|^2 / 2: weights (R, K), bias (K,), and whether it was reached.
+    The minimum of sum of losses * C + |weights|^2 / 2: weights (R, K), bias (K,), and whether it was reached. It is
+    looked for from a start on, weights and bias, or from zero on.
 
     scikit-learn's solvers take thousands of steps where few directions carry most of the variance, as in the
     embeddings of a random or collapsed encoder. The columns of x (n, R) are along principal axes with the given
@@ -229,8 +232,9 @@ def _fit(x: torch.Tensor, targets: torch.Tensor, num_classes: int, C: float, var
 
     # a loss that changes by less than a millionth changes no prediction that matters
     options = {"maxiter": 1000, "maxcor": 20, "ftol": 1e-6}
-    start = np.zeros((width + 1) * num_classes)
-    result = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B", options=options)
+    weight, bias = start or (x.new_zeros(width, num_classes), x.new_zeros(num_classes))
+    scaled = torch.cat([weight / step, bias[None]]).double().flatten().cpu().numpy()
+    result = minimize(loss_and_gradient, scaled, jac=True, method="L-BFGS-B", options=options)
     return *unpack(result.x), bool(result.success)
 
 
