@@ -109,7 +109,9 @@ def _maps(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure
     for column, metric in enumerate(metrics):
         of = {row["method"]: row["value"] for row in rows if row["metric"] == metric}
         known = [of[method] for method in names.values() if method in of]
-        before = "".join(f", {row['method']} {row['value']:.3g}" for row in _baselines(rows, metric, RANDOM)[:1])
+        before = "".join(f"\n{row['method']} {row['value']:.3g}" for row in _baselines(rows, metric, RANDOM)[:1])
+        grid[0, column].set_title(_TITLES[metric] + before, fontsize=8)
+        grid[-1, column].set_xlabel(right, fontsize=8)
         for line, method in zip(grid, experiment.methods, strict=True):
             axes = line[column]
             values = [
@@ -123,9 +125,8 @@ def _maps(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure
                     shade = "black" if is_missing or image.norm(value) > 0.6 else "white"
                     text = "-" if is_missing else f"{value:.3g}"
                     axes.text(x, y, text, ha="center", va="center", fontsize=7, color=shade)
-            axes.set_title(f"{method}: {_TITLES[metric]}{before}", fontsize=8)
             axes.set_xticks(range(len(rights)), [f"{value:g}" for value in rights], fontsize=7)
             axes.set_yticks(range(len(ups)), [f"{value:g}" for value in reversed(ups)], fontsize=7)
-            axes.set_xlabel(right, fontsize=8)
-            axes.set_ylabel(up, fontsize=8)
+    for line, method in zip(grid, experiment.methods, strict=True):
+        line[0].set_ylabel(f"{method}\n{up}", fontsize=8)
     return figure

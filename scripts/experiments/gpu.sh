@@ -3,7 +3,7 @@
 #
 #   sh scripts/experiments/gpu.sh --dataset my/cifar10
 #
-# A try on a CPU, in half an hour or more, which leaves the results alone:
+# A try on a CPU, which takes about twenty minutes and leaves the results alone:
 #
 #   RUNS=runs/try RESULTS=runs/try sh scripts/experiments/gpu.sh --dataset my/cifar10 --seeds 42 --max_steps 2 \
 #     --num_train_images 64 --num_eval_images 64 --per_device_train_batch_size 8 --dataloader_num_workers 0
