@@ -98,6 +98,14 @@ def test_a_card_of_weights_alone_is_whole():
         assert "How it was trained is not recorded." in card and "pre-trained without labels" not in card
 
 
+def test_views_are_told_with_the_colours_that_were_set(facts):
+    told = facts | {"model": model_facts(tiny_model(num_views=2, regularizer="views"))}
+    line = "| views | 2 crops of an image, each with masks of its own"
+    assert f"{line} |" in card_text("cjepa", told, "me/mine")
+    told["settings"] = {"color_jitter_probability": 0.8, "grayscale_probability": 0.2}
+    assert f"{line}; colours jittered in 0.8 of them, 0.2 of them in gray |" in card_text("cjepa", told, "me/mine")
+
+
 def test_figures_are_metadata_that_the_hub_s_classes_read_back(facts):
     found = evaluation(row("target encoder", 60, 70), row("random encoder", 50, 71), row("raw pixels", 20, 20))
     card = card_text("cjepa", facts | {"evaluation": found, "license": "mit"}, "me/mine")
