@@ -335,6 +335,12 @@ def test_minutes_of_unlike_machines_are_told_apart(tmp_path):
     assert axes.get_xlabel().startswith("images") and list(axes.lines[0].get_xdata()) == [0, 100]
 
 
+def test_no_two_methods_have_the_same_line(tmp_path):
+    found = [a_run(str(number), 1, 40.0) for number in range(12)]
+    (axes, _) = _curves(read_experiment(written(tmp_path)), found, []).axes
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 12
+
+
 def test_skipped_steps_are_told(tmp_path):
     experiment = read_experiment(written(tmp_path))
     found = [a_run("c-jepa", 1, 40.0), a_run("i-jepa", 1, 30.0)]

@@ -17,6 +17,7 @@ _TITLES = {
     "lidar": "LiDAR", "feature_std": "spread of features (std)", "skipped_steps": "steps skipped, %",
 }  # fmt: skip
 _DPI = 120
+_NUM_COLORS = 10  # of matplotlib's, which begin again then
 
 
 def draw_experiment(experiment: Experiment, found: list[dict], rows: list[dict], path: Path):
@@ -44,15 +45,17 @@ def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figu
     over, unit = ("minutes", "minutes of training") if len(machines_of(found)) == 1 else ("images", "images seen")
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ACCURACIES, strict=True):
-        for method, runs in by_method(found).items():
+        for number, (method, runs) in enumerate(by_method(found).items()):
+            style = "-" if number < _NUM_COLORS else ":"
             courses = [{point.images: point for point in _from_the_start(run, metric)} for run in runs]
-            images = [number for number in courses[0] if all(number in course for course in courses)]
+            images = [place for place in courses[0] if all(place in course for course in courses)]
             seen, percents = (
-                [[getattr(course[number], field) for course in courses] for number in images]
+                [[getattr(course[place], field) for course in courses] for place in images]
                 for field in (over, "percent")
             )
             x = list(map(statistics.mean, seen))
-            (line,) = axes.plot(x, list(map(statistics.mean, percents)), marker="o", markersize=3, label=method)
+            y = list(map(statistics.mean, percents))
+            (line,) = axes.plot(x, y, style, marker="o", markersize=3, label=method)
             bands = [mean_interval(each) for each in percents]
             if bands and None not in bands:
                 axes.fill_between(x, *zip(*bands, strict=True), color=line.get_color(), alpha=0.15, linewidth=0)
