@@ -187,13 +187,15 @@ def format_rows(experiment: Experiment, rows: list[dict]) -> str:
     of = {(row["method"], row["metric"]): row for row in rows}
     letters = dict(zip(_each_once(rows, "machine", "; "), string.ascii_uppercase, strict=False))
     is_mixed = len(letters) > 1
-    cells = [["method", *map(_called, metrics), "images seen", "minutes", *["machine"] * is_mixed, "seeds"]]
+    last = ["machine", "seeds"] if is_mixed else ["seeds"]
+    cells = [["method", *map(_called, metrics), "images seen", "minutes", *last]]
     for method in methods:
         any_row = next(row for row in rows if row["method"] == method)
         known = [_cell(of.get((method, metric))) for metric in metrics]
         seen, minutes = f"{any_row['images_seen']:,}", f"{any_row['seconds'] / 60:.1f}"
-        machine = [", ".join(letters[name] for name in any_row["machine"].split("; "))] * is_mixed
-        cells.append([method, *known, seen, minutes, *machine, ", ".join(map(str, any_row["seeds"]))])
+        told = {"machine": ", ".join(letters[name] for name in any_row["machine"].split("; "))}
+        told["seeds"] = ", ".join(map(str, any_row["seeds"]))
+        cells.append([method, *known, seen, minutes, *(told[name] for name in last)])
     machines = "; ".join(f"{letter}: {name}" if is_mixed else name for name, letter in letters.items())
     commits, commands = ", ".join(_each_once(rows, "commit", ", ")), "; ".join(_each_once(rows, "command", "; "))
     return "\n".join([
