@@ -96,7 +96,10 @@ def test_a_trained_head_reloads_exactly_and_every_part_learns(folder, tmp_path, 
     model.save_pretrained(tmp_path / "trained")
     again, info = AutoModelForImageClassification.from_pretrained(tmp_path / "trained", output_loading_info=True)
     assert not info["missing_keys"] and again.config.classifier_pooling == pooling
-    assert torch.equal(again(images()).logits, model(images()).logits)
+    weights = again.state_dict()
+    assert all(torch.equal(weights.pop(name), weight) for name, weight in model.state_dict().items()) and not weights
+    # A file's weights are not aligned in memory as drawn ones are, and a row times a matrix may then round otherwise.
+    torch.testing.assert_close(again(images()).logits, model(images()).logits)
     encoder, info = CJepaModel.from_pretrained(tmp_path / "trained", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
