@@ -6,7 +6,9 @@ import re
 import shutil
 import subprocess
 from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
@@ -16,9 +18,10 @@ from trainers.cli import main
 from trainers.cli_experiment import public_command
 from trainers.errors import InputError
 from trainers.experiment_evaluation import _places
-from trainers.experiment_figures import _curves, draw_experiment
+from trainers.experiment_figures import _bars, _curves, _maps, draw_experiment
 from trainers.experiment_file import read_experiment
 from trainers.experiment_plan import choose_runs
+from trainers.experiment_report import report
 from trainers.experiment_results import format_rows, summarise
 from trainers.experiment_runs import Call, carry_out, carry_out_run, digest_of, settings_text
 from trainers.experiment_runs import main as carry_out_told_run
@@ -26,6 +29,7 @@ from trainers.experiment_store import Found, find, write_results
 from trainers.probes import accuracy_interval, mean_interval
 from trainers.resources import experiment_names
 
+ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = dict(zip((flag[2:] for flag in FLAGS[:-1:2]), map(yaml.safe_load, FLAGS[1:-1:2]), strict=True))
 SETTINGS |= {"use_cpu": True, "disable_tqdm": True, "max_steps": 4, "final_regularizer_weight": 0.0}
 PLAN_ONLY_CJEPA = (
@@ -143,6 +147,21 @@ def test_what_is_done_is_not_done_again(done, capsys):
     assert {path: path.stat().st_mtime_ns for path in written_at} == written_at
     assert main([*arguments, "--list"]) == 0
     assert capsys.readouterr().out.count("done  ") == 4
+
+
+def test_what_was_done_is_told_after_an_interruption(done, tmp_path):
+    """Without the evaluation of raw pixels, which takes its time; the next report has it."""
+    folder, (_, given, *_) = done
+    copied = tmp_path / "runs"
+    shutil.copytree(folder / "runs", copied)
+    (copied / "raw_pixels.json").unlink()
+    (copied / "i-jepa/seed-2/evaluation.json").unlink()
+    call, experiment = Call(given, {}, str(copied), "cjepa experiment small"), read_experiment(given)
+    told = report(experiment, call, is_whole=False)
+    assert "| c-jepa " in told and "| i-jepa " in told and "raw pixels" not in told
+    assert not (copied / "raw_pixels.json").exists()
+    assert len(json.loads((copied / "small.json").read_text())["runs"]) == 3
+    assert "raw pixels" in report(experiment, call)
 
 
 def test_a_run_with_other_settings_is_not_taken_for_done(done, capsys):
@@ -281,6 +300,7 @@ def test_rows_are_means_over_seeds(tmp_path):
     assert knn["value"] == 42.0 and knn["ci95"] == pytest.approx(mean_interval([40.0, 44.0]))
     assert (knn["seeds"], knn["seconds"], knn["images_seen"]) == ([1, 2], 90.0, 100)
     assert (knn["machine"], knn["commit"], knn["command"]) == ("P, 2 threads", "c1, c2, e", "the command")
+    assert rows["i-jepa", "knn"]["command"] == "the command --seeds 1"
     low, high = rows["i-jepa", "knn"]["ci95"]
     assert low < 30 < high and high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.3 * 0.7 / 400), rel=0.05)
     assert rows["i-jepa", "rankme"]["ci95"] is None
@@ -381,7 +401,8 @@ def test_results_of_runs_that_are_elsewhere_are_kept(tmp_path):
     (here / first.place / "evaluation.json").write_text(
         json.dumps(a_run("c-jepa", 1, 50.0, images={"fingerprint": "b"}))
     )
-    assert len(find(experiment, here, tmp_path).runs) == 1
+    of_others = find(experiment, here, tmp_path)
+    assert len(of_others.runs) == 1 and of_others.pixels is None
     assert find(read_experiment(written(tmp_path), {"max_steps": 5}), tmp_path / "none", tmp_path).runs == []
 
 
@@ -404,10 +425,10 @@ def test_a_sweep_is_every_combination(tmp_path):
     assert all(run.settings["learning_rate"] == run.swept["learning_rate"] for run in runs)
     assert len(choose_runs(experiment, ["i-jepa"], None)) == 6
 
-    together = read_experiment(written(tmp_path, sweep={"ema_momentum, final_ema_momentum": [0.0, 0.9]}))
-    run = together.runs()[-1]
-    assert run.method == "i-jepa, ema_momentum 0.9"
-    assert run.settings["ema_momentum"] == run.settings["final_ema_momentum"] == 0.9
+    for keys in ("ema_momentum, final_ema_momentum", "ema_momentum ,final_ema_momentum"):
+        run = read_experiment(written(tmp_path, sweep={keys: [0.0, 0.9]})).runs()[-1]
+        assert run.method == "i-jepa, ema_momentum 0.9"
+        assert run.settings["ema_momentum"] == run.settings["final_ema_momentum"] == 0.9
 
 
 @pytest.mark.parametrize("figure", ["bars", "curves", "map"])
@@ -420,6 +441,39 @@ def test_every_figure_shows_what_it_is_given(tmp_path, figure):
     rows = summarise(experiment, Found(found, pixels=pixels), "")
     draw_experiment(experiment, found, rows, tmp_path / "drawn.png")
     assert Image.open(tmp_path / "drawn.png").width > 500
+
+
+def test_a_map_has_every_run_in_its_place(tmp_path):
+    sweep = {"ema_momentum": [0.0, 0.9], "learning_rate": [0.001, 0.01, 0.1]}
+    experiment = read_experiment(written(tmp_path, sweep=sweep, figure="map", seeds=[1]))
+    runs = experiment.runs()
+    found = [a_run(run.method, 1, 40.0 + number) for number, run in enumerate(runs)][:-1]
+    rows = summarise(experiment, Found(found), "")
+    (knn, *_), (of_second, *_) = np.array(_maps(experiment, found, rows).axes).reshape(2, -1)
+    drawn = {  # the momentum goes up, the rate to the right
+        (method, momentum, rate): axes.images[0].get_array()[row, column]
+        for method, axes in (("c-jepa", knn), ("i-jepa", of_second))
+        for row, momentum in enumerate((0.9, 0.0)) for column, rate in enumerate((0.001, 0.01, 0.1))
+    }  # fmt: skip
+    told = {run.method: 40.0 + number for number, run in enumerate(runs)}
+    assert drawn.pop(("i-jepa", 0.9, 0.1)) is np.ma.masked
+    for (method, momentum, rate), value in drawn.items():
+        assert value == told[f"{method}, ema_momentum {momentum}, learning_rate {rate}"]
+    assert "kNN" in knn.get_title() and of_second.get_ylabel().startswith("i-jepa")
+
+
+def test_bars_are_of_the_rows(tmp_path):
+    experiment = read_experiment(written(tmp_path))
+    found = [a_run("c-jepa", 1, 40.0), a_run("i-jepa", 1, 30.0)]
+    rows = summarise(experiment, Found(found), "")
+    (knn, *_) = _bars(experiment, found, rows).axes
+    points = {line.get_ydata()[0]: line.get_xdata()[0] for line in knn.lines if line.get_marker() == "o"}
+    names = [label.get_text() for label in knn.get_yticklabels()]
+    assert {names[place]: value for place, value in points.items()} == {
+        "c-jepa": 40.0, "i-jepa": 30.0, "random encoder": 10.0,
+    }  # fmt: skip
+    ends = [list(line.get_xdata()) for line in knn.lines if line.get_marker() != "o"]
+    assert ends[:2] == [of_400(40.0), of_400(30.0)]
 
 
 @pytest.mark.parametrize(("text", "words"), [("{", "summary.json is broken"), ("[1]", "is no list of rows")])
@@ -447,11 +501,15 @@ def test_a_broken_summary_is_not_replaced(tmp_path, text, words):
         ({"sweep": {"seed": [1, 2]}}, "seed is set for each run"),
         ({"sweep": {"ema_momentum, final_ema_momentum": [0.1], "ema_momentum": [0.2]}}, "has a key twice"),
         ({"sweep": {1: [1]}}, "must be keys of a recipe"),
+        ({"sweep": {"regularizer_weight": [0.1]}}, "i-jepa: 'regularizer_weight' is swept, too; leave it out"),
         ({"reach": {"knn": "36"}}, "reach"),
         ({"context_encoder": "no"}, "context_encoder='no' is a str, not bool"),
         ({"level": "top"}, "level='top' is no level"),
         ({"seeds": [1, 1]}, "two runs are c-jepa/seed-1"),
-        ({"methods": {"a": {"regularizer_wieght": 0.0}}}, "small.yaml, a: .*unknown key 'regularizer_wieght'"),
+        (
+            {"methods": {"a": {"regularizer_wieght": 0.0}}},
+            "yaml, a: its settings: unknown key 'regularizer_wieght'",
+        ),
         ({"methods": {"a": {"seed": 3}}}, "seed is set for each run"),
         ({"settings": {"output_dir": "x"}}, "output_dir is set for each run"),
         ({"recipe": "nowhere"}, "no recipe 'nowhere'"),
@@ -492,6 +550,32 @@ def test_the_command_that_is_told_is_everybodys():
 @pytest.mark.parametrize("name", experiment_names())
 def test_shipped_experiments_are_sound(name):
     assert len(read_experiment(name).runs()) >= 2
+
+
+def committed(name):
+    return json.loads((ROOT / f"docs/results/{name}.json").read_text())
+
+
+MEASURED = [name for name in experiment_names() if (ROOT / f"docs/results/{name}.json").is_file()]
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_committed_figures_are_of_the_settings_that_are_shipped(name):
+    """Of another recipe, or another experiment, they would be: run it again, or take back what changed."""
+    asked = digests(read_experiment(name, {"dataset": "my/cifar10"})).items()
+    runs = committed(name)["runs"]
+    assert {((run["method"], run["seed"]), run["asked"]) for run in runs} <= set(asked) and runs
+
+
+def test_all_committed_rows_are_in_one_file():
+    rows = [row for name in MEASURED for row in committed(name)["rows"]]
+    summary = committed("summary")
+    assert len(summary) == len(rows) and all(row in rows for row in summary)
+
+
+def test_the_script_for_one_gpu_runs_all_that_is_meant_for_it():
+    (named,) = re.findall(r"^for name in (.*); do$", (ROOT / "scripts/experiments/gpu.sh").read_text(), re.MULTILINE)
+    assert sorted(named.split()) == sorted(name for name in experiment_names() if name.startswith("gpu_"))
 
 
 def test_pretraining_is_not_evaluated_if_so_asked(tmp_path, capsys):

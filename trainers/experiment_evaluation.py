@@ -84,14 +84,16 @@ def evaluate_run(experiment: Experiment, recipe: Recipe, folder: Path, training:
     """
     images = Images(recipe, saved_image_size(folder))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    points = []
-    for place, step in _places(folder, training["steps"], experiment.num_checkpoints):
-        model = load(place).to(device)
-        rows = _of_levels(experiment, model.base_model, images, with_lidar=step == training["steps"])
-        points.append({"step": step, "images_seen": step * training["batch_size"], "rows": rows})
-    if experiment.context_encoder and isinstance(model, CJepaForPreTraining):
-        own, *_ = _of_levels(experiment, model.context_encoder, images, with_lidar=True)
-        rows.append(own | {"encoder": "context encoder"})
+    *on_the_way, (end, num_steps) = _places(folder, training["steps"], experiment.num_checkpoints)
+    of_steps = {
+        step: _of_levels(experiment, load(place).to(device).base_model, images, with_lidar=False)
+        for place, step in on_the_way
+    }
+    model = load(end).to(device)
+    of_steps[num_steps] = _of_end(experiment, model, images)
+    points = [
+        {"step": step, "images_seen": step * training["batch_size"], "rows": rows} for step, rows in of_steps.items()
+    ]
     baselines = []
     if experiment.baselines:
         ((_, encoder),) = random_encoders(model.base_model, 1, recipe.training["seed"])
@@ -125,6 +127,15 @@ def _places(folder: Path, num_steps: int, number: int) -> list[tuple[Path, int]]
     saved = [(path, checkpoint_step(path)) for path in reversed(present_checkpoints(folder))]
     on_the_way = [(path, step) for path, step in saved if step < num_steps and step % every == 0]
     return [*on_the_way, (folder / "final", num_steps)]
+
+
+def _of_end(experiment: Experiment, model: PreTrainedModel, images: Images) -> list[dict]:
+    """The rows of a trained model, with those of its context encoder if they are asked for and it has one."""
+    rows = _of_levels(experiment, model.base_model, images, with_lidar=True)
+    if experiment.context_encoder and isinstance(model, CJepaForPreTraining):
+        own, *_ = _of_levels(experiment, model.context_encoder, images, with_lidar=True)
+        rows.append(own | {"encoder": "context encoder"})
+    return rows
 
 
 def _of_levels(experiment: Experiment, encoder: PreTrainedModel, images: Images, with_lidar: bool) -> list[dict]:

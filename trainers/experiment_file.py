@@ -158,6 +158,10 @@ def _check_sweep(experiment: Experiment, path: Path):
     swept = experiment.swept_keys
     if len(set(swept)) < len(swept):
         raise InputError(f"{path}: sweep: {', '.join(swept)} has a key twice; leave one out.")
+    for name, own in experiment.methods.items():
+        for key in own:
+            if key in swept:
+                raise InputError(f"{path}, {name}: {key!r} is swept, too; leave it out of the method or of the sweep.")
 
 
 def _is_number(value) -> bool:

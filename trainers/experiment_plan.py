@@ -43,7 +43,7 @@ class Run:
     def read(self, output: Path, **settings) -> Recipe:
         """Its recipe, with a folder in that of all runs, and with further settings."""
         own = {"seed": self.seed, "output_dir": str(output / self.place), "evaluate": False}
-        return read_recipe(self.recipe, self.settings | own | settings)
+        return read_recipe(self.recipe, self.settings | own | settings, "its settings")
 
 
 @dataclass
@@ -107,20 +107,25 @@ class Experiment:
     @property
     def swept_keys(self) -> list[str]:
         """All keys that are swept."""
-        return [key for keys in self.sweep for key in keys.split(", ")]
+        return [key for keys in self.sweep for key in _split(keys)]
 
     @property
     def swept(self) -> dict[str, list]:
         """The swept values by the keys that runs are called by."""
-        return {keys.split(", ")[0]: values for keys, values in self.sweep.items()}
+        return {_split(keys)[0]: values for keys, values in self.sweep.items()}
 
     def _run(self, method: str, values: tuple, seed: int) -> Run:
         own = dict(self.methods[method])
         recipe, rival = own.pop("recipe", self.recipe), own.pop("rival", None)
         of_keys = zip(self.sweep, values, strict=True)
-        settings = {key: value for keys, value in of_keys for key in keys.split(", ")}
+        settings = {key: value for keys, value in of_keys for key in _split(keys)}
         swept = dict(zip(self.swept, values, strict=True))
         return Run(method, recipe, self.settings | own | settings, seed, swept, rival)
+
+
+def _split(keys: str) -> list[str]:
+    """The keys that are swept together."""
+    return [key.strip() for key in keys.split(",")]
 
 
 def choose_runs(experiment: Experiment, methods: list[str] | None, seeds: list[int] | None) -> list[Run]:

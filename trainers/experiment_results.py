@@ -41,14 +41,14 @@ def summarise(experiment: Experiment, found: Found, command: str) -> list[dict]:
         `list[dict]`: Of each method and encoder a row a metric: `experiment`, `method`, `dataset`, `metric`, `value`
         (accuracies in percent), `ci95` (low and high; of several seeds that of their mean, of an accuracy of one seed
         that over test images, else None), `seeds`, `images_seen` and `seconds` of training (means over seeds),
-        `machine`, `commit` (of training, and of evaluation where it is another), `command`. Two rows more for each of
-        the experiment's `reach`: the images and the minutes at the first evaluation that found it reached. If steps
-        were skipped anywhere, a row of their share.
+        `machine`, `commit` (of training, and of evaluation where it is another), `command` (with `--seeds` if
+        some are missing). Two rows more for each of the experiment's `reach`: the images and the minutes at the first
+        evaluation that found it reached. If steps were skipped anywhere, a row of their share.
     """
     rows, any_skipped = [], any(run["training"][_SKIPPED] for run in found.runs)
     for name, runs in by_method(found.runs).items():
         shared = {"experiment": experiment.label, "method": name, "dataset": experiment.dataset}
-        facts = _facts(runs, command)
+        facts = _facts(experiment, runs, command)
         for label, of_seeds in _ends(name, runs).items():
             rows += _metric_rows(shared | {"method": label}, of_seeds, facts)
         if any_skipped:
@@ -60,7 +60,7 @@ def summarise(experiment: Experiment, found: Found, command: str) -> list[dict]:
         untrained.append((PIXELS, [found.pixels], found.runs[:1]))
     for label, of_seeds, runs in untrained:
         shared = {"experiment": experiment.label, "method": label, "dataset": experiment.dataset}
-        rows += _metric_rows(shared, of_seeds, _facts(runs, command) | _UNTRAINED)
+        rows += _metric_rows(shared, of_seeds, _facts(experiment, runs, command) | _UNTRAINED)
     return rows
 
 
@@ -70,16 +70,18 @@ def machines_of(runs: list[dict]) -> list[str]:
                              for name, value in run["machine"].items()) for run in runs})  # fmt: skip
 
 
-def _facts(runs: list[dict], command: str) -> dict:
+def _facts(experiment: Experiment, runs: list[dict], command: str) -> dict:
     """What a row says of how its figures were made."""
+    seeds = [run["seed"] for run in runs]
+    chosen = "" if seeds == experiment.seeds else f" --seeds {' '.join(map(str, seeds))}"
     commits = {facts.get("commit", "unknown") for run in runs for facts in (run["software"], run["evaluated"])}
     return {
-        "seeds": [run["seed"] for run in runs],
+        "seeds": seeds,
         "images_seen": round(statistics.mean(run["training"]["images_seen"] for run in runs)),
         "seconds": round(statistics.mean(run["training"]["seconds"] for run in runs), 1),
         "machine": "; ".join(machines_of(runs)),
         "commit": ", ".join(sorted(commits)),
-        "command": command,
+        "command": command + chosen,
     }
 
 

@@ -58,7 +58,9 @@ def find(experiment: Experiment, output: Path, results: Path | None = None) -> F
     images = {told["images"]["fingerprint"] for told in here.values() if _is_done(told)}
     known = [_best_known(told, there.get(digest), images) for digest, told in here.items()]
     failed = [told for told in known if told and not _is_done(told)]
-    return Found(list(filter(_is_done, known)), failed, earlier.get("pixels"))
+    # raw pixels are of the images of the runs beside them
+    is_of_others = images and not any(_is_on(images, told) for told in there.values())
+    return Found(list(filter(_is_done, known)), failed, None if is_of_others else earlier.get("pixels"))
 
 
 def _is_done(told: dict | None) -> bool:
@@ -66,9 +68,14 @@ def _is_done(told: dict | None) -> bool:
     return told is not None and "points" in told
 
 
+def _is_on(images: set[str], told: dict) -> bool:
+    """Whether what is told of a run is its evaluation on some test images, given by their fingerprints."""
+    return _is_done(told) and told["images"]["fingerprint"] in images
+
+
 def _best_known(here: dict | None, there: dict | None, images: set[str]) -> dict | None:
     """An evaluation rather than a failure, and what is here rather than what is elsewhere, on the same test images."""
-    if _is_done(there) and images and there["images"]["fingerprint"] not in images:
+    if _is_done(there) and images and not _is_on(images, there):
         there = None
     if here is None or (_is_done(there) and not _is_done(here)):
         return there

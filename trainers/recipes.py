@@ -125,13 +125,14 @@ def field_hints(objective: Objective) -> dict[str, object]:
     return {name: hint for fields in section_fields(objective).values() for name, hint in fields.items()}
 
 
-def read_recipe(path_or_name: str, overrides: dict | None = None) -> Recipe:
+def read_recipe(path_or_name: str, overrides: dict | None = None, whence: str = "the command line") -> Recipe:
     """
     Reads a recipe and lays overrides on it.
 
     Args:
         path_or_name (`str`): A YAML file, or the name of a shipped recipe.
         overrides (`dict`, *optional*): Values that replace the file's.
+        whence (`str`): Where the overrides come from, as an error calls it.
 
     Returns:
         [`Recipe`].
@@ -152,7 +153,7 @@ def read_recipe(path_or_name: str, overrides: dict | None = None) -> Recipe:
     values = {
         key: "no" if value is False and "no" in enum_values(hints.get(key)) else value for key, value in values.items()
     }
-    for where, part in ((str(path), values), ("the command line", overrides or {})):
+    for where, part in ((str(path), values), (whence, overrides or {})):
         check_values(part, hints, where)
     values = values | (overrides or {})
     chosen = {
