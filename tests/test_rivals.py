@@ -146,7 +146,7 @@ def test_labels_are_those_of_the_images(tmp_path):
 
 
 @pytest.mark.parametrize("rival", ["mae", "supervised", "supervised stack"])
-def test_a_rival_that_is_gone_on_with_is_the_same(tmp_path, rival):
+def test_a_rival_that_is_gone_on_with_is_the_same(tmp_path, capsys, rival):
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     # two passes over the images and a part of a third, colours and crops drawn anew
     saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 10, "per_device_train_batch_size": 16}
@@ -156,6 +156,9 @@ def test_a_rival_that_is_gone_on_with_is_the_same(tmp_path, rival):
     halved.mkdir()
     shutil.copytree(whole / "checkpoint-6", halved / "checkpoint-6")
     train_rival(rival, a_recipe(halved, **saving, **others, resume_from_checkpoint="last"))
+    told = capsys.readouterr().out
+    assert told.count(f"rival {rival}, sizes of recipe ") == 2
+    assert f"going on from {halved}" in told
     weights = [load_file(folder / "final/model.safetensors") for folder in (whole, halved)]
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name

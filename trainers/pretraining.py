@@ -79,11 +79,7 @@ def prepare_process(recipe: Recipe) -> JepaTrainingArguments:
 def prepare(recipe: Recipe, args: JepaTrainingArguments, model) -> tuple[JepaTrainer, Labelled | None, str | None]:
     """The trainer of a run, what gives labelled images, and the checkpoint to go on from; its folder is as it was."""
     checkpoint = find_own_checkpoint(args, model)
-    if args.process_index == 0:
-        print(describe(recipe, model, args), flush=True)
-        if checkpoint is not None:
-            changed = changed_settings(recipe, checkpoint) + changed_batches(checkpoint, args)
-            print(f"going on from {checkpoint}{changed}", flush=True)
+    announce(describe(recipe, model), recipe, args, checkpoint)
     image_size = max(pair(model.config.image_size))
     train, labelled = load_images(recipe, image_size, args)
     if recipe.data.decoded_cache is not None:
@@ -261,13 +257,21 @@ def can_checkpoint(model: PreTrainedModel) -> bool:
     return any(hasattr(module, "gradient_checkpointing") for module in model.modules())
 
 
-def describe(recipe: Recipe, model, args) -> str:
-    """Two lines that say what is about to run."""
-    objective = recipe.objective
+def describe(recipe: Recipe, model) -> str:
+    """What is about to be trained."""
     sizes = ", ".join(f"{name} {number / 1e6:.1f} M" for name, number in parameters_by_part(model).items())
-    precision = "bf16" if args.bf16 else "float32"
-    return (
-        f"{objective.title}, recipe {recipe.name}: {sizes} parameters, {objective.describe(model)}\n"
-        f"on {recipe.data.dataset}, {args.world_size} process{'es' if args.world_size > 1 else ''} on "
-        f"{args.device.type} in {precision}, into {args.output_dir}"
+    return f"{recipe.objective.title}, recipe {recipe.name}: {sizes} parameters, {recipe.objective.describe(model)}"
+
+
+def announce(what: str, recipe: Recipe, args: JepaTrainingArguments, checkpoint: str | None):
+    """Says what is about to be trained, on what, where, and from which checkpoint on."""
+    if args.process_index != 0:
+        return
+    print(
+        f"{what}\non {recipe.data.dataset}, {args.world_size} process{'es' if args.world_size > 1 else ''} on "
+        f"{args.device.type} in {'bf16' if args.bf16 else 'float32'}, into {args.output_dir}",
+        flush=True,
     )
+    if checkpoint is not None:
+        changed = changed_settings(recipe, checkpoint) + changed_batches(checkpoint, args)
+        print(f"going on from {checkpoint}{changed}", flush=True)

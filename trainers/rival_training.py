@@ -8,8 +8,10 @@ from modeling_cjepa.configuration_cjepa import pair
 from trainers.doctor import diagnose
 from trainers.errors import InputError
 from trainers.files import full_disk_named, write_json
+from trainers.model_facts import count
 from trainers.pretrain_results import run_facts
 from trainers.pretraining import (
+    announce,
     check_training,
     choose_attention,
     find_own_checkpoint,
@@ -52,6 +54,8 @@ def train_rival(name: str, recipe: Recipe) -> Path | None:
             model = RIVALS[name].build(config, source.label_names, choose_attention(recipe, args))
             check_training(recipe, model, args, len(source), source.name)
             checkpoint = find_own_checkpoint(args, model)
+            what = f"rival {name}, sizes of recipe {recipe.name}: {count(model) / 1e6:.1f} M parameters"
+            announce(what, recipe, args, checkpoint)
             trainer = RIVALS[name].build_trainer(model, args, recipe.data, source)
         except (ValueError, ImportError, OSError, RuntimeError) as error:
             raise InputError(f"The run cannot start: {' '.join(str(error).split())}") from error
