@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import textwrap
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -17,6 +18,7 @@ _TITLES = {
     "lidar": "LiDAR", "feature_std": "spread of features (std)", "skipped_steps": "steps skipped, %",
 }  # fmt: skip
 _DPI = 120
+_WIDTH = 50  # letters of a method's name; the table has it whole
 _NUM_COLORS = 10  # of matplotlib's, which begin again then
 
 
@@ -94,7 +96,9 @@ def _bars(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure
                 axes.plot(ci95, [place, place], "-", color=color, linewidth=2, alpha=0.6)
         axes.set_title(_TITLES[metric], fontsize=10)
         axes.grid(alpha=0.3)
-    axes.set_yticks(range(len(methods)), methods, fontsize=8)
+    axes.set_yticks(
+        range(len(methods)), [textwrap.shorten(method, _WIDTH, placeholder=" ...") for method in methods], fontsize=8
+    )
     axes.invert_yaxis()
     return figure
 
