@@ -232,6 +232,18 @@ def test_a_run_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
     assert carry_out_told_run(json.dumps(told)) == 130  # which ends the experiment
 
 
+def test_images_without_labels_are_refused_before_they_are_trained_on(tmp_path):
+    for number in range(20):
+        Image.new("RGB", (32, 32), (10 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    given = written(tmp_path, settings=SETTINGS | {"dataset": str(tmp_path)})
+    experiment = read_experiment(given)
+    run = experiment.runs()[0]
+    call = Call(given, {}, str(tmp_path / "runs"), "cjepa experiment small")
+    with pytest.raises(InputError, match="has no labels; say which with --label_column"):
+        carry_out_run(experiment, run, call)
+    assert not call.folder(run).exists()
+
+
 def test_a_run_that_fails_does_not_keep_others_from_being_run(tmp_path, capfd):
     methods = {"any": {}, "bad": {"num_train_images": 3}, "can": {}}
     given = written(tmp_path, methods=methods, seeds=[1], baselines=False)

@@ -14,7 +14,7 @@ from modeling_cjepa import CJepaForPreTraining
 from modeling_cjepa.configuration_cjepa import choose_level, pair
 from trainers.baselines import random_encoders, raw_pixels_label
 from trainers.checkpoint_files import checkpoint_step, present_checkpoints
-from trainers.datasets import ImageDataset
+from trainers.datasets import ImageDataset, ImageSource
 from trainers.embedding import RawPixels
 from trainers.encoder_lidar import lidar_of_levels
 from trainers.evaluation import evaluate_encoder, evaluate_levels
@@ -33,6 +33,17 @@ from trainers.transforms import eval_transform
 _RANDOM = "random_encoders"
 
 
+def check_images(recipe: Recipe):
+    """Refuses images on which no run can be evaluated, before one is trained; rendered scenes have their labels."""
+    if recipe.data.dataset != "scenes":
+        _labelled(recipe, progress=False)
+
+
+def _labelled(recipe: Recipe, image_size: int = 32, progress: bool = True) -> tuple[ImageSource, ImageSource]:
+    train, test = load_sources(recipe.data, image_size, progress)
+    return with_common_classes(choose_images(train, recipe.evaluation.num_probe_images), test)
+
+
 class Images:
     """
     The labelled images on which the encoders of a recipe are evaluated.
@@ -45,8 +56,7 @@ class Images:
     def __init__(self, recipe: Recipe, image_size: tuple[int, int]):
         self.recipe, self.arguments, self.image_size = recipe, recipe.evaluation, image_size
         progress = not self.arguments.disable_tqdm
-        train, test = load_sources(recipe.data, max(image_size), progress)
-        sources = with_common_classes(choose_images(train, self.arguments.num_probe_images), test)
+        sources = _labelled(recipe, max(image_size), progress)
         *self.sources, self.skipped = readable_splits(*sources, self.arguments.dataloader_num_workers, progress)
         self.datasets = [ImageDataset(source, eval_transform(image_size)) for source in self.sources]
 

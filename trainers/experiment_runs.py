@@ -22,7 +22,7 @@ from trainers.checkpoint_files import LAST, present_checkpoints
 from trainers.checkpoints import WITHOUT_EFFECT
 from trainers.errors import InputError, plain_message
 from trainers.evaluation import EvaluationArguments
-from trainers.experiment_evaluation import evaluate_run
+from trainers.experiment_evaluation import check_images, evaluate_run
 from trainers.experiment_file import read_experiment
 from trainers.experiment_plan import Experiment, Run, choose_runs
 from trainers.files import write_json, write_text_atomically
@@ -198,6 +198,7 @@ def carry_out_run(experiment: Experiment, run: Run, call: Call):
     folder, settings = call.folder(run), settings_text(experiment, run)
     final = folder / "final"
     if not final.is_dir():
+        check_images(run.read(Path(call.output)))  # before the folder is one of these settings
         write_text_atomically(folder / SETTINGS, settings)
         share, limit = (1 / experiment.num_checkpoints, None) if experiment.num_checkpoints > 1 else (_SAVED, 1)
         saving = {"save_strategy": "steps", "save_steps": share, "save_total_limit": limit}
