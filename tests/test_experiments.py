@@ -313,6 +313,8 @@ def test_rows_are_means_over_seeds(tmp_path):
     assert (knn["seeds"], knn["seconds"], knn["images_seen"]) == ([1, 2], 90.0, 100)
     assert (knn["machine"], knn["commit"], knn["command"]) == ("P, 2 threads", "c1, c2, e", "the command")
     assert rows["i-jepa", "knn"]["command"] == "the command --seeds 1"
+    of_pixels = summarise(experiment, Found(found, pixels={"knn": 31.0}), "the command")[-1]
+    assert of_pixels["method"] == "raw pixels" and of_pixels["command"] == "the command" and of_pixels["seeds"] == [1]
     low, high = rows["i-jepa", "knn"]["ci95"]
     assert low < 30 < high and high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.3 * 0.7 / 400), rel=0.05)
     assert rows["i-jepa", "rankme"]["ci95"] is None

@@ -55,12 +55,14 @@ def summarise(experiment: Experiment, found: Found, command: str) -> list[dict]:
             rows.append(_skipped(shared, runs, facts))
         for metric, percent in experiment.reach.items():
             rows += _reached(shared, metric, percent, runs, facts)
-    untrained = _random_encoders(found.runs)
+    untrained = [(label, of_seeds, _facts(experiment, runs, command)) for label, of_seeds, runs in _random(found.runs)]
     if found.pixels is not None and found.runs:
-        untrained.append((PIXELS, [found.pixels], found.runs[:1]))
-    for label, of_seeds, runs in untrained:
+        # of the first run's images; any call of the command has them
+        facts = _facts(experiment, found.runs[:1], command) | {"command": rows[0]["command"]}
+        untrained.append((PIXELS, [found.pixels], facts))
+    for label, of_seeds, facts in untrained:
         shared = {"experiment": experiment.label, "method": label, "dataset": experiment.dataset}
-        rows += _metric_rows(shared, of_seeds, _facts(experiment, runs, command) | _UNTRAINED)
+        rows += _metric_rows(shared, of_seeds, facts | _UNTRAINED)
     return rows
 
 
@@ -95,7 +97,7 @@ def _ends(name: str, runs: list[dict]) -> dict[str, list[dict]]:
     return ends
 
 
-def _random_encoders(found: list[dict]) -> list[tuple[str, list[dict], list[dict]]]:
+def _random(found: list[dict]) -> list[tuple[str, list[dict], list[dict]]]:
     """What random encoders are called, their rows and the runs beside them: once for all that share them."""
     kinds: list[tuple[set, dict[str, list[dict]]]] = []
     for name, runs in by_method(found).items():
