@@ -2,11 +2,16 @@
 
 import json
 import math
+import os
 import re
 import shutil
-import subprocess
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -21,6 +26,7 @@ from trainers.experiment_evaluation import _places
 from trainers.experiment_figures import _bars, _curves, _maps, draw_experiment
 from trainers.experiment_file import read_experiment
 from trainers.experiment_plan import choose_runs
+from trainers.experiment_processes import Processes
 from trainers.experiment_report import report
 from trainers.experiment_results import format_rows, summarise
 from trainers.experiment_runs import Call, carry_out, carry_out_run, digest_of, settings_text
@@ -278,11 +284,11 @@ def test_a_signal_to_stop_is_meant_for_all_runs(tmp_path, monkeypatch, status, e
     given = written(tmp_path)
     experiment, begun = read_experiment(given), []
 
-    def run(command, **kwargs):
+    def run(self, command, **kwargs):
         begun.append(command)
-        return subprocess.CompletedProcess(command, status if len(begun) == 2 else 0)
+        return status if len(begun) == 2 else 0
 
-    monkeypatch.setattr("trainers.experiment_runs.subprocess.run", run)
+    monkeypatch.setattr(Processes, "run", run)
     call = Call(given, {}, str(tmp_path / "runs"), "cjepa experiment small")
     told = f"i-jepa, seed 1, ended with status {status}"
     if ends_all:
@@ -294,6 +300,27 @@ def test_a_signal_to_stop_is_meant_for_all_runs(tmp_path, monkeypatch, status, e
         assert failure.startswith(told) and len(begun) == 4
         (failed,) = find(experiment, tmp_path / "runs").failed
         assert failed["method"] == "i-jepa" and failed["why"] == f"It ended with status {status} and gave no reason."
+
+
+def test_a_signal_reaches_the_runs_under_way(tmp_path):
+    begun = tmp_path / "begun"
+    waits = (
+        "import pathlib, signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(130)); "
+        f"pathlib.Path({str(begun)!r}).touch(); time.sleep(60); sys.exit(1)"
+    )
+    processes, before = Processes(), signal.getsignal(signal.SIGUSR1)
+
+    def send():
+        while not begun.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    with processes.told_of_signals(), ThreadPoolExecutor(1) as pool:
+        Timer(0, send).start()
+        assert pool.submit(processes.run, [sys.executable, "-c", waits]).result(timeout=50) == 130
+    assert processes.stopped.is_set() and signal.getsignal(signal.SIGUSR1) == before
+    # one that began at the same moment
+    assert processes.run([sys.executable, "-c", "import time; time.sleep(60)"]) == -signal.SIGTERM
 
 
 def test_interval_of_a_mean_is_students():

@@ -5,13 +5,11 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from threading import Event
 
 import torch
 import yaml
@@ -25,6 +23,7 @@ from trainers.evaluation import EvaluationArguments
 from trainers.experiment_evaluation import check_images, evaluate_run
 from trainers.experiment_file import read_experiment
 from trainers.experiment_plan import Experiment, Run, choose_runs
+from trainers.experiment_processes import Processes
 from trainers.files import write_json, write_text_atomically
 from trainers.flags import type_hints
 from trainers.loading import load_model
@@ -96,22 +95,23 @@ def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int
     for run in experiment.runs():
         check_settings(experiment, run, call.folder(run))
     missing = [run for run in runs if not is_done(call.folder(run))]
-    stopped, failures = Event(), []
+    processes, failures = Processes(), []
     with (
+        processes.told_of_signals(),
         tqdm(total=len(runs), initial=len(runs) - len(missing), desc=experiment.name, unit="run") as bar,
         ThreadPoolExecutor(num_jobs) as pool,
     ):
         try:
             settings = [settings_text(experiment, run) for run in missing]
             first = missing[:1] if not any(is_done(call.folder(run)) for run in experiment.runs()) else []
-            carry_out_one = partial(_carry_out_elsewhere, call, num_jobs, stopped, first)
+            carry_out_one = partial(_carry_out_elsewhere, call, num_jobs, processes, first)
             for status, sentence in pool.map(carry_out_one, missing, settings):
                 bar.update(status == 0)
                 failures += [sentence] if status else []
-                if status and stopped.is_set():
+                if status and processes.stopped.is_set():
                     raise InputError(f"{'; '.join(failures)}; what is done is kept.")
         finally:
-            stopped.set()  # those that wait do not begin
+            processes.stopped.set()  # those that wait do not begin
     return failures
 
 
@@ -148,11 +148,11 @@ def digest_of(run: Run, settings: str) -> str:
 
 
 def _carry_out_elsewhere(
-    call: Call, num_jobs: int, stopped: Event, first: list[Run], run: Run, settings: str
+    call: Call, num_jobs: int, processes: Processes, first: list[Run], run: Run, settings: str
 ) -> tuple[int, str]:
     """A run in a process of its own, as [`main`] does it: its exit status, and how it ended."""
     name = f"{run.method}, seed {run.seed}"
-    if stopped.is_set():
+    if processes.stopped.is_set():
         return _INTERRUPTED, f"{name}, was not begun"
     folder = call.folder(run)
     told = asdict(call) | {"method": run.method, "seed": run.seed, "settings": settings, "folder": str(folder)}
@@ -160,20 +160,20 @@ def _carry_out_elsewhere(
     (folder / FAILURE).unlink(missing_ok=True)
     if num_jobs == 1:
         tqdm.write(f"\n{name}")
-        status, where = subprocess.run(command, check=False).returncode, "see above"
+        status, where = processes.run(command), "see above"
     else:
         threads = max(torch.get_num_threads() // num_jobs, 1)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "log.txt", "a", encoding="utf-8") as log:
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-            status = subprocess.run(command, check=False, stdout=log, stderr=log, env=environment).returncode
+            status = processes.run(command, stdout=log, stderr=log, env=environment)
         where = f"see {log.name}"
         tqdm.write(f"{name}: {'failed' if status else 'done'}")
     if status and status not in _STOPPED:
         _record_failure(run, settings, folder, status)
     # what ails the first ails all, and such a signal is meant for all
     if status and (run in first or status in _STOPPED):
-        stopped.set()
+        processes.stopped.set()
     return status, f"{name}, ended with status {status}, {where}"
 
 
