@@ -18,7 +18,7 @@ _TITLES = {
     "lidar": "LiDAR", "feature_std": "spread of features (std)", "skipped_steps": "steps skipped, %",
 }  # fmt: skip
 _DPI = 120
-_WIDTH = 50  # letters of a method's name; the table has it whole
+_WIDTH = 60  # letters of a method's name; the table has it whole
 _NUM_COLORS = 10  # of matplotlib's, which begin again then
 
 
