@@ -1,6 +1,7 @@
 """`cjepa experiment`: what a comparison of methods says, with seeds and intervals."""
 
 import argparse
+import sys
 
 from trainers.errors import InputError
 
@@ -32,7 +33,7 @@ def add_experiment(commands):
     )
     parser.add_argument(
         "--results", metavar="FOLDER", help="write table, picture and figures there, too, and the rows into its "
-        "summary.json; what is there of runs that were done elsewhere with the same settings is kept",
+        "summary.json; what is there of the experiment is kept if it is of runs with the same settings",
     )  # fmt: skip
     parser.add_argument("--methods", metavar="METHOD", nargs="+", help="only these, as --list calls them")
     parser.add_argument("--seeds", metavar="SEED", nargs="+", type=int, help="only these of the experiment's seeds")
@@ -70,6 +71,7 @@ def run_experiment(namespace):
     make_place(Path(output, "results"), "--output")
     if results:
         make_place(results / "results", "--results")
+        _tell_of_outdated(experiment, results)
     try:
         failures = carry_out(experiment, runs, call, namespace.jobs)
     except (InputError, KeyboardInterrupt):
@@ -80,6 +82,18 @@ def run_experiment(namespace):
         raise InputError(f"{'; '.join(failures)}. The table is of the others; the same command tries these again.")
 
 
+def _tell_of_outdated(experiment, results):
+    """Says which figures the next ones will replace, before hours are spent on those."""
+    from trainers.experiment_store import outdated
+
+    if runs := outdated(experiment, results):
+        print(
+            f"cjepa: {results / experiment.name}.json has figures of other settings than {experiment.name} has now "
+            f"({'; '.join(runs)}), which new ones replace; name another --results to keep them.",
+            file=sys.stderr,
+        )
+
+
 def public_command(command: list[str]) -> str:
     """What repeats an experiment elsewhere: without what chooses runs and says where things are on this machine."""
     import shlex
@@ -87,5 +101,5 @@ def public_command(command: list[str]) -> str:
     from trainers.public_facts import public_facts
     from trainers.recipe_files import without_flags
 
-    kept = without_flags(command, ("methods", "seeds", "jobs", "results", "output", "disable_tqdm"))
+    kept = without_flags(command, ("methods", "seeds", "results", "output", "disable_tqdm"))
     return public_facts({"command": shlex.join(["cjepa", *kept])})["command"]

@@ -32,8 +32,13 @@ BASELINES = (RANDOM, PIXELS)
 # files among results; no experiment is called so
 _FILES = ("summary", "raw_pixels")
 _NAME = re.compile(r"[A-Za-z0-9][\w .,:()'+=%-]{0,99}")
+# what is added to a method's name in rows of its encoders
+_OF_ENCODERS = re.compile(r", (context encoder|all levels|level \d+)$")
 # keys by which the images are others than the file says
-_IMAGES = ("num_train_images", "num_eval_images", "train_split", "eval_split", "dataset_config", "label_column")
+_IMAGES = (
+    "num_train_images", "num_eval_images", "num_probe_images", "image_size", "train_split", "eval_split",
+    "dataset_config", "label_column",
+)  # fmt: skip
 
 
 def read_experiment(path_or_name: str, overrides: dict | None = None) -> Experiment:
@@ -58,17 +63,27 @@ def read_experiment(path_or_name: str, overrides: dict | None = None) -> Experim
         raise InputError(f"{path} is not YAML ({' '.join(str(error).split())}); mend it.") from error
     experiment = _checked(values, path)
     _check_overrides(overrides, experiment)
+    as_written = experiment.runs()[0]
     experiment.settings = experiment.settings | overrides
-    others = [f"{name} {overrides[name]}" for name in _IMAGES if name in overrides]
-    if others:
-        experiment.dataset += f" ({', '.join(others)})"
     runs = experiment.runs()
     places = [run.place for run in runs]
     for run in runs:
         if places.count(run.place) > 1:
             raise InputError(f"{path}: two runs are {run.place}; give methods, swept values and seeds that differ.")
         _check_run(run, experiment, path)
+    if others := _other_images(overrides, as_written):
+        experiment.dataset += f" ({', '.join(others)})"
     return experiment
+
+
+def _other_images(overrides: dict, as_written: Run) -> list[str]:
+    """By which keys the images are others than those of a run as the file has it; where they lie does not matter."""
+    others = [f"{name} {overrides[name]}" for name in _IMAGES if name in overrides]
+    if "dataset" in overrides:
+        name = Path(overrides["dataset"]).name
+        if name != Path(as_written.read(Path("runs")).data.dataset).name:
+            others.insert(0, f"dataset {name}")
+    return others
 
 
 def _check_run(run: Run, experiment: Experiment, path: Path):
@@ -118,6 +133,10 @@ def _check_methods(experiment: Experiment, path: Path):
             raise InputError(
                 f"{path}: {name!r} cannot be a method's name; give up to 100 letters, digits and spaces, and not "
                 f"{' or '.join(BASELINES)}."
+            )
+        if of_encoder := _OF_ENCODERS.search(name):
+            raise InputError(
+                f"{path}: {name!r} would be taken for a row of another method's; leave {of_encoder[0]!r} out."
             )
         if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
             raise InputError(f"{path}: {name}: {own!r} must be a mapping of keys to values.")

@@ -9,7 +9,7 @@ from trainers.experiment_figures import draw_experiment
 from trainers.experiment_plan import Experiment
 from trainers.experiment_results import format_rows, summarise
 from trainers.experiment_runs import Call, is_done
-from trainers.experiment_store import find, write_results
+from trainers.experiment_store import find, refuse_other_images, write_results
 from trainers.files import write_json
 
 _PIXELS = "raw_pixels.json"
@@ -27,6 +27,9 @@ def report(experiment: Experiment, call: Call, results: Path | None = None, is_w
 
     Returns:
         `str`: The table, and which runs failed.
+
+    Raises:
+        InputError: The folder of results has figures on other test images; the runs' folder has what was found.
     """
     output = Path(call.output)
     found = find(experiment, output, results)
@@ -36,10 +39,10 @@ def report(experiment: Experiment, call: Call, results: Path | None = None, is_w
         found.pixels = _pixels(experiment, call, is_whole) or found.pixels
     rows = summarise(experiment, found, call.command)
     table = "\n".join(filter(None, (format_rows(experiment, rows), found.format_failures())))
-    folders = [output, *([results] if results else [])]
-    for folder in folders:
+    for folder in (output, results) if results else (output,):
+        if folder == results:
+            refuse_other_images(experiment, found, results)
         write_results(folder, experiment, rows, table, found)
-    for folder in folders:
         draw_experiment(experiment, found.runs, rows, folder / f"{experiment.name}.png")
     return table
 

@@ -89,8 +89,8 @@ def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int
         `list[str]`: A sentence for each run that failed, such as one that diverged; the others are carried out.
 
     Raises:
-        InputError: The first run of all failed, or one was stopped by a signal or `max_hours`, and no other is begun;
-            or a folder holds a run with other settings. What is done is kept.
+        InputError: The first run of all failed at its first try, or one was stopped by a signal or `max_hours`, and
+            no other is begun; or a folder holds a run with other settings. What is done is kept.
     """
     for run in experiment.runs():
         check_settings(experiment, run, call.folder(run))
@@ -103,13 +103,14 @@ def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int
     ):
         try:
             settings = [settings_text(experiment, run) for run in missing]
-            first = missing[:1] if not any(is_done(call.folder(run)) for run in experiment.runs()) else []
+            tried = (is_done(call.folder(run)) or (call.folder(run) / FAILURE).is_file() for run in experiment.runs())
+            first = missing[:1] if not any(tried) else []
             carry_out_one = partial(_carry_out_elsewhere, call, num_jobs, processes, first)
             for status, sentence in pool.map(carry_out_one, missing, settings):
                 bar.update(status == 0)
                 failures += [sentence] if status else []
                 if status and processes.stopped.is_set():
-                    raise InputError(f"{'; '.join(failures)}; what is done is kept.")
+                    raise InputError(f"{'; '.join(failures)}; what is done is kept, and the same command goes on.")
         finally:
             processes.stopped.set()  # those that wait do not begin
     return failures

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trainers.errors import InputError, first_line
 from trainers.experiment_plan import Experiment
-from trainers.experiment_runs import EVALUATION, FAILURE, check_settings, digest_of
+from trainers.experiment_runs import EVALUATION, FAILURE, check_settings, digest_of, settings_text
 from trainers.files import write_json, write_text_atomically
 
 SUMMARY = "summary.json"
@@ -53,7 +53,7 @@ def find(experiment: Experiment, output: Path, results: Path | None = None) -> F
         folder = output / run.place
         digest = digest_of(run, check_settings(experiment, run, folder))
         here[digest] = _read(folder / EVALUATION) or _read(folder / FAILURE)
-    earlier = (_read(results / f"{experiment.name}.json") if results else None) or {}
+    earlier = _earlier(experiment, results) if results else {}
     there = {told.get("asked"): told for told in earlier.get("failed", []) + earlier.get("runs", [])}
     images = {told["images"]["fingerprint"] for told in here.values() if _is_done(told)}
     known = [_best_known(told, there.get(digest), images) for digest, told in here.items()]
@@ -61,6 +61,31 @@ def find(experiment: Experiment, output: Path, results: Path | None = None) -> F
     # raw pixels are of the images of the runs beside them
     is_of_others = images and not any(_is_on(images, told) for told in there.values())
     return Found(list(filter(_is_done, known)), failed, None if is_of_others else earlier.get("pixels"))
+
+
+def outdated(experiment: Experiment, results: Path) -> list[str]:
+    """The runs, such as `c-jepa, seed 42`, whose figures in a folder of results are of other settings than now."""
+    asked = {digest_of(run, settings_text(experiment, run)) for run in experiment.runs()}
+    return [
+        f"{told['method']}, seed {told['seed']}"
+        for told in _earlier(experiment, results).get("runs", [])
+        if told.get("asked") not in asked
+    ]
+
+
+def refuse_other_images(experiment: Experiment, found: Found, results: Path):
+    """Refuses a folder of results with figures on other test images than what was found, which would be lost."""
+    images = {told["images"]["fingerprint"] for told in found.runs}
+    if any(not _is_on(images, told) for told in _earlier(experiment, results).get("runs", [])):
+        raise InputError(
+            f"{results / experiment.name}.json has figures on other test images, and nothing was written there; name "
+            "another --results."
+        )
+
+
+def _earlier(experiment: Experiment, results: Path) -> dict:
+    """What a folder of results has of an experiment."""
+    return _read(results / f"{experiment.name}.json") or {}
 
 
 def _is_done(told: dict | None) -> bool:
