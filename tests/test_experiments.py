@@ -35,7 +35,9 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experiment")
     results = folder / "results"
     results.mkdir()
-    (results / "summary.json").write_text(json.dumps([{"experiment": "another"}, {"experiment": "small", "value": 0}]))
+    (results / "summary.json").write_text(
+        json.dumps([{"experiment": "the other"}, {"experiment": "small", "value": 0}])
+    )
     given = written(folder, num_checkpoints=2, context_encoder=True, figure="curves", reach={"knn": 0.5})
     arguments = ["experiment", given, "--output", str(folder / "runs"), "--results", str(results), "--jobs", "2"]
     assert main(arguments) == 0
@@ -77,7 +79,8 @@ def test_the_figures_are_those_of_cjepa_evaluate(done, tmp_path):
 def test_results_are_written_beside_those_of_others(done):
     folder, _ = done
     summary = json.loads((folder / "results/summary.json").read_text())
-    assert [row["experiment"] for row in summary].count("another") == 1
+    assert [row["experiment"] for row in summary].count("the other") == 1
+    assert [row["experiment"] for row in summary] == sorted(row["experiment"] for row in summary)
     rows = [row for row in summary if row["experiment"] == "small"]
     assert {row["method"] for row in rows} == {
         "c-jepa", "c-jepa, context encoder", "i-jepa", "i-jepa, context encoder", "random encoder", "raw pixels",

@@ -117,7 +117,8 @@ def _read(file: Path):
 
 def write_results(folder: Path, experiment: Experiment, rows: list[dict], table: str, found: Found):
     """
-    Writes `NAME.json` and `NAME.md`, and puts the rows into `summary.json` in place of the experiment's earlier ones.
+    Writes `NAME.json` and `NAME.md`, and puts the rows into `summary.json`, by experiment, in place of its
+    earlier ones.
 
     Args:
         folder (`Path`): Where to; made if there is none.
@@ -136,4 +137,4 @@ def write_results(folder: Path, experiment: Experiment, rows: list[dict], table:
         raise InputError(f"{summary} is no list of rows ({first_line(error)}); mend or remove it.") from error
     write_json(folder / f"{experiment.name}.json", {"title": experiment.title, "rows": rows} | asdict(found))
     write_text_atomically(folder / f"{experiment.name}.md", table)
-    write_json(summary, others + rows)
+    write_json(summary, sorted(others + rows, key=lambda row: row["experiment"]))
