@@ -9,7 +9,7 @@ from trainers.experiment_figures import draw_experiment
 from trainers.experiment_plan import Experiment
 from trainers.experiment_results import format_rows, summarise
 from trainers.experiment_runs import Call, is_done
-from trainers.experiment_store import find, refuse_other_images, write_results
+from trainers.experiment_store import Found, find, refuse_other_images, write_results
 from trainers.files import write_json
 
 _PIXELS = "raw_pixels.json"
@@ -39,12 +39,17 @@ def report(experiment: Experiment, call: Call, results: Path | None = None, is_w
         found.pixels = _pixels(experiment, call, is_whole) or found.pixels
     rows = summarise(experiment, found, call.command)
     table = "\n".join(filter(None, (format_rows(experiment, rows), found.format_failures())))
-    for folder in (output, results) if results else (output,):
-        if folder == results:
-            refuse_other_images(experiment, found, results)
-        write_results(folder, experiment, rows, table, found)
-        draw_experiment(experiment, found.runs, rows, folder / f"{experiment.name}.png")
+    _write(output, experiment, rows, table, found)
+    if results:
+        refuse_other_images(experiment, found, results)
+        _write(results, experiment, rows, table, found)
     return table
+
+
+def _write(folder: Path, experiment: Experiment, rows: list[dict], table: str, found: Found):
+    """Figures, table and picture into a folder."""
+    write_results(folder, experiment, rows, table, found)
+    draw_experiment(experiment, found.runs, rows, folder / f"{experiment.name}.png")
 
 
 def _pixels(experiment: Experiment, call: Call, is_whole: bool) -> dict | None:

@@ -65,12 +65,9 @@ def find(experiment: Experiment, output: Path, results: Path | None = None) -> F
 
 def outdated(experiment: Experiment, results: Path) -> list[str]:
     """The runs, such as `c-jepa, seed 42`, whose figures in a folder of results are of other settings than now."""
-    asked = {digest_of(run, settings_text(experiment, run)) for run in experiment.runs()}
-    return [
-        f"{told['method']}, seed {told['seed']}"
-        for told in _earlier(experiment, results).get("runs", [])
-        if told.get("asked") not in asked
-    ]
+    earlier = _earlier(experiment, results).get("runs", [])
+    asked = {digest_of(run, settings_text(experiment, run)) for run in experiment.runs()} if earlier else set()
+    return [f"{told['method']}, seed {told['seed']}" for told in earlier if told.get("asked") not in asked]
 
 
 def refuse_other_images(experiment: Experiment, found: Found, results: Path):
@@ -79,7 +76,7 @@ def refuse_other_images(experiment: Experiment, found: Found, results: Path):
     if any(not _is_on(images, told) for told in _earlier(experiment, results).get("runs", [])):
         raise InputError(
             f"{results / experiment.name}.json has figures on other test images, and nothing was written there; name "
-            "another --results."
+            "another --results, or remove that file."
         )
 
 
