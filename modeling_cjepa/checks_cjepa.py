@@ -43,13 +43,9 @@ def check_fields(config, choices: dict[str, Collection[str]]):
         check_choice(name, getattr(config, name), known)
     for name in ("regularizer_weight", "invariance_weight", "variance_weight", "covariance_weight",
                  "level_weight"):  # fmt: skip
-        if not is_weight(getattr(config, name)):
-            raise ValueError(
-                f"{name}={getattr(config, name)!r} is not a loss weight, which must be a number of 0 or more."
-            )
+        check_weight(name, getattr(config, name))
     for name in ("stop_gradient", "qkv_bias"):
-        if not isinstance(getattr(config, name), bool):
-            raise ValueError(f"{name}={getattr(config, name)!r} must be true or false.")
+        check_flag(name, getattr(config, name))
     for name in ("initializer_range", "layer_norm_eps"):
         if not (is_weight(getattr(config, name)) and getattr(config, name) > 0):
             raise ValueError(f"{name}={getattr(config, name)!r} must be a number above 0, such as 1.0e-6.")
@@ -92,6 +88,24 @@ def check_stem(widths: list[int] | None, patch_size: tuple[int, int]):
 def is_weight(value) -> bool:
     """Whether it can weigh a term of the loss: a finite number of 0 or more."""
     return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < float("inf")
+
+
+def check_weight(name: str, value):
+    """Refuses what cannot weigh a term of the loss."""
+    if not is_weight(value):
+        raise ValueError(f"{name}={value!r} is not a loss weight, which must be a number of 0 or more.")
+
+
+def check_flag(name: str, value):
+    """Refuses what is not true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be true or false.")
+
+
+def check_count(name: str, value):
+    """Refuses what is not a whole number of 1 or more."""
+    if not is_count(value):
+        raise ValueError(f"{name}={value!r} must be a whole number of 1 or more.")
 
 
 def check_level_weights(weights: list[float]):

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from transformers import PreTrainedConfig
 
-from .checks_cjepa import check_choice, check_level_weights, is_weight
+from .checks_cjepa import check_choice, check_count, check_flag, check_level_weights, check_weight, is_count
 from .configuration_cjepa import choose_level
 
 STEMS = ("standard", "small")
@@ -58,25 +58,20 @@ class SJeaLevelConfig:
 
     def __post_init__(self):
         for name, choices in (("stem", STEMS), ("input", INPUTS), ("reads", READS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(choices)}.")
+            check_choice(name, getattr(self, name), choices)
         for name in ("level_weight", "invariance_weight", "variance_weight", "covariance_weight"):
-            value = getattr(self, name)
-            if not is_weight(value):
-                raise ValueError(f"{name}={value!r} is not a loss weight, which must be a number of 0 or more.")
+            check_weight(name, getattr(self, name))
         if not isinstance(self.backbone, dict) or not isinstance(self.backbone.get("model_type"), str):
             raise ValueError(
                 f"backbone={self.backbone!r} must be a mapping of a transformers configuration's fields, with a "
                 "model_type such as resnet."
             )
         sizes = self.expander_sizes
-        are_widths = isinstance(sizes, list | tuple) and all(type(size) is int and size > 0 for size in sizes)
-        if not are_widths or not sizes:
+        if not isinstance(sizes, list | tuple) or not sizes or not all(map(is_count, sizes)):
             raise ValueError(f"expander_sizes={sizes!r} must be a list of widths, such as [512, 512, 512].")
-        if self.fold_height is not None and (type(self.fold_height) is not int or self.fold_height < 1):
-            raise ValueError(f"fold_height={self.fold_height!r} must be a whole number of 1 or more.")
-        if not isinstance(self.stop_gradient, bool):
-            raise ValueError(f"stop_gradient={self.stop_gradient!r} must be true or false.")
+        if self.fold_height is not None:
+            check_count("fold_height", self.fold_height)
+        check_flag("stop_gradient", self.stop_gradient)
         if self.input != "vector" and (self.reads != "embedding" or self.fold_height is not None):
             raise ValueError(f"reads and fold_height belong to input='vector', not to input={self.input!r}.")
         if self.input == "tokens" and self.backbone["model_type"] != "cjepa":
@@ -123,8 +118,7 @@ class SJeaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.levels = [asdict(level) for level in self._read_levels()]
         for name in ("image_size", "num_channels"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of 1 or more.")
+            check_count(name, getattr(self, name))
         check_choice("classifier_pooling", self.classifier_pooling, CLASSIFIER_POOLINGS)
         check_level_weights([level["level_weight"] for level in self.levels])
         choose_level(self.level, len(self.levels))

@@ -33,31 +33,14 @@ def prediction_loss(predictions: torch.Tensor, targets: torch.Tensor, kind: str 
     return function(predictions.float(), targets.float())
 
 
-def vicreg_terms(a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
-    """
-    VICReg's three unweighted terms in the convention of the authors' code.
-
-    `invariance` is the mean squared distance of a pair, `variance` the mean of both hinge terms, `covariance` the sum
-    of both, each with unbiased statistics (n - 1).
-
-    Args:
-        a, b (`torch.Tensor` of shape `(B, D)`): Embeddings of two views, row by row of the same image.
-
-    Returns:
-        `dict` of the scalars `invariance`, `variance` and `covariance`.
-
-    Raises:
-        ValueError: There is one image only, so that its variance is undefined.
-    """
-    return block_vicreg_terms(torch.stack([a, b], dim=1))
-
-
 def block_vicreg_terms(blocks: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    The mean of [`vicreg_terms`] over all ordered pairs of M blocks (C-JEPA, Algorithm 1), in closed form.
+    VICReg's three unweighted terms, the mean over all ordered pairs of M blocks (C-JEPA, Algorithm 1), in closed form.
 
-    With one variance and covariance a block instead of two a pair: variance = mean_i v(z_i), covariance =
-    2 mean_i c(z_i), invariance = 2 / (M - 1) * mean_{B,D} sum_i (z_i - mean_i z_i)^2.
+    Of a pair, as in VICReg's code, `invariance` is the mean squared distance, `variance` the mean of both hinge terms,
+    `covariance` the sum of both, with unbiased statistics (n - 1). With one variance and covariance a block instead of
+    two a pair: variance = mean_i v(z_i), covariance = 2 mean_i c(z_i), invariance =
+    2 / (M - 1) * mean_{B,D} sum_i (z_i - mean_i z_i)^2.
 
     Args:
         blocks (`torch.Tensor` of shape `(B, M, D)`): One embedding a target block; M at least 2.

@@ -282,9 +282,8 @@ class CJepaForPreTraining(CJepaPreTrainedModel):
         contexts = self.context_encoder.encode(self._for_each_set(pixel_values), context_ids, stop_gradients=True)
         grid_sizes = self.grid_sizes(pixel_values)
         ids = (ids_by_level(each, grid_sizes[0], self.cjepa.merges) for each in (context_ids, target_ids))
-        predictors, expanders = [self.predictor, *self.upper_predictors], [self.expander, *self.upper_expanders]
         tokens = [context.last_hidden_state for context in contexts]
-        return [MaskedLevel(*parts) for parts in zip(predictors, expanders, tokens, *ids, grid_sizes, strict=True)]
+        return [MaskedLevel(*parts) for parts in zip(*self._heads(), tokens, *ids, grid_sizes, strict=True)]
 
     def _loss(self, levels: list[MaskedLevel], predictions, targets, regularizer_weight: float | None, other_rows):
         """C-JEPA's loss (Eq. 21 and 22) summed over levels, and its detached, unweighted terms."""

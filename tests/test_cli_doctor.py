@@ -106,6 +106,28 @@ def test_weights_without_a_log(healthy, tmp_path, capsys):
     assert encoder(images()).pooler_output.std(dim=0).mean() < 1e-3
 
 
+def test_a_log_without_features_is_that_of_weights(healthy, tmp_path, capsys):
+    """Such as of fine-tuning; the images are those of its run."""
+    folder = shutil.copytree(healthy, tmp_path / "classifier")
+    results = json.loads((folder / "results.json").read_text())
+    results["history"] = [{"step": 1, "loss": 2.0}, {"step": 1, "eval_accuracy": 0.5}]
+    (folder / "results.json").write_text(json.dumps(results))
+    picture = tmp_path / "verdict.txt"
+    assert main(["doctor", str(folder), "--num_eval_images", "64", "--output", str(picture)]) in (0, 3)
+    printed = capsys.readouterr()
+    assert "(random encoder: " in printed.out and f"no log of features in {folder}" in printed.err
+    assert f"Curves in {picture}" in printed.out and Image.open(picture).format == "PNG"
+
+
+def test_a_broken_recipe_beside_a_checkpoint_is_one_sentence(collapsed, tmp_path, capsys):
+    run = shutil.copytree(collapsed[0], tmp_path / "run")
+    for text in ("hidden_size: [", ""):
+        (run / "recipe.yaml").write_text(text)
+        assert main(["doctor", str(run)]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "recipe.yaml, settings of a run, cannot be read" in error and "mend or remove it" in error
+
+
 def test_a_broken_checkpoint_is_passed_over(collapsed, tmp_path, capsys):
     run = shutil.copytree(collapsed[0], tmp_path / "run")
     (checkpoint,) = run.glob("checkpoint-*")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny import gradients, images, seeded, sjea_level, tiny_model, tiny_sjea
+from tiny import gradients, images, pair_terms, seeded, sjea_level, tiny_model, tiny_sjea
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_cjepa.configuration_cjepa import REGULARIZERS
@@ -19,7 +19,6 @@ from modeling_cjepa.losses_cjepa import (
     global_covariances,
     global_vicreg_terms,
     variance_term,
-    vicreg_terms,
 )
 from trainers.batch_norm import synchronize_batch_norms
 
@@ -32,7 +31,7 @@ CASES += [(reading, None, MANY) for reading in REGULARIZERS] + [("pair", 8, MANY
 # level 0 reduces where level 1, of 48 features, gathers
 STACK = {"upper_levels": [{"hidden_size": 48, "regularizer": "pair"}], "min_context_patches": 8}
 TERMS = {
-    "pair, gathered": (FEW, lambda x: vicreg_terms(gather(x[:, 0]), gather(x[:, 1]))),
+    "pair, gathered": (FEW, lambda x: pair_terms(gather(x[:, 0]), gather(x[:, 1]))),
     "blocks, gathered": (FEW, lambda x: block_vicreg_terms(gather(x))),
     "blocks, by the form for few": (FEW, global_vicreg_terms),
     "blocks, by the form for many": (MANY, global_vicreg_terms),

@@ -417,6 +417,7 @@ def fails(capsys, status: int, *words: str):
         (["--learning_rate", "0"], ["learning_rate=0"]),
         (["--label_column", "kind"], ["kind", "--label_column"]),
         (["--lr_scheduler_type", "square"], ["square"]),
+        (["--fp16", "true"], ["fp16", "precision"]),
         (["--label_share", "0.01"], ["one image of each class", "--validation_share 0"]),
         (["--metric_for_best_model", "f1"], ["metric_for_best_model='f1'", "loss, accuracy, top5_accuracy"]),
         (

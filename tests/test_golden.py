@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import pair_terms
 
-from modeling_cjepa.losses_cjepa import prediction_loss, vicreg_terms
+from modeling_cjepa.losses_cjepa import prediction_loss
 from trainers.conversion.ijepa_authors import _rename, from_ijepa_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -90,7 +91,7 @@ def test_gradients_match(golden, step):
 def test_vicreg_terms_and_gradients_match():
     golden = load_file(GOLDEN / "vicreg.safetensors")
     x, y = (golden[name].clone().requires_grad_() for name in "xy")
-    terms = vicreg_terms(x, y)
+    terms = pair_terms(x, y)
     loss = 25 * terms["invariance"] + 25 * terms["variance"] + terms["covariance"]
     loss.backward()
     for name, term in {**terms, "loss": loss}.items():

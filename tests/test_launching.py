@@ -12,6 +12,8 @@ from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
 from tiny import FLAGS
 
+from trainers.training_args import JepaTrainingArguments
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "scripts/accelerate"
 # file -> what it starts: distributed_type, processes, machines, mixed precision
@@ -58,6 +60,15 @@ def test_shards_are_those_that_are_tested():
     assert sharded["fsdp_state_dict_type"] == "FULL_STATE_DICT"
     assert [load(f"zero{stage}").deepspeed_config["zero_stage"] for stage in (2, 3)] == [2, 3]
     assert load("zero3").deepspeed_config["zero3_save_16bit_model"] is True
+
+
+def test_a_process_uses_one_of_several_gpus(tmp_path):
+    """transformers would put them into `DataParallel`, which it makes out by `n_gpu`."""
+    args = JepaTrainingArguments(str(tmp_path), use_cpu=True, precision="float32", per_device_train_batch_size=8)
+    assert args.describe_devices() == "1 process on cpu in float32"
+    args._n_gpu = 4
+    assert (args.n_gpu, args.train_batch_size, args.eval_batch_size) == (1, 8, args.per_device_eval_batch_size)
+    assert "one of 4 GPUs; torchrun or accelerate launch" in args.describe_devices()
 
 
 def run(command: list, **environment: str) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from tiny import seeded
+from tiny import pair_terms, seeded
 
 from modeling_cjepa.losses_cjepa import (
     append_constant,
@@ -16,7 +16,6 @@ from modeling_cjepa.losses_cjepa import (
     prediction_loss,
     take,
     variance_term,
-    vicreg_terms,
 )
 
 
@@ -44,7 +43,7 @@ def assert_terms_and_gradients_match(function, literal, *inputs):
 
 
 def test_vicreg_terms_are_those_of_the_paper():
-    assert_terms_and_gradients_match(vicreg_terms, reference.vicreg, embeddings(6, 5), embeddings(6, 5, seed=1))
+    assert_terms_and_gradients_match(pair_terms, reference.vicreg, embeddings(6, 5), embeddings(6, 5, seed=1))
 
 
 @pytest.mark.parametrize("num_blocks", [2, 3, 5])
@@ -70,7 +69,7 @@ def test_terms_are_means_over_matrices():
 
 def test_terms_of_one_image_or_one_block_are_refused():
     with pytest.raises(ValueError, match="batch of 1 image"):
-        vicreg_terms(torch.randn(1, 4), torch.randn(1, 4))
+        pair_terms(torch.randn(1, 4), torch.randn(1, 4))
     with pytest.raises(ValueError, match="batch of 1 image"):
         block_vicreg_terms(torch.randn(1, 3, 4))
     with pytest.raises(ValueError, match="num_target_blocks"):
@@ -98,12 +97,12 @@ def test_prediction_loss_of_half_precision_is_computed_in_float32(kind):
 def test_statistics_are_float32_under_autocast_and_of_half_precision():
     a, b = embeddings(8, 16), embeddings(8, 16, seed=1)
     blocks = torch.stack([a, b, a + b], dim=1)
-    exact = vicreg_terms(a, b), block_vicreg_terms(blocks), {"alone": covariance_term(batch_covariances(blocks))}
+    exact = pair_terms(a, b), block_vicreg_terms(blocks), {"alone": covariance_term(batch_covariances(blocks))}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = vicreg_terms(a, b), block_vicreg_terms(blocks), {"alone": covariance_term(batch_covariances(blocks))}
+        mixed = pair_terms(a, b), block_vicreg_terms(blocks), {"alone": covariance_term(batch_covariances(blocks))}
     assert mixed == exact
     halves = a.bfloat16(), b.bfloat16()
-    assert vicreg_terms(*halves) == vicreg_terms(*(half.float() for half in halves))
+    assert pair_terms(*halves) == pair_terms(*(half.float() for half in halves))
     assert block_vicreg_terms(blocks.bfloat16()) == block_vicreg_terms(blocks.bfloat16().float())
 
 

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 from trainers.cli import main
 from trainers.diagnostics import lidar, rankme
 from trainers.finetune_args import FinetuneDataArguments
-from trainers.finetune_data import load_splits
+from trainers.finetune_data import load_labelled_splits
 from trainers.publishing import save_model
 from trainers.transforms import image_processor
 
@@ -129,7 +129,7 @@ def test_the_stock_trainer_with_top_accuracy_gives_the_numbers_of_finetune(tmp_p
         for entry in facts["history"]
         if "eval_accuracy" in entry and entry["step"] == facts["training"]["best_step"]
     )
-    held_out = load_splits(data, 32, progress=False).validation
+    held_out = load_labelled_splits(data, 32, progress=False).validation
     processor = AutoImageProcessor.from_pretrained(tmp_path / "run/final")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "run/final")
     items = [

@@ -358,6 +358,7 @@ def test_evaluate_tests_on_what_the_run_held_out(tmp_path, capsys):
             Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{index}.png")
     flags = ["--dataset", str(tmp_path / "photos"), "--num_train_images", "64"]
     assert pretrain(tmp_path / "run", *flags) == 0
+    assert "\n64 train images, chosen by --num_train_images 64 (null takes all)\n" in capsys.readouterr().out
     recorded = json.loads((tmp_path / "run" / "final" / "results.json").read_text())["evaluation"]
     output = tmp_path / "again.json"
     flags += ["--precision", "float32", "--seed", "3", "--output", str(output)]
@@ -450,6 +451,15 @@ def test_two_processes_make_one_run(run, tmp_path):
 )
 def test_impossible_flags_are_one_sentence(tmp_path, capsys, flags, words):
     fails_in_one_sentence(capsys, pretrain(tmp_path / "run", *flags), *words)
+
+
+def test_a_checkpoint_is_evaluated_on_the_images_of_its_run(run, tmp_path, capsys):
+    checkpoint = run[0] / "checkpoint-3"
+    flags = ["--num_train_images", "24", "--num_eval_images", "20", "--disable_tqdm"]
+    assert main(["evaluate", str(checkpoint), *flags]) == 0
+    assert "20 images of scenes (test)" in capsys.readouterr().out
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    fails_in_one_sentence(capsys, main(["evaluate", str(moved), *flags]), "does not tell which images", "--dataset")
 
 
 def test_model_with_missing_weights_is_refused(run, tmp_path, capsys):

@@ -12,7 +12,7 @@ from tiny import images, tiny_model, tiny_sjea
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from trainers import segmentation
+from trainers import probes, segmentation
 from trainers.cli import main
 from trainers.datasets import ImageSource
 from trainers.dense_evaluation import evaluate_segmentation
@@ -24,9 +24,9 @@ from trainers.segmentation import (
     SegmentationArguments,
     confusion,
     ious,
+    mean_scores,
     score_counts,
     score_segmenter,
-    summarize,
     train_segmenter,
 )
 
@@ -103,11 +103,11 @@ def test_pixels_are_counted_by_class():
     counts = confusion(mask, prediction, 4)
     assert counts.tolist() == [[1, 2, 0, 0], [2, 2, 1, 0], [2, 3, 0, 0]]
     np.testing.assert_allclose(ious(counts), [1 / 3, 2 / 3, 0, math.nan])
-    assert summarize(counts) == (pytest.approx(1 / 3), 3 / 5)
+    assert mean_scores(counts) == (pytest.approx(1 / 3), 3 / 5)
 
 
 def test_intervals_are_quantiles_over_resampled_images(monkeypatch):
-    monkeypatch.setattr(segmentation, "_NUM_RESAMPLES", 4000)
+    monkeypatch.setattr(probes, "NUM_RESAMPLES", 4000)
     source = planted(40, seed=2)
     head = train_segmenter(maps_of(planted()), dataclasses.replace(ARGUMENTS, num_probe_epochs=1))
     row = score_segmenter(head, maps_of(source))

@@ -129,7 +129,7 @@ def test_another_function_is_no_comparison(small, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [(["--size", "huge"], "--size 'huge' is not known"), (["--rounds", "1"], "--rounds 1 2 or more"),
-     (["--precision", "fp8"], "--precision 'fp8' is not known"),
+     (["--precision", "fp8"], "precision='fp8' is not known"),
      (["--compile", "fast"], "--compile 'fast' is not known")],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_one_sentence(arguments, sentence, capsys):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -153,6 +154,46 @@ def test_a_run_at_its_last_step_finishes(tmp_path):
     assert trainer.stop.reason is None and trainer.state.global_step == 4 and not list(tmp_path.glob("checkpoint-*"))
     # another training by the same trainer is not stopped by what was said in the first
     assert stopped(tmp_path, 9).state.global_step == 4
+
+
+class LateWriting(TrainerCallback):
+    """Has the background write the second step's checkpoint only when all that follows a save at once is over."""
+
+    def __init__(self, executor: ThreadPoolExecutor):
+        self.executor, self.over = executor, threading.Event()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.executor.submit(self.over.wait)
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.over.set()
+
+
+def test_a_stop_keeps_the_best_checkpoint(tmp_path):
+    """The first step's is the best, and one may stay."""
+
+    def run(folder, better):
+        trainer = build_trainer(
+            str(folder),
+            {"max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 0.05, "save_strategy": "steps",
+             "save_steps": 1, "save_total_limit": 1, "metric_for_best_model": "loss",
+             "greater_is_better": better is max},
+        )  # fmt: skip
+        trainer.eval_dataset, trainer.args.load_best_model_at_end = trainer.train_dataset, True
+        trainer.args.eval_strategy, trainer.args.eval_steps = "steps", 1
+        trainer.checkpoint_executor = ThreadPoolExecutor(1)
+        for callback in (Signal(2), LateWriting(trainer.checkpoint_executor)):
+            trainer.add_callback(callback)
+        trainer.train()
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        return trainer, losses
+
+    _, (first, second) = run(tmp_path / "try", min)
+    trainer, _ = run(tmp_path / "run", min if first < second else max)
+    assert trainer.stop.reason == "SIGUSR1" and trainer.state.best_global_step == 1 and first != second
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
 
 
 def test_handlers_are_put_back_after_an_error(tmp_path):

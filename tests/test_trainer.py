@@ -300,6 +300,7 @@ def test_schedule_values():
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"seed": -1}, "seed"),
         ({"fp16": True}, "fp16"),
+        ({"bf16": True, "precision": "float32"}, "bf16=True and precision='float32'"),
         ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps"),
         ({"adam_beta2": 2.0}, "adam_beta2"),

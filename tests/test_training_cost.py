@@ -12,7 +12,7 @@ from trainers.errors import InputError
 from trainers.recipe_files import write_recipe
 from trainers.recipes import read_recipe
 from trainers.train_data import TrainLoader
-from trainers.training_cost import _BareSteps, benchmark_training
+from trainers.training_cost import _LooplessSteps, benchmark_training
 
 
 def test_a_bare_step_is_a_step(tmp_path):
@@ -22,7 +22,7 @@ def test_a_bare_step_is_a_step(tmp_path):
     }  # fmt: skip
     trainer = build_trainer(str(tmp_path), training, {"regularizer_weight": 0.01}, num_images=16)
     first = next(iter(TrainLoader(trainer.make_train_data(), trainer.data_collator, trainer.args, 16, 0)))
-    bare = _BareSteps(trainer)
+    bare = _LooplessSteps(trainer)
     bare.batches = iter([{"pixel_values": first["pixel_values"]}])
     start = trainer.model.context_encoder.layernorm.bias.clone()
     trainer.state.max_steps = 1
@@ -51,13 +51,13 @@ def test_command_prints_a_table(tiny, capsys, tmp_path):
 
 
 def test_what_a_signal_stops_is_no_measurement(tiny, monkeypatch):
-    step = _BareSteps.step
+    step = _LooplessSteps.step
 
     def interrupted(self):
         step(self)
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(_BareSteps, "step", interrupted)
+    monkeypatch.setattr(_LooplessSteps, "step", interrupted)
     with pytest.raises(InputError, match="Stopped at step 1 of 7: nothing was measured"):
         benchmark_training(read_recipe(tiny), num_rounds=2)
 

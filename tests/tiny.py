@@ -3,6 +3,7 @@
 import torch
 
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining, SJeaConfig, SJeaForPreTraining
+from modeling_cjepa.losses_cjepa import block_vicreg_terms
 
 SIZES = {
     "hidden_size": 32,
@@ -24,6 +25,11 @@ FLAGS = [
     "--num_train_images", "64", "--num_eval_images", "48", "--per_device_train_batch_size", "16",
     "--logging_steps", "1", "--precision", "float32", "--dataloader_num_workers", "0", "--use_cpu",
 ]  # fmt: skip
+
+
+def pair_terms(a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
+    """VICReg's terms of two views (B, D)."""
+    return block_vicreg_terms(torch.stack([a, b], dim=1))
 
 
 def tiny_config(**changes) -> CJepaConfig:

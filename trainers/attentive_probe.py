@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from modeling_cjepa.heads_cjepa import CJepaAttentivePooling
 from trainers.datasets import sample_seed, seeded
+from trainers.precision import probes_in_bf16
 from trainers.probes import folds_of
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
@@ -141,14 +142,14 @@ def _train(new: Callable, tokens, targets: torch.Tensor, kept: torch.Tensor, see
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) * 10 / num_steps, 1) * (1 + math.cos(math.pi * step / num_steps)) / 2
     )
-    on_gpu = first.device.type == "cuda"
+    bf16 = probes_in_bf16(first.device)
     with tqdm(total=num_steps, desc="attentive probe", unit="step", disable=not progress) as bar:
         for epoch in range(num_epochs):
             generator = torch.Generator().manual_seed(sample_seed(seed, epoch))
             order = kept[torch.randperm(len(kept), generator=generator).to(kept.device)]
             for ids, batch in zip(order.split(_BATCH_SIZE), tokens.batches(order, _BATCH_SIZE), strict=True):
                 y = targets[ids].to(batch.device)
-                with torch.autocast(batch.device.type, torch.bfloat16, enabled=on_gpu):
+                with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
                     # the gradients of a sum of losses that share no weight are those of each
                     loss = sum(F.cross_entropy(probe(batch), y) for probe in probes)
                 optimizer.zero_grad()

@@ -5,7 +5,6 @@ import torch
 from modeling_cjepa import CJepaConfig, CJepaForPreTraining
 from trainers.benchmark import decay_groups
 from trainers.errors import InputError
-from trainers.precision import computes_in_bf16
 from trainers.recipes import RunArguments
 
 
@@ -27,7 +26,6 @@ SIZES = {
     "vit_l16": _vit(1024, 24, 16, 384, 12),
     "vit_h14": _vit(1280, 32, 16, 384, 12, patch_size=14),
 }
-PRECISIONS = ("float32", "bf16")
 
 
 def fields_of(size: str) -> dict:
@@ -35,14 +33,6 @@ def fields_of(size: str) -> dict:
     if size not in SIZES:
         raise InputError(f"--size {size!r} is not known; choose {', '.join(SIZES)}.")
     return SIZES[size]
-
-
-def chosen_precision(asked: str | None, device: torch.device) -> str:
-    """The precision that is asked for, or what a device multiplies faster; `InputError` if it is not known."""
-    precision = asked or ("bf16" if computes_in_bf16(device) else "float32")
-    if precision not in PRECISIONS:
-        raise InputError(f"--precision {precision!r} is not known; choose {' or '.join(PRECISIONS)}.")
-    return precision
 
 
 class BareSteps:

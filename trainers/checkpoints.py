@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import yaml
 from transformers import PreTrainedConfig, TrainerState
 
 from trainers.checkpoint_files import LAST, all_checkpoints, best_beside, choose_checkpoint
@@ -13,6 +12,7 @@ from trainers.flags import type_hints
 from trainers.model_facts import model_fields
 from trainers.processes import in_main_process
 from trainers.progress import Progress
+from trainers.recipe_files import recipe_beside
 from trainers.recipes import Recipe, first_difference
 from trainers.training_args import JepaTrainingArguments
 
@@ -91,8 +91,8 @@ def changed_batches(checkpoint: str, args: JepaTrainingArguments) -> str:
 
 def changed_settings(recipe: Recipe, checkpoint: str) -> str:
     """What the run sets otherwise than the one that wrote a checkpoint, and weights depend on, in words."""
-    before = _settings_before(checkpoint)
-    if before is None:
+    before = recipe_beside(checkpoint)
+    if not before:
         return ""
     before, now = (
         {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT | _BATCHES}
@@ -104,17 +104,6 @@ def changed_settings(recipe: Recipe, checkpoint: str) -> str:
         if before.get(name) != now.get(name)
     ]
     return f" with other settings, so not as an uninterrupted run: {'; '.join(changed)}" if changed else ""
-
-
-def _settings_before(checkpoint: str) -> dict | None:
-    """What the run that wrote a checkpoint has set, where its recipe lies beside it."""
-    path = Path(checkpoint).parent / "recipe.yaml"
-    if not path.is_file():
-        return None
-    try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}, the recipe of the run to resume, cannot be read; mend or remove it.") from error
 
 
 def load_state(checkpoint: str) -> TrainerState:

@@ -255,7 +255,9 @@ def _report(namespace, measure: Callable, text_of: Callable, panels_of: Callable
 def _add_size_and_precision(parser: argparse.ArgumentParser):
     sizes = "cifar, vit_t16, vit_s16, vit_b16, vit_l16 or vit_h14"
     parser.add_argument("--size", default="cifar", help=f"{sizes} (default %(default)s)")
-    parser.add_argument("--precision", help="float32 or bf16, of both (default: what the device multiplies faster)")
+    parser.add_argument(
+        "--precision", default="auto", help="float32 or bf16, of both (default: what the device multiplies faster)"
+    )
 
 
 def _add_part(parts, name: str, measured: str, description: str, **defaults) -> argparse.ArgumentParser:

@@ -81,6 +81,8 @@ def _look_at_weights(namespace, place: str):
     if "dataset" not in vars(namespace) and load_run_settings(place):
         (data,) = as_in_the_run(namespace, place, data)
     model, *statistics = load_with_statistics(place, data.image_mean, data.image_std)
-    print(f"no log in {place}: its weights are judged by their embeddings of {data.dataset}", file=sys.stderr)
+    print(
+        f"no log of features in {place}: its weights are judged by their embeddings of {data.dataset}", file=sys.stderr
+    )
     _, images = load_sources(data, max(pair(model.config.image_size)))
     return diagnose_weights(model.base_model, choose_images(images, NUM_IMAGES), *statistics)

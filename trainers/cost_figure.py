@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from trainers.errors import InputError
-from trainers.files import make_place, user_path, whole_file, write_json
+from trainers.files import make_place, save_figure, user_path, write_json
 from trainers.reports import machine_facts, software_facts
 
 _DPI = 160
@@ -103,8 +103,7 @@ def draw_costs(panels: Sequence[Bars | Shares], path: Path):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
         (_draw_bars if isinstance(panel, Bars) else _draw_shares)(axes, panel)
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, dpi=_DPI, format="png")
+    save_figure(figure, path, _DPI)
 
 
 def _draw_bars(axes, panel: Bars):

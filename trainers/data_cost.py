@@ -16,6 +16,7 @@ import torch
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from torchvision import transforms
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from trainers.benchmark import quartiles, shown
 from trainers.datasets import ImageDataset, ImageSource, StoredImages
@@ -35,7 +36,6 @@ WHAT = {
 }
 _WIDTH, _HEIGHT, _QUALITY = 500, 375, 90
 _VIEW, _CROP_SCALE = (224, 224), (0.3, 1.0)
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BATCH_SIZE = 16
 # gray levels of the texture, for the bytes of a photograph
 _TEXTURE = 3.0
@@ -101,7 +101,9 @@ class _AuthorsCrops(torch.utils.data.Dataset):
     def __init__(self, source: ImageSource, interpolation: transforms.InterpolationMode):
         self.source = source
         crop = transforms.RandomResizedCrop(_VIEW, _CROP_SCALE, interpolation=interpolation)
-        self.transform = transforms.Compose([crop, transforms.ToTensor(), transforms.Normalize(_MEAN, _STD)])
+        self.transform = transforms.Compose(
+            [crop, transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+        )
 
     def __len__(self) -> int:
         return len(self.source)
@@ -130,7 +132,7 @@ def _normalize_us(dataset: ImageDataset, num_rounds: int) -> float:
     times = []
     for _ in range(num_rounds + 1):
         started = time.perf_counter()
-        normalize(batch, _MEAN, _STD)
+        normalize(batch, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
         times.append((time.perf_counter() - started) / _BATCH_SIZE * 1e6)
     return quartiles(times[1:])["median"]
 

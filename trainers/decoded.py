@@ -15,7 +15,7 @@ from trainers.tables import RowBatch
 
 
 @dataclass
-class Views:
+class DecodedViews:
     """
     The images of a batch that could be read.
 
@@ -27,9 +27,9 @@ class Views:
     pixel_values: torch.Tensor | None
     unreadable: dict[int, str]
 
-    def pin_memory(self) -> "Views":
+    def pin_memory(self) -> "DecodedViews":
         """For the data loader: pixels where a GPU fetches them from."""
-        return self if self.pixel_values is None else Views(self.pixel_values.pin_memory(), self.unreadable)
+        return self if self.pixel_values is None else DecodedViews(self.pixel_values.pin_memory(), self.unreadable)
 
 
 class _Decoder(torch.utils.data.Dataset):
@@ -45,15 +45,15 @@ class _Decoder(torch.utils.data.Dataset):
             return str(error)
 
 
-def _collate(views: list[torch.Tensor | str]) -> Views:
+def _collate(views: list[torch.Tensor | str]) -> DecodedViews:
     readable = [view for view in views if not isinstance(view, str)]
     unreadable = {position: view for position, view in enumerate(views) if isinstance(view, str)}
-    return Views(torch.stack(readable) if readable else None, unreadable)
+    return DecodedViews(torch.stack(readable) if readable else None, unreadable)
 
 
 def decoded(
     batches: Iterable[RowBatch], image_column: str, transform: Callable, num_workers: int, pin_memory: bool
-) -> Iterator[tuple[RowBatch, Views]]:
+) -> Iterator[tuple[RowBatch, DecodedViews]]:
     """
     Batches with the views of their images, which other processes decode ahead; this one alone reads rows.
 
@@ -65,7 +65,7 @@ def decoded(
         pin_memory (`bool`): Whether a GPU will fetch the pixels.
 
     Returns:
-        An iterator of pairs of [`RowBatch`] and [`Views`], in order.
+        An iterator of pairs of [`RowBatch`] and [`DecodedViews`], in order.
     """
     ahead: deque[RowBatch] = deque()
 

@@ -19,6 +19,7 @@ from trainers.embedding import device_of
 from trainers.loading import load_with_statistics
 from trainers.mask_sources import MaskDataset, MaskSource
 from trainers.pooling import pooled_encoder
+from trainers.precision import probes_in_bf16
 from trainers.reports import markdown_table, with_interval
 from trainers.segmentation import (
     FrozenMaps,
@@ -54,8 +55,10 @@ class Segmenter:
         """The classes (H, W) uint8 of an RGB image's pixels, at the encoder's size."""
         height, width = self.head.image_size
         pixels = np.array(image.resize((width, height), PILImage.Resampling.BICUBIC))
-        pixel_values = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).to(device_of(self.encoder))
-        features = self.encoder(normalize(pixel_values, self.mean, self.std)).pooler_output
+        device = device_of(self.encoder)
+        pixel_values = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=probes_in_bf16(device)):
+            features = self.encoder(normalize(pixel_values, self.mean, self.std)).pooler_output
         return self.head(features.float())[0].argmax(dim=0).cpu().numpy().astype(np.uint8)
 
 

@@ -20,7 +20,7 @@ from trainers.diagnostics import feature_std, rankme
 from trainers.doctor import diagnose, what_is_left
 from trainers.doctor_trials import trial_recipe
 from trainers.evaluation import EvaluationArguments, embed
-from trainers.files import write_json
+from trainers.files import write_json, write_text_atomically
 from trainers.pooling import EveryLevel
 from trainers.pretraining import build_model, build_trainer
 from trainers.probes import knn_predict
@@ -47,7 +47,7 @@ def run_trial(name: str, seed: int, dataset: str | None) -> dict:
 
     Returns:
         `dict`: `name`, `seed`, `facts` of the doctor, `history` (figures by their names, a list each), `encoders` (a
-        level each, of [`measure_levels`], with those of a random encoder as `random`).
+        level each, of [`trial_levels`], with those of a random encoder as `random`).
     """
     with tempfile.TemporaryDirectory() as unused:
         return _run(name, seed, dataset, unused)
@@ -64,7 +64,7 @@ def _run(name: str, seed: int, dataset: str | None, output_dir: str) -> dict:
     statistics = recipe.data.image_mean, recipe.data.image_std
     ((_, random_encoder),) = random_encoders(model.base_model, 1, seed)
     encoders = [
-        measure_levels(encoder, train, test, *statistics, recipe.evaluation.num_probe_images)
+        trial_levels(encoder, train, test, *statistics, recipe.evaluation.num_probe_images)
         for encoder in (model.base_model, random_encoder)
     ]
     return {
@@ -76,7 +76,7 @@ def _run(name: str, seed: int, dataset: str | None, output_dir: str) -> dict:
     }
 
 
-def measure_levels(encoder, train: ImageSource, test: ImageSource, mean, std, num_images: int) -> list[dict]:
+def trial_levels(encoder, train: ImageSource, test: ImageSource, mean, std, num_images: int) -> list[dict]:
     """kNN accuracy, RankMe and standard deviation of each level's embeddings of held-out images."""
     sources = with_common_classes(choose_images(train, num_images), test)
     images = [ImageDataset(source, eval_transform(pair(encoder.config.image_size))) for source in sources]
@@ -172,14 +172,16 @@ def calibrate(script: str, dataset: str | None, seeds: list[int], names: list[st
     def run(name: str, seed: int, file: Path):
         command = [sys.executable, script, "--trial", name, str(seed), "--folder", str(folder)]
         if not file.exists():
-            subprocess.run(command + (["--dataset", dataset] if dataset else []), check=True, capture_output=True)
+            subprocess.run(
+                command + (["--dataset", dataset] if dataset else []), check=True, stdout=subprocess.DEVNULL
+            )
         print(f"{name}, seed {seed}: done", flush=True)
 
     with ThreadPoolExecutor(num_processes) as pool:
         list(pool.map(lambda each: run(*each), asked))
     results = [json.loads(file.read_text(encoding="utf-8")) for _, _, file in asked]
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, separators=(",", ":")) + "\n", encoding="utf-8")
+    write_text_atomically(output, json.dumps(results, separators=(",", ":")) + "\n")
     return format_verdicts(results)
 
 

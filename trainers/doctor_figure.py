@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib.figure
 
 from trainers.doctor import Diagnosis
+from trainers.files import save_figure
 from trainers.reports import draw_curves, logged_keys
 
 # as in `reports`: title, keys of the log, whether the axis is logarithmic
@@ -56,4 +57,4 @@ def draw_spectra(spectra: list[tuple], diagnosis: Diagnosis, path: Path):
         axes.set_ylim(bottom=1e-7)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)

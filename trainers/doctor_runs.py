@@ -3,16 +3,13 @@
 Shapes: n images, D width of a level's embedding.
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import PreTrainedModel
-from transformers.utils import cached_file, has_file
 
 from modeling_cjepa.configuration_cjepa import pair
 from trainers.baselines import random_encoders
@@ -21,10 +18,11 @@ from trainers.datasets import ImageDataset, ImageSource
 from trainers.doctor import COLLAPSED, COLLAPSED_SPREAD, DIMENSIONAL, HEALTHY, Diagnosis, LevelDiagnosis, worst
 from trainers.doctor_advice import default_arguments, run_settings
 from trainers.embedding import check_finite, extract_embeddings
-from trainers.errors import InputError, first_line
-from trainers.loading import load_encoder_config
+from trainers.errors import InputError
+from trainers.loading import load_encoder_config, read_json
 from trainers.monitor import embedding_figures
 from trainers.pooling import EveryLevel
+from trainers.recipe_files import recipe_beside
 from trainers.transforms import eval_transform
 
 
@@ -62,7 +60,9 @@ def read_run(path: str) -> RunRecord:
     results = read_json(place, "results.json")
     state = read_json(place, "trainer_state.json") if not results else {}
     history = results.get("history") or state.get("log_history") or []
-    settings = results.get("settings") or recipe_beside(Path(place))
+    if not any("rankme" in entry for entry in history):
+        history = []  # of fine-tuning, which tells nothing of features
+    settings = results.get("settings") or recipe_beside(place)
     warmup = settings.get("warmup_steps", default_arguments(config).warmup_steps)
     num_steps = results.get("training", {}).get("steps") or state.get("max_steps", 0)
     warmup_steps = warmup if warmup >= 1 else math.ceil(warmup * num_steps)
@@ -84,24 +84,6 @@ def newest_model(path: str) -> str:
             return str(checkpoint)
         print(f"{checkpoint} is passed over: {broken}", file=sys.stderr)
     raise InputError(f"{path} holds neither a model nor a whole checkpoint; give the folder of a run, or of a model.")
-
-
-def read_json(place: str, name: str) -> dict:
-    """A JSON file beside a model, in its folder or on the Hub; empty if there is none."""
-    if not has_file(place, name):
-        return {}
-    try:
-        return json.loads(Path(cached_file(place, name)).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{name} of {place} cannot be read ({first_line(error)}); take another checkpoint."
-        ) from error
-
-
-def recipe_beside(checkpoint: Path) -> dict:
-    """The settings of the run that wrote a checkpoint, of its recipe.yaml; empty if there is none."""
-    recipe = checkpoint.parent / "recipe.yaml"
-    return yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
 
 
 def diagnose_weights(model: PreTrainedModel, source: ImageSource, mean, std, seed: int = 0) -> tuple[Diagnosis, list]:

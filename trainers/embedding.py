@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from trainers.errors import InputError
+from trainers.precision import probes_in_bf16
 from trainers.transforms import normalize
 
 MAX_RAW_PIXELS = 32
@@ -100,7 +101,7 @@ def encoding(encoder: nn.Module, mean, std, device: torch.device, bf16: bool | N
     Yields:
         `Callable`: From `pixel_values` (B, C, H, W) uint8 to the encoder's output, where it is.
     """
-    enabled = device.type == "cuda" if bf16 is None else bf16
+    enabled = probes_in_bf16(device) if bf16 is None else bf16
     was_training = encoder.training
     encoder.to(device).eval()
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from trainers.experiment_file import ACCURACIES, BASELINES, PIXELS, RANDOM
 from trainers.experiment_plan import Experiment
 from trainers.experiment_results import Point, by_method, course_of, machines_of
-from trainers.files import whole_file
+from trainers.files import save_figure
 from trainers.probes import mean_interval
 
 _TITLES = {
@@ -35,8 +35,7 @@ def draw_experiment(experiment: Experiment, found: list[dict], rows: list[dict],
     draw = {"curves": _curves, "bars": _bars, "map": _maps}[experiment.figure]
     figure = draw(experiment, found, rows)
     figure.suptitle(experiment.title, fontsize=11)
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, dpi=_DPI, format="png")
+    save_figure(figure, path, _DPI)
 
 
 def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure:

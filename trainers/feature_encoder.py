@@ -13,6 +13,7 @@ from modeling_cjepa.configuration_cjepa import pair
 from trainers.errors import InputError
 from trainers.loading import load_with_statistics
 from trainers.pooling import level_of, pooled_encoder
+from trainers.precision import probes_in_bf16
 
 DTYPES = ("float32", "float16")
 
@@ -112,7 +113,7 @@ def load_feature_encoder(
         "encoder": ("context encoder" if arguments.context_encoder else "target encoder") if is_cjepa else "encoder",
         "pooling": arguments.pooling,
         "level": None if arguments.pooling == "levels" else level_of(config, arguments.level),
-        "precision": "bfloat16" if device.type == "cuda" else "float32",
+        "precision": "bf16" if probes_in_bf16(device) else "float32",
         "image_size": list(pair(config.image_size)),
         "image_mean": list(image_mean),
         "image_std": list(image_std),

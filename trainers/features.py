@@ -15,7 +15,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from trainers.decoded import Views, decoded
+from trainers.decoded import DecodedViews, decoded
 from trainers.embedding import encoding
 from trainers.errors import InputError, first_line
 from trainers.feature_encoder import FeatureArguments, FeatureEncoder, load_feature_encoder
@@ -233,7 +233,9 @@ class _SplitWriter:
         numbers = range(self.state.process_index, self._num_shards(), self.state.num_processes)
         return sum(min(size, total - number * size) for number in numbers if number not in self.found)
 
-    def _part(self, batch: RowBatch, views: Views, digest, encode, features, bar: tqdm) -> tuple[pa.Table, Shard]:
+    def _part(
+        self, batch: RowBatch, views: DecodedViews, digest, encode, features, bar: tqdm
+    ) -> tuple[pa.Table, Shard]:
         paths = pc.struct_field(batch.rows[self.table.image_column], "path").to_pylist()
         skipped = [
             {"index": batch.start + position, "path": paths[position], "reason": reason}

@@ -36,6 +36,19 @@ def whole_file(path: str | Path):
         unfinished.unlink(missing_ok=True)
 
 
+def save_figure(figure, path: str | Path, dpi: int = 110):
+    """
+    Writes a picture whole, as PNG whatever its name.
+
+    Args:
+        figure (`matplotlib.figure.Figure`): The picture.
+        path (`str` or `Path`): The file; its folder is made if there is none.
+        dpi (`int`): Pixels an inch.
+    """
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=dpi, format="png")
+
+
 def write_text_atomically(path: str | Path, text: str):
     """
     Writes a text file whole, so that no reader sees half of it.

@@ -45,7 +45,7 @@ class Splits(NamedTuple):
         return {name: source.fingerprint() for name, source in named.items() if source is not None}
 
 
-def load_splits(
+def load_labelled_splits(
     arguments: FinetuneDataArguments,
     image_size: int,
     progress: bool = True,

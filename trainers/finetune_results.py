@@ -73,7 +73,8 @@ def trainable_parameters(model) -> int:
 def best_checkpoint(args: FinetuneTrainingArguments, state: TrainerState) -> dict:
     """The step of the checkpoint that was chosen, by what, and its held-out accuracy; None each if it is the last."""
     steps = {entry["step"]: entry["eval_accuracy"] for entry in state.log_history if "eval_accuracy" in entry}
-    if not args.load_best_model_at_end or state.best_global_step not in steps:
+    was_loaded = args.load_best_model_at_end and state.best_model_checkpoint is not None
+    if not was_loaded or state.best_global_step not in steps:
         return {"best_step": None, "best_by": None, "best_held_out_accuracy": None}
     return {
         "best_step": state.best_global_step,

@@ -26,7 +26,7 @@ from trainers.finetune_data import (
     Splits,
     TrainImages,
     finetune_transform,
-    load_splits,
+    load_labelled_splits,
 )
 from trainers.finetune_results import finish, trainable_parameters
 from trainers.finetune_trainer import ClassifierTrainer, check_possible, num_ranks
@@ -34,7 +34,7 @@ from trainers.layer_decay import parameter_groups
 from trainers.probes import top_accuracies
 from trainers.publication import push_finished
 from trainers.readable import write_skipped
-from trainers.recipe_files import recipe_text
+from trainers.recipe_files import read_settings, recipe_text
 from trainers.recipes import RunArguments
 from trainers.run_arguments import start_arguments
 from trainers.run_lock import only_run_in
@@ -81,7 +81,7 @@ def prepare(
     if checkpoint is not None:
         check_same_settings(checkpoint, run.values(), args.world_size)
     checking = not args.disable_tqdm, args.dataloader_num_workers, args.distributed_state
-    splits = load_splits(run.data, max(image_size), *checking)
+    splits = load_labelled_splits(run.data, max(image_size), *checking)
     if checkpoint is not None:
         check_same_images(checkpoint, splits.fingerprints())
     set_seed(args.seed)
@@ -156,10 +156,7 @@ def check_same_images(checkpoint: str, images: dict[str, str]):
 def _settings_before(checkpoint: str) -> tuple[Path, dict]:
     """The file with the settings of the run that wrote a checkpoint, and what it holds."""
     path = Path(checkpoint).parent / _SETTINGS
-    try:
-        return path, dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}, the settings of the run to resume, cannot be read; start a new run.") from error
+    return path, read_settings(path, "start a new run")
 
 
 def build_model(run: Finetuning, config, args: FinetuneTrainingArguments):
@@ -181,8 +178,7 @@ def describe(run: Finetuning, model, args, splits: Splits) -> str:
         f"{run.settings.mode} fine-tuning of {start} {run.model}: {number / 1e6:.2f} M parameters to train, head "
         f"{run.settings.classifier_pooling}, {len(train.label_names)} classes\n".replace("  ", " ")
         + f"on {len(train):,} images of {train.name}{held_out}, tested on {len(test):,} of {test.name}, "
-        f"{args.world_size} process{'es' if args.world_size > 1 else ''} on {args.device.type} in "
-        f"{'bf16' if args.bf16 else 'float32'}, into {args.output_dir}"
+        f"{args.describe_devices()}, into {args.output_dir}"
     )
 
 

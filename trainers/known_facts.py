@@ -5,11 +5,13 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from trainers.doctor import diagnose
-from trainers.doctor_runs import read_json, read_run, recipe_beside
+from trainers.doctor_runs import read_run
 from trainers.errors import InputError
 from trainers.eval_results import SUITES
+from trainers.loading import read_json
 from trainers.log_facts import log_facts
 from trainers.model_facts import classifier_facts, is_classifier, model_facts
+from trainers.recipe_files import recipe_beside
 
 # what `cjepa convert` leaves beside a model, as it may be published: `source`, `format`, `notes` and `checks`
 CONVERSION = "conversion.json"

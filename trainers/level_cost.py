@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from trainers.benchmark import quartiles, shown
 from trainers.datasets import seeded
 from trainers.errors import InputError
+from trainers.flops import wait_for
 from trainers.model_facts import count
 from trainers.precision import computes_in_bf16
 from trainers.recipes import Recipe
@@ -84,15 +85,11 @@ class _Step:
 
     def timed(self) -> float:
         """Seconds of a step."""
-        self._wait()
+        wait_for(self.device)
         started = time.perf_counter()
         self.run()
-        self._wait()
+        wait_for(self.device)
         return time.perf_counter() - started
-
-    def _wait(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def memory(self) -> dict[str, float]:
         """Parameters, and MiB of what a step keeps; the first one makes the optimizer's averages."""

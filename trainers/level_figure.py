@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from trainers.files import whole_file
+from trainers.files import save_figure
 from trainers.level_views import ClassPlot, ClassView, LevelView, class_colors
 from trainers.projections import METHODS
 from trainers.subclusters import NUM_NEAREST, NUM_SUBCLUSTERS
@@ -127,5 +127,4 @@ def _short(text: str, longest: int) -> str:
 
 
 def _save(figure: Figure, path: Path):
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, dpi=_DPI, format="png")
+    save_figure(figure, path, _DPI)

@@ -23,6 +23,7 @@ from modeling_cjepa import (
 from trainers.checkpoint_files import MANIFEST, broken_part
 from trainers.conversion.weight_files import check_folder
 from trainers.errors import InputError, first_line
+from trainers.recipe_files import recipe_beside
 from trainers.source_configs import no_model_named, read_config
 
 # what is saved with all of its weights; of a classifier only the encoder is loaded, unless it is asked for
@@ -163,20 +164,33 @@ def load_run_settings(path: str | Path) -> dict:
     The recipe of the run that made a model.
 
     Args:
-        path (`str` or `Path`): The model's folder, or its id on the Hub.
+        path (`str` or `Path`): The model's folder, a checkpoint, or a model's id on the Hub.
 
     Returns:
-        `dict`: The keys that were set, of `results.json`; empty where there is no such file.
+        `dict`: The keys that were set, of its `results.json`, or of the `recipe.yaml` beside a checkpoint; empty where
+        there is neither.
 
     Raises:
         InputError: The file is broken.
     """
-    if not has_file(path, "results.json"):
+    results = read_json(path, "results.json")
+    if not results:
+        return recipe_beside(path)
+    if not isinstance(results, dict) or not isinstance(results.get("settings"), dict):
+        raise InputError(f"results.json of {path} does not tell the settings of its run; give --dataset.")
+    return results["settings"]
+
+
+def read_json(place: str | Path, name: str) -> dict:
+    """A JSON file beside a model, in its folder or on the Hub; empty if there is none."""
+    if not has_file(place, name):
         return {}
     try:
-        return json.loads(Path(cached_file(path, "results.json")).read_text())["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"results.json of {path} cannot be read ({first_line(error)}); give --dataset.") from error
+        return json.loads(Path(cached_file(place, name)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{name} of {place} cannot be read ({first_line(error)}); mend or remove it, or take another model."
+        ) from error
 
 
 def load_with_statistics(model, image_mean, image_std) -> tuple:

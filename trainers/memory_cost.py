@@ -14,11 +14,12 @@ from tqdm import tqdm
 from modeling_cjepa.configuration_cjepa import pair
 from modeling_cjepa.masking_cjepa import sample_block_masks
 from trainers.allocator import keep_freed_memory
-from trainers.bare_steps import BareSteps, chosen_precision, fields_of
+from trainers.bare_steps import BareSteps, fields_of
 from trainers.benchmark import quartiles
 from trainers.dry_step import LiveBytes
 from trainers.errors import InputError
 from trainers.estimate import free_memory
+from trainers.precision import precision_name
 from trainers.reference_step import ReferenceStep
 from trainers.reports import markdown_table
 
@@ -30,9 +31,7 @@ WHAT = {
 _MIB = 2**20
 
 
-def benchmark_memory(
-    size: str = "cifar", batch_size: int = 64, num_rounds: int = 3, precision: str | None = None
-) -> dict:
+def benchmark_memory(size: str = "cifar", batch_size: int = 64, num_rounds: int = 3, precision: str = "auto") -> dict:
     """
     Takes steps of ours, with and without gradient checkpointing, and of [`ReferenceStep`], on the same masks.
 
@@ -40,7 +39,7 @@ def benchmark_memory(
         size (`str`): One of [`~bare_steps.SIZES`].
         batch_size (`int`): Images of a step; batches of a quarter of it are measured, too.
         num_rounds (`int`): Processes of each.
-        precision (`"float32"` or `"bf16"`, *optional*): What the device multiplies faster when not given.
+        precision (`"auto"`, `"float32"` or `"bf16"`): `auto` is what the device multiplies faster.
 
     Returns:
         `dict`: `size`, `device`, `precision`, `batch_sizes`; of each of [`WHAT`] and each batch size, as text, the
@@ -59,7 +58,7 @@ def benchmark_memory(
     if not Path("/proc/self/status").is_file():
         raise InputError("`cjepa benchmark memory` reads peaks of memory from /proc; run it on Linux.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision, batch_sizes = chosen_precision(precision, device), (batch_size // 4, batch_size)
+    precision, batch_sizes = precision_name(precision, device), (batch_size // 4, batch_size)
     rounds = [
         {kind: _in_a_process(kind, fields, batch_sizes, precision) for kind in WHAT}
         for _ in tqdm(range(num_rounds), desc="processes", unit="round")

@@ -17,7 +17,7 @@ from trainers.embedding import encoding
 from trainers.errors import InputError
 from trainers.feature_encoder import FeatureArguments, FeatureEncoder, load_feature_encoder
 from trainers.features import read_manifest
-from trainers.files import full_disk_named, whole_file, write_json, write_text_atomically
+from trainers.files import full_disk_named, save_figure, write_json, write_text_atomically
 from trainers.labels import find_label_column
 from trainers.loading import load_encoder_config
 from trainers.resources import render_template
@@ -254,8 +254,7 @@ def draw_neighbours(shown: list[tuple], path: Path):
             axes.imshow(picture)
             axes.set_title(_short(text), fontsize=8, parse_math=False)
             axes.set_axis_off()
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=110)
+    save_figure(figure, path)
 
 
 def _short(text: str, length: int = 22) -> str:

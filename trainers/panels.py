@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image as PILImage
 
-from trainers.files import full_disk_named, whole_file, write_json
+from trainers.files import full_disk_named, save_figure, write_json
 from trainers.transforms import eval_transform
 
 HIDDEN = (200, 200, 200)
@@ -156,8 +156,7 @@ def draw_panels(rows: list[list[Panel]], path: Path):
                 corner = (outline.left - 0.5, outline.top - 0.5)
                 size = outline.width, outline.height
                 axes.add_patch(Rectangle(corner, *size, fill=False, ec=outline.color, lw=outline.line, clip_on=False))
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, dpi=_DPI, format="png")
+    save_figure(figure, path, _DPI)
 
 
 def _broken(text: str) -> list[str]:

@@ -19,8 +19,14 @@ def is_bf16(precision: str, device: torch.device) -> bool:
 
 
 def precision_name(precision: str, device: torch.device) -> str:
-    """`bf16` or `float32`, as a device computes."""
+    """`bf16` or `float32`, as a device computes; raises `InputError` for a word that is none of `PRECISIONS`."""
+    check_precision(precision)
     return "bf16" if is_bf16(precision, device) else "float32"
+
+
+def probes_in_bf16(device: torch.device) -> bool:
+    """Whether features that are kept, and probes of them, are computed in bf16; on a CPU they are as in a pipeline."""
+    return device.type == "cuda" and computes_in_bf16(device)
 
 
 def computes_in_bf16(device: torch.device) -> bool:

@@ -28,7 +28,7 @@ from trainers.model_facts import parameters_by_part
 from trainers.nonfinite import check_finite_weights
 from trainers.pretrain_results import Labelled, finish, run_facts
 from trainers.publication import push_finished
-from trainers.recipe_files import write_recipe
+from trainers.recipe_files import RECIPE, write_recipe
 from trainers.recipes import Recipe
 from trainers.run_arguments import training_arguments
 from trainers.run_lock import only_run_in
@@ -129,7 +129,7 @@ def train(recipe: Recipe, trainer: JepaTrainer, checkpoint: str | None) -> float
     args = trainer.args
     trainer.take_over(checkpoint)  # refuses other images before anything is written
     if trainer.is_world_process_zero():
-        write_recipe(recipe.values, Path(args.output_dir, "recipe.yaml"))
+        write_recipe(recipe.values, Path(args.output_dir, RECIPE))
     started = time.perf_counter()
     if checkpoint is not None and is_finished(checkpoint, args):
         trainer.state = load_state(checkpoint)
@@ -164,6 +164,9 @@ def load_images(
     else:
         train, test = load_sources(recipe.data, image_size, not args.disable_tqdm)
         labelled = partial(with_common_classes, train, test)
+        if args.process_index == 0:
+            chosen = f", chosen by {train.chosen_by} (null takes all)" if train.chosen_by else ""
+            print(f"{len(train):,} train images{chosen}", flush=True)
         try:
             labelled()
         except InputError as error:
@@ -268,8 +271,7 @@ def announce(what: str, recipe: Recipe, args: JepaTrainingArguments, checkpoint:
     if args.process_index != 0:
         return
     print(
-        f"{what}\non {recipe.data.dataset}, {args.world_size} process{'es' if args.world_size > 1 else ''} on "
-        f"{args.device.type} in {'bf16' if args.bf16 else 'float32'}, into {args.output_dir}",
+        f"{what}\non {recipe.data.dataset}, {args.describe_devices()}, into {args.output_dir}",
         flush=True,
     )
     if checkpoint is not None:

@@ -21,6 +21,8 @@ from tqdm import tqdm
 from trainers.errors import InputError
 from trainers.threads import threads
 
+# Of the test images, by the bootstrap.
+NUM_RESAMPLES = 1000
 # Up to 10,000: embeddings with few strong directions, such as a random encoder's, need weak penalties.
 C_GRID = tuple(10.0**power for power in range(-4, 5))
 # Fewer images to choose C on choose it at random.
@@ -281,7 +283,7 @@ def mean_interval(values: Sequence[float]) -> list[float] | None:
     return [mean - half, mean + half]
 
 
-def bootstrap_interval(num_correct: int, num_total: int, seed: int = 0, num_resamples: int = 1000):
+def bootstrap_interval(num_correct: int, num_total: int, seed: int = 0):
     """
     The 95 % interval of an accuracy by bootstrap over the test images: percentiles of what resamples of them give.
 
@@ -290,8 +292,7 @@ def bootstrap_interval(num_correct: int, num_total: int, seed: int = 0, num_resa
 
     Args:
         num_correct (`int`), num_total (`int`): Correct predictions of how many, at least 1.
-        seed (`int`): Of the resamples.
-        num_resamples (`int`): How many.
+        seed (`int`): Of the `NUM_RESAMPLES` resamples.
 
     Returns:
         `(float, float)`: Low and high, in percent.
@@ -299,6 +300,11 @@ def bootstrap_interval(num_correct: int, num_total: int, seed: int = 0, num_resa
     if num_correct in (0, num_total):
         return accuracy_interval(num_correct, num_total)
     # images drawn with replacement are correct or not independently of each other: a binomial number of them is
-    correct = np.random.default_rng(seed).binomial(num_total, num_correct / num_total, num_resamples)
+    correct = np.random.default_rng(seed).binomial(num_total, num_correct / num_total, NUM_RESAMPLES)
     low, high = np.percentile(100 * correct / num_total, [2.5, 97.5])
     return float(low), float(high)
+
+
+def times_drawn(number: int, seed: int) -> np.ndarray:
+    """How often each of so many images is drawn in `NUM_RESAMPLES` resamples (NUM_RESAMPLES, number) of as many."""
+    return np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), NUM_RESAMPLES)

@@ -24,6 +24,7 @@ from trainers.clips import objects_of
 from trainers.embedding import check_finite, device_of
 from trainers.errors import InputError
 from trainers.mask_sources import MaskSource
+from trainers.precision import probes_in_bf16
 from trainers.transforms import normalize
 
 
@@ -120,7 +121,7 @@ class Propagator:
         device = device_of(self.encoder)
         frame = clip.images.image(index).resize(size[::-1], PILImage.Resampling.BICUBIC)
         pixel_values = normalize(v2.functional.pil_to_tensor(frame).unsqueeze(0).to(device), self.mean, self.std)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=probes_in_bf16(device)):
             features = self.encoder(pixel_values).pooler_output[0]
         check_finite(features, self.label)
         return F.normalize(features.float(), dim=-1)

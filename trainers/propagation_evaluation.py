@@ -21,11 +21,11 @@ from trainers.loading import load_with_statistics
 from trainers.mask_scores import contour_accuracy, region_similarity
 from trainers.mask_sources import IGNORED, MaskSource
 from trainers.pooling import pooled_encoder
+from trainers.probes import times_drawn
 from trainers.propagation import PropagationArguments, Propagator
 from trainers.reports import markdown_table, with_interval
 from trainers.segmentation import PixelPatches
 
-_NUM_RESAMPLES = 1000
 SCORES = ("j", "f", "j_and_f")
 
 
@@ -150,10 +150,8 @@ def summarize_clips(scores: list[np.ndarray], seed: int) -> dict:
         `dict`: `j`, `f` and `j_and_f` in percent, and their `j_interval`, ..., 95 % by bootstrap over the videos.
     """
     totals = np.array([[len(each), *each.sum(axis=0)] for each in scores])
-    shares = np.full(len(scores), 1 / len(scores))
-    times_drawn = np.random.default_rng(seed).multinomial(len(scores), shares, _NUM_RESAMPLES)
     row = {}
-    for drawn, suffix in ((np.ones((1, len(scores))), ""), (times_drawn, "_interval")):
+    for drawn, suffix in ((np.ones((1, len(scores))), ""), (times_drawn(len(scores), seed), "_interval")):
         numbers, *sums = (drawn @ totals).T
         j, f = (100 * each / numbers for each in sums)
         for name, values in zip(SCORES, (j, f, (j + f) / 2), strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from trainers.files import whole_file
+from trainers.files import save_figure
 from trainers.mask_sources import IGNORED, MaskSource
 from trainers.segmentation_maps import palette, save_map
 
@@ -63,8 +63,7 @@ class MaskWriter:
             axes.spines[:].set_visible(False)
         for number, line in enumerate(figure.axes[::_NUM_FRAMES]):
             line.set_ylabel(labels[number % len(labels)].replace(", ", ",\n"), fontsize=8, rotation=0, ha="right")
-        with whole_file(path) as unfinished:
-            figure.savefig(unfinished, dpi=110, format="png")
+        save_figure(figure, path)
 
 
 def overlay(frame: np.ndarray, mask: np.ndarray) -> np.ndarray:

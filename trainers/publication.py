@@ -9,7 +9,6 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import PreTrainedModel
-from yaml import YAMLError
 
 from trainers.cards import card_kind, kept_license, write_card
 from trainers.checkpoint_push import CheckpointPush
@@ -129,10 +128,10 @@ def broken_facts_named(place: Path):
         yield
     except InputError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, TemplateError, YAMLError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, TemplateError) as error:
         raise InputError(
             f"What is recorded in {place} is not as a run writes it ({type(error).__name__}: {first_line(error)}); "
-            "mend its results.json, suites.json or recipe.yaml, or remove them, and the card tells of the model alone."
+            "mend its results.json or suites.json, or remove them, and the card tells of the model alone."
         ) from error
 
 

@@ -19,6 +19,7 @@ from modeling_cjepa.configuration_cjepa import pair
 from trainers.attention_maps import visualize_attention
 from trainers.datasets import seeded
 from trainers.errors import InputError
+from trainers.files import save_figure
 from trainers.level_views import class_colors
 from trainers.mask_figure import visualize_masks
 from trainers.panels import Panel, draw_panels
@@ -125,4 +126,4 @@ def draw_embeddings(model: PreTrainedModel, processor, scenes: list[Scene], path
         axes.set_yticks([])
     dots = [Line2D([], [], color=color, marker="o", linestyle="") for color in colors]
     figure.legend(dots, names, loc="outside right center", frameon=False, fontsize=9)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)

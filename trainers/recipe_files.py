@@ -1,12 +1,15 @@
-"""The keys of a recipe as YAML, to be read again by [`~recipes.read_recipe`]."""
+"""The keys of a recipe as YAML, to be read again by [`~recipes.read_recipe`], and by whoever has a checkpoint."""
 
 from collections.abc import Collection
 from pathlib import Path
 
 import yaml
 
+from trainers.errors import InputError, first_line
 from trainers.files import write_text_atomically
 
+# beside the checkpoints of a run
+RECIPE = "recipe.yaml"
 # what is never written down
 SECRETS = ("hub_token",)
 
@@ -27,6 +30,20 @@ def write_recipe(values: dict, path: Path):
     """Writes the keys that were set as a recipe that repeats the run elsewhere."""
     kept = {name: value for name, value in values.items() if name not in ("output_dir", "resume_from_checkpoint")}
     write_text_atomically(path, recipe_text(kept))
+
+
+def recipe_beside(checkpoint: str | Path) -> dict:
+    """The keys that the run of a checkpoint has set, of the recipe beside it; empty where there is none."""
+    path = Path(checkpoint).parent / RECIPE
+    return read_settings(path, "mend or remove it") if path.is_file() else {}
+
+
+def read_settings(path: Path, advice: str) -> dict:
+    """The keys and values of a file that a run wrote; raises `InputError`, which ends with the advice."""
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}, settings of a run, cannot be read ({first_line(error)}); {advice}.") from error
 
 
 class _PlainDumper(yaml.SafeDumper):

@@ -14,6 +14,8 @@ import matplotlib.figure
 import matplotlib.ticker
 import torch
 
+from trainers.files import save_figure
+
 _PACKAGES = ("cjepa", "torch", "torchvision", "transformers", "accelerate", "datasets")
 # title, log keys (of every level: `rankme` stands for `level1_rankme`, too), logarithmic axis
 _PANELS = (
@@ -128,7 +130,7 @@ def draw_curves(
                 axes.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
         if len(axes.lines) - len(marked_steps) > 1:
             axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def logged_keys(log_history: list[dict], names: tuple[str, ...]) -> list[tuple[str, str]]:

@@ -12,10 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from trainers.bare_steps import BareSteps, chosen_precision, fields_of
+from trainers.bare_steps import BareSteps, fields_of
 from trainers.benchmark import quartiles, shown
 from trainers.errors import InputError
 from trainers.flops import model_flops, wait_for
+from trainers.precision import precision_name
 from trainers.reports import markdown_table
 
 PROCESSES = "processes x2, the same images"
@@ -23,9 +24,7 @@ PROCESSES = "processes x2, the same images"
 _LONGEST = 900
 
 
-def benchmark_scale(
-    size: str = "cifar", batch_size: int = 16, num_rounds: int = 7, precision: str | None = None
-) -> dict:
+def benchmark_scale(size: str = "cifar", batch_size: int = 16, num_rounds: int = 7, precision: str = "auto") -> dict:
     """
     Times steps of C-JEPA before and after the work has grown in one way, in turns.
 
@@ -38,7 +37,7 @@ def benchmark_scale(
         size (`str`): One of [`~bare_steps.SIZES`], from which it grows.
         batch_size (`int`): Images of a step before; an even number.
         num_rounds (`int`): Timed steps of each, after one that is not counted.
-        precision (`"float32"` or `"bf16"`, *optional*): What the device multiplies faster when not given.
+        precision (`"auto"`, `"float32"` or `"bf16"`): `auto` is what the device multiplies faster.
 
     Returns:
         `dict`: `size`, `batch_size`, `device`, `threads`, `precision`; in `growths` by what grows the quartiles of
@@ -55,7 +54,7 @@ def benchmark_scale(
             f"--batch_size {batch_size} must be an even number from 4 up and --rounds {num_rounds} 2 or more."
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = chosen_precision(precision, device)
+    precision = precision_name(precision, device)
     growths = {}
     for name, (changes, factor) in grown_by(fields).items():
         before = Steps(fields, batch_size, precision, device)

@@ -22,9 +22,10 @@ from trainers.datasets import seeded
 from trainers.embedding import device_of
 from trainers.errors import InputError
 from trainers.mask_sources import IGNORED, MaskDataset
+from trainers.precision import probes_in_bf16
+from trainers.probes import times_drawn
 from trainers.transforms import normalize
 
-_NUM_RESAMPLES = 1000
 # Features up to so many bytes, in half precision, are kept in memory; more are computed anew in each epoch.
 _MAX_KEPT = 4 * 2**30
 
@@ -123,7 +124,7 @@ class FrozenMaps:
     @torch.no_grad()
     def _encode(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
         pixel_values = normalize(batch["pixel_values"].to(self.device), *self.statistics)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=probes_in_bf16(self.device)):
             features = self.encoder(pixel_values).pooler_output
         return features.half().float(), batch["masks"].to(self.device).long()
 
@@ -239,10 +240,8 @@ def score_counts(counts: np.ndarray, seed: int = 0) -> dict:
     """
     num_images, total = len(counts), counts.sum(axis=0)
     of_classes = ious(total)
-    shares = np.full(num_images, 1 / num_images)
-    times_drawn = np.random.default_rng(seed).multinomial(num_images, shares, _NUM_RESAMPLES)
-    resampled = (times_drawn @ counts.reshape(num_images, -1)).reshape(-1, *counts.shape[1:])
-    whole, samples = summarize(total), [summarize(sample, of_classes) for sample in resampled]
+    resampled = (times_drawn(num_images, seed) @ counts.reshape(num_images, -1)).reshape(-1, *counts.shape[1:])
+    whole, samples = mean_scores(total), [mean_scores(sample, of_classes) for sample in resampled]
     row = {"iou": [None if math.isnan(iou) else 100 * iou for iou in of_classes]}
     for name, value, values in zip(("miou", "pixel_accuracy"), whole, zip(*samples, strict=True), strict=True):
         row[name] = 100 * value
@@ -275,7 +274,7 @@ def ious(counts: np.ndarray) -> np.ndarray:
         return np.where(true > 0, both / (true + given - both), np.nan)
 
 
-def summarize(counts: np.ndarray, of_absent: np.ndarray | float = math.nan) -> tuple[float, float]:
+def mean_scores(counts: np.ndarray, of_absent: np.ndarray | float = math.nan) -> tuple[float, float]:
     """The mean IoU of classes that pixels have and of others whose IoU (K,) is given; the share of right pixels."""
     both, true, _ = counts
     if true.sum() == 0:

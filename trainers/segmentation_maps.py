@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 from trainers.decoding import read_image
 from trainers.dense_evaluation import Segmenter
 from trainers.errors import InputError
-from trainers.files import whole_file
+from trainers.files import save_figure, whole_file
 from trainers.level_views import class_colors
 from trainers.mask_sources import IGNORED, MaskSource
 
@@ -64,8 +64,7 @@ def draw_segmentation(segmenters: list[Segmenter], test: MaskSource, names: list
     shown = sorted(seen)[:_MAX_LEGEND]
     patches = [Patch(color=colors[value] / 255, label=names[value]) for value in shown]
     figure.legend(handles=patches, loc="outside right upper", fontsize=8, frameon=False)
-    with whole_file(path) as unfinished:
-        figure.savefig(unfinished, dpi=130, format="png")
+    save_figure(figure, path, 130)
 
 
 def check_files(files: Sequence[str | Path]):

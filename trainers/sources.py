@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Image, load_dataset
 from datasets.exceptions import DatasetsError
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from trainers.clevr import is_clevr, load_clevr
 from trainers.datasets import ImageSource, StoredImages
@@ -64,10 +65,11 @@ class DataArguments:
     )
     horizontal_flip: bool = field(default=False, metadata={"help": "mirror half of the crops (I-JEPA does not)"})
     image_mean: list[float] = field(
-        default_factory=lambda: [0.485, 0.456, 0.406], metadata={"help": "mean of the channels, for pixels in [0, 1]"}
+        default_factory=lambda: list(IMAGENET_DEFAULT_MEAN),
+        metadata={"help": "mean of the channels, for pixels in [0, 1]"},
     )
     image_std: list[float] = field(
-        default_factory=lambda: [0.229, 0.224, 0.225], metadata={"help": "standard deviation of the channels"}
+        default_factory=lambda: list(IMAGENET_DEFAULT_STD), metadata={"help": "standard deviation of the channels"}
     )
 
     def __post_init__(self):
@@ -238,26 +240,23 @@ def _table_splits(files: list[str], arguments: DataArguments) -> dict[str, list[
 def source_of(rows, arguments: DataArguments, split: str) -> ImageSource:
     """The images of a stored table of `datasets`, with their labels."""
     name = f"{arguments.dataset} ({split})"
-    image_column = arguments.image_column or find_image_column(rows, name)
-    if image_column not in rows.column_names:
-        raise InputError(f"{name} has no column {image_column!r}, only {', '.join(rows.column_names)}; mend "
-                         "--image_column.")  # fmt: skip
+    image_column = choose_image_column(rows, arguments.image_column, name)
     if len(rows) == 0:
         raise InputError(f"{name} holds no image; mend --dataset or the split.")
     labels, label_names, without_labels = find_labels(rows, arguments.label_column, name)
-    try:
-        images = StoredImages(rows.cast_column(image_column, Image(decode=False)).data.column(image_column))
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        raise InputError(f"Column {image_column!r} of {name} holds no images ({first_line(error)}); mend "
-                         "--image_column.") from error  # fmt: skip
+    images = StoredImages(undecoded(rows, image_column, name).data.column(image_column))
     if labels is None:
         without_labels = without_labels or one_class_folder(images, arguments.dataset, name)
     tables = tuple(file["filename"] for file in rows.cache_files)
     return ImageSource(images, labels, label_names, name, without_labels, tables=tables, table_column=image_column)
 
 
-def find_image_column(rows, name: str) -> str:
-    """The column of images: by its type, or by its name."""
+def choose_image_column(rows, asked: str | None, name: str) -> str:
+    """The column of images: that which is asked for, or else found by its type, or by its name."""
+    if asked in rows.column_names:
+        return asked
+    if asked is not None:
+        raise InputError(f"{name} has no column {asked!r}, only {', '.join(rows.column_names)}; mend --image_column.")
     for column, feature in rows.features.items():
         if isinstance(feature, Image):
             return column
@@ -266,3 +265,12 @@ def find_image_column(rows, name: str) -> str:
             return column
     raise InputError(f"{name} has no column of images among {', '.join(rows.column_names)}; say which with "
                      "--image_column.")  # fmt: skip
+
+
+def undecoded(rows, image_column: str, name: str):
+    """Rows of which the images are files as they are stored; raises `InputError` if the column holds none."""
+    try:
+        return rows.cast_column(image_column, Image(decode=False))
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise InputError(f"Column {image_column!r} of {name} holds no images ({first_line(error)}); mend "
+                         "--image_column.") from error  # fmt: skip

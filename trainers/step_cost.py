@@ -7,11 +7,12 @@ import torch
 
 from modeling_cjepa.losses_cjepa import prediction_loss
 from trainers.allocator import keep_freed_memory
-from trainers.bare_steps import BareSteps, chosen_precision, fields_of
+from trainers.bare_steps import BareSteps, fields_of
 from trainers.benchmark import loop_masks, quartiles, shown, step_rows
 from trainers.dry_step import LiveBytes
 from trainers.errors import InputError
 from trainers.flops import matmul_rate, model_flops, wait_for
+from trainers.precision import precision_name
 from trainers.reference_step import ReferenceStep
 from trainers.reports import markdown_table
 
@@ -36,7 +37,7 @@ def benchmark_step(
     size: str = "cifar",
     batch_size: int = 64,
     num_rounds: int = 9,
-    precision: str | None = None,
+    precision: str = "auto",
     compile_mode: str | None = None,
 ) -> dict:
     """
@@ -50,7 +51,7 @@ def benchmark_step(
         size (`str`): One of [`~bare_steps.SIZES`].
         batch_size (`int`): Masks of a step, and images but where they have two mask sets; an even number.
         num_rounds (`int`): Timed steps of each, after one that is not counted.
-        precision (`"float32"` or `"bf16"`, *optional*): Of all; what the device multiplies faster when not given.
+        precision (`"auto"`, `"float32"` or `"bf16"`): Of all; `auto` is what the device multiplies faster.
         compile_mode (`str`, *optional*): One of [`COMPILE_MODES`], torch.compile's, in which ours and its variants are
             compiled; all rounds then have the same masks. Not compiled when not given.
 
@@ -74,7 +75,7 @@ def benchmark_step(
     if compile_mode not in (None, *COMPILE_MODES):
         raise InputError(f"--compile {compile_mode!r} is not known; choose {', '.join(COMPILE_MODES)}.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = chosen_precision(precision, device)
+    precision = precision_name(precision, device)
     keep_freed_memory()  # of all alike
     race = _Race(fields, batch_size, precision, device, compile_mode)
     difference = race.difference()

@@ -105,11 +105,6 @@ class StopCallback(TrainerCallback):
         else:
             control.should_evaluate = control.should_save = control.should_log = False
 
-    def on_save(self, args, state, control, **kwargs):
-        if self.reason is not None:
-            # else `Trainer` might keep this one alone
-            state.best_model_checkpoint = None
-
 
 def ends_epoch(state) -> bool:
     """Whether a step was the last of an epoch; never where a stream does not tell how long one is."""

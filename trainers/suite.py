@@ -27,13 +27,12 @@ from trainers.flags import closest
 from trainers.linear_sweep import sweep_predict
 from trainers.pooling import level_of
 from trainers.precision import precision_name
-from trainers.probes import bootstrap_interval, knn_predict, linear_predict, share_of_each_class
+from trainers.probes import NUM_RESAMPLES, bootstrap_interval, knn_predict, linear_predict, share_of_each_class
 from trainers.subject import Subject
 from trainers.suite_features import Features, ImageReader
 
 NUM_NEIGHBORS = (20, 200)
 LABEL_SHARES = (0.01, 0.1)
-NUM_RESAMPLES = 1000
 _TOO_FEW = "not run: one train image a class leaves none to choose settings on"
 
 
@@ -196,7 +195,7 @@ def _score(
     num_correct, total = int((found == test_y).sum()), len(test_y)
     return {
         "accuracy": 100 * num_correct / total,
-        "interval": list(bootstrap_interval(num_correct, total, seed, NUM_RESAMPLES)),
+        "interval": list(bootstrap_interval(num_correct, total, seed)),
         "num_labels": num_labels,
         "settings": settings or {},
     }

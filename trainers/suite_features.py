@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
@@ -21,7 +20,7 @@ from modeling_cjepa.levels_sjea import LevelOutput, as_tokens
 from trainers.attentive_probe import EncodedTokens, StoredTokens
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.embedding import RawPixels, check_finite, encode_batches, extract_embeddings
-from trainers.precision import is_bf16
+from trainers.pooling import side_by_side
 from trainers.transforms import eval_transform
 
 
@@ -124,20 +123,13 @@ class ImageReader:
         transform = eval_transform(pair(image_size))
         self.datasets = [ImageDataset(source, transform) for source in sources]
         self.mean, self.std, self.device = mean, std, torch.device(device)
-        self.settings = {
-            "device": self.device,
-            "num_workers": arguments.dataloader_num_workers,
-            "progress": not arguments.disable_tqdm,
-            "bf16": is_bf16(arguments.precision, self.device),
-        }
-        self.batch_size = arguments.eval_batch_size
+        self.settings = arguments.extraction(self.device)
 
     def read_pixels(self, label: str) -> list[Features]:
         """As [`ImageReader.read`], the features of images that are nothing but pixels in [0, 1]."""
         embeddings = [
             extract_embeddings(
-                RawPixels(), dataset, [0.0] * 3, [1.0] * 3, self.batch_size, description=f"{label}: {part} images",
-                **self.settings,
+                RawPixels(), dataset, [0.0] * 3, [1.0] * 3, description=f"{label}: {part} images", **self.settings,
             )[0].to(self.device)
             for dataset, part in zip(self.datasets, ("train", "test"), strict=True)
         ]  # fmt: skip
@@ -173,17 +165,14 @@ class ImageReader:
             tokens = {kind: tuple(part[number][1][kind] for part in parts) for kind in parts[0][number][1]}
             found.append(Features(name, embeddings, tokens, model.num_parameters_up_to(level)))
         if len(levels) > 1:
-            together = tuple(
-                torch.cat([F.normalize(each.embeddings["mean"][part], dim=1) for each in found], dim=1)
-                for part in range(2)
-            )
+            together = tuple(side_by_side([each.embeddings["mean"][part] for each in found]) for part in range(2))
             found.append(Features(f"{label}, all levels", {"mean": together}, num_parameters=found[-1].num_parameters))
         return found
 
     def _num_token_bytes(self, encoder: LevelFeatures) -> int:
         """Those of all images, train and test."""
-        settings = self.settings | {"progress": False, "num_workers": 0}
-        ((outputs, _),) = encode_batches(encoder, Subset(self.datasets[0], [0]), self.mean, self.std, 1, **settings)
+        settings = self.settings | {"progress": False, "num_workers": 0, "batch_size": 1}
+        ((outputs, _),) = encode_batches(encoder, Subset(self.datasets[0], [0]), self.mean, self.std, **settings)
         return 2 * sum(level.tokens.numel() for level in outputs) * sum(map(len, self.datasets))
 
     def _encode(self, encoder: LevelFeatures, dataset: ImageDataset, description: str, is_kept: bool) -> list:
@@ -192,9 +181,7 @@ class ImageReader:
         kept: list = [None] * len(encoder.levels)
         widths: list = [None] * len(encoder.levels)
         start = 0
-        batches = encode_batches(
-            encoder, dataset, self.mean, self.std, self.batch_size, description=description, **self.settings
-        )
+        batches = encode_batches(encoder, dataset, self.mean, self.std, description=description, **self.settings)
         for outputs, _ in batches:
             for number, (vectors, tokens, widths[number]) in enumerate(outputs):
                 for name, vector in vectors.items():
@@ -221,6 +208,6 @@ class ImageReader:
     def _tokens(self, encoder: LevelFeatures, dataset: ImageDataset, ids: torch.Tensor, batch_size: int):
         """Batches of the tokens of the images at some positions, encoded now."""
         images = Subset(dataset, ids.tolist())
-        settings = self.settings | {"progress": False}
-        for (of_level,), _ in encode_batches(encoder, images, self.mean, self.std, batch_size, **settings):
+        settings = self.settings | {"progress": False, "batch_size": batch_size}
+        for (of_level,), _ in encode_batches(encoder, images, self.mean, self.std, **settings):
             yield of_level.tokens

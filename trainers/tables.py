@@ -16,9 +16,9 @@ from PIL import Image as PILImage
 
 from trainers.clevr import is_clevr, load_clevr
 from trainers.datasets import ImageSource, StoredImages
-from trainers.errors import InputError, first_line
+from trainers.errors import InputError
 from trainers.labels import find_label_column
-from trainers.sources import NUM_SCENES, DataArguments, find_image_column, load_splits, scenes_source
+from trainers.sources import NUM_SCENES, DataArguments, choose_image_column, load_splits, scenes_source, undecoded
 
 
 @dataclass
@@ -172,15 +172,8 @@ def _png(image: np.ndarray) -> bytes:
 def _table(rows: Dataset | IterableDataset, arguments: DataArguments, name: str) -> ImageTable:
     if isinstance(rows, IterableDataset) and rows.features is None:
         rows = rows._resolve_features()
-    image_column = arguments.image_column or find_image_column(rows, name)
-    if image_column not in rows.column_names:
-        raise InputError(f"{name} has no column {image_column!r}, only {', '.join(rows.column_names)}; mend "
-                         "--image_column.")  # fmt: skip
+    image_column = choose_image_column(rows, arguments.image_column, name)
     label_column = find_label_column(rows, arguments.label_column, name)
-    try:
-        # the columns of webdataset's streams come in another order at the end of each tar
-        rows = rows.cast_column(image_column, Image(decode=False)).select_columns(list(rows.features))
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        raise InputError(f"Column {image_column!r} of {name} holds no images ({first_line(error)}); mend "
-                         "--image_column.") from error  # fmt: skip
+    # the columns of webdataset's streams come in another order at the end of each tar
+    rows = undecoded(rows, image_column, name).select_columns(list(rows.features))
     return ImageTable(rows, image_column, label_column, name)

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import ProgressCallback
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from trainers.callbacks import ImagesPerSecondBar, WeightDecayCallback, weight_decay
-from trainers.cards import CARD, card_text
+from trainers.cards import card_text
 from trainers.datasets import sample_seed, seeded
 from trainers.doctor_callback import DoctorCallback
 from trainers.exact_accumulation import check_is_whole, rows_of_step
@@ -61,8 +62,8 @@ class JepaTrainer(PositionedTrainer):
         model,
         args: JepaTrainingArguments,
         *,
-        image_mean=(0.485, 0.456, 0.406),
-        image_std=(0.229, 0.224, 0.225),
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
         colors: DeviceColors | None = None,
         **kwargs,
     ):
@@ -235,11 +236,6 @@ class JepaTrainer(PositionedTrainer):
         if self.state.global_step < self.state.max_steps:
             facts["training"]["planned_steps"] = self.state.max_steps
         return card_text(model.config.model_type, facts, self.hub_model_id)
-
-    def create_model_card(self, *args, **kwargs):
-        """Writes the card of the run into `output_dir`, where transformers' draft would be."""
-        if self.is_world_process_zero():
-            Path(self.args.output_dir, CARD).write_text(self.card_text(), encoding="utf-8")
 
     def checkpoints_to_keep(self, output: Path) -> set[str]:
         """While steps are skipped, the checkpoint to go on from if there are too many stays, too."""

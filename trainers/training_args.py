@@ -55,7 +55,13 @@ class PrecisionTrainingArguments(TrainingArguments):
             raise ValueError(f"keep_checkpoints_every={self.keep_checkpoints_every} must be 1 or more steps.")
         if self.max_hours is not None and not self.max_hours > 0:
             raise ValueError(f"max_hours={self.max_hours} must be above 0; leave it out to train without a limit.")
+        if self.fp16:
+            raise ValueError(
+                "fp16 is not supported: its range is too small for what is trained here; --precision bf16 or float32."
+            )
         if self.bf16:
+            if self.precision == "float32":
+                raise ValueError("bf16=True and precision='float32' contradict each other; leave one of them out.")
             self.precision = "bf16"
         self.bf16 = False  # decided below, when the device is known
         super().__post_init__()
@@ -64,6 +70,18 @@ class PrecisionTrainingArguments(TrainingArguments):
         self.bf16 = is_bf16(self.precision, self.device)
         # the field that Trainer hands to Accelerate, which the parent has set before the device was known
         self.mixed_precision = "bf16" if self.bf16 else "no"
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: one; over several `DataParallel` would split a batch, and its statistics."""
+        return min(super().n_gpu, 1)
+
+    def describe_devices(self) -> str:
+        """The processes, their device and its precision, in words, and whether GPUs are left idle."""
+        processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+        visible = super().n_gpu
+        idle = f" (one of {visible} GPUs; torchrun or accelerate launch uses all)" if visible > 1 else ""
+        return f"{processes} on {self.device.type}{idle} in {'bf16' if self.bf16 else 'float32'}"
 
 
 @dataclass
@@ -156,8 +174,6 @@ class JepaTrainingArguments(PrecisionTrainingArguments):
             raise ValueError(
                 "auto_find_batch_size would change the batch statistics; set per_device_train_batch_size."
             )
-        if self.fp16:
-            raise ValueError("fp16 is not supported: moving averages and batch statistics need float32 or bf16.")
         if self.lr_scheduler_type not in ("linear", SchedulerType.LINEAR):
             raise ValueError(
                 f"lr_scheduler_type={self.lr_scheduler_type!r} has no effect: the schedule is set by warmup_steps, "

@@ -53,7 +53,7 @@ def benchmark_training(recipe: Recipe, num_rounds: int = 9) -> dict:
         model = build_model(recipe, args)
         source, _ = load_sources(recipe.data, max(pair(model.config.image_size)), progress=False)
         trainer = build_trainer(recipe, model, args, source)
-        turns = _Turns(_BareSteps(trainer), int(args.logging_steps), num_rounds, args.device)
+        turns = _Turns(_LooplessSteps(trainer), int(args.logging_steps), num_rounds, args.device)
         trainer.pop_callback(PrinterCallback)
         trainer.add_callback(turns)
         trainer.train()
@@ -65,7 +65,7 @@ def benchmark_training(recipe: Recipe, num_rounds: int = 9) -> dict:
     return {"steps": turns.length, "batch_size": batch_size, "device": args.device.type} | found | save
 
 
-class _BareSteps:
+class _LooplessSteps:
     """Steps of a copy of a trainer's model, with nothing beside them."""
 
     def __init__(self, trainer):
@@ -110,7 +110,7 @@ class _Turns(TrainerCallback):
     both alike; of a whole round where steps are queued on a device, so that none waits for it in between.
     """
 
-    def __init__(self, bare: _BareSteps, length: int, num_rounds: int, device: torch.device):
+    def __init__(self, bare: _LooplessSteps, length: int, num_rounds: int, device: torch.device):
         self.bare, self.length, self.rounds = bare, length, iter(shown(num_rounds, "rounds"))
         self.turn = 1 if device.type == "cpu" else length
         # seconds of each round

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_cjepa import CJepaForPreTraining
 from modeling_cjepa.configuration_cjepa import pair
@@ -15,11 +16,11 @@ from trainers.conversion.checks import Check, Converted, Written
 from trainers.conversion.formats import Format, ReadOptions, Source, format_named, function, open_source
 from trainers.conversion.names import ROUNDED_NOTE, rounding_notes
 from trainers.conversion.ours import encoder_of, plain_encoder_only
-from trainers.doctor_runs import newest_model, read_json
+from trainers.doctor_runs import newest_model
 from trainers.errors import InputError, first_line
 from trainers.files import full_disk_named, leftovers, whole_file, write_json
 from trainers.known_facts import CONVERSION, known_facts
-from trainers.loading import check_processor
+from trainers.loading import check_processor, read_json
 from trainers.model_facts import is_classifier
 from trainers.public_facts import public_facts
 from trainers.publishing import whole_folder
@@ -27,7 +28,6 @@ from trainers.transforms import image_processor
 
 _ENCODERS = ("target", "context")
 _FILE_SUFFIXES = (".pth.tar", ".pth", ".pt", ".pt2", ".onnx", ".safetensors", ".bin")
-_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 @dataclass(frozen=True)
@@ -209,5 +209,6 @@ def _tell(written: Written, checks: list[Check], notes: list[str]):
 
 def _default_processor(config):
     colours = config.num_channels == 3
-    mean, std = (_IMAGENET[name] if colours else [0.5] * config.num_channels for name in ("mean", "std"))
+    usual = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if colours else ([0.5] * config.num_channels,) * 2
+    mean, std = map(list, usual)
     return image_processor(pair(config.image_size), mean, std)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModel, IJepaConfig, IJepaModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN
 
 from modeling_cjepa import CJepaModel
 from trainers.conversion.checks import Check, Converted, Written, compare, in_float64, random_images
@@ -15,7 +16,6 @@ from trainers.errors import InputError
 from trainers.loading import load_processor
 
 # what the authors' code normalises by
-_IMAGENET_MEAN = [0.485, 0.456, 0.406]
 
 
 def read_ijepa(source: Source, options: ReadOptions) -> Converted:
@@ -48,10 +48,10 @@ def read_ijepa(source: Source, options: ReadOptions) -> Converted:
             "The weights on the Hub are those of the context encoder; the authors' checkpoint has the target encoder."
         )
     processor = load_processor(source.name)
-    if processor is not None and list(processor.image_mean) != _IMAGENET_MEAN:
+    if processor is not None and list(processor.image_mean) != IMAGENET_DEFAULT_MEAN:
         notes.append(
             f"Its image processor is taken over with mean {list(processor.image_mean)}; the authors' code has "
-            f"{_IMAGENET_MEAN}."
+            f"{IMAGENET_DEFAULT_MEAN}."
         )
     return Converted(model, notes, _check(model, original), processor)
 
