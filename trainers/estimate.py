@@ -14,6 +14,7 @@ from trainers.dry_step import DryStep
 from trainers.errors import InputError
 from trainers.flops import matmul_rate
 from trainers.model_facts import parameters_by_part
+from trainers.precision import precision_name
 from trainers.pretraining import (
     can_checkpoint,
     check_training,
@@ -76,7 +77,7 @@ def estimate(recipe: Recipe) -> dict:
     # there are no statistics of one image, where another process may have a second
     step, batch_size = _dry_step(recipe, model, args), max(args.train_batch_size, 2)
     found = _memory(step, batch_size, args) | _disk(step, args, known)
-    precision, device = "bf16" if args.bf16 else "float32", args.device
+    precision, device = precision_name(args.precision, args.device), args.device
     flops, rate, mfu = step.flops(batch_size), matmul_rate(device, precision), ASSUMED_MFU[device.type, precision]
     speed = args.world_size * mfu * rate / flops
     steps = _num_steps(args, known)

@@ -13,6 +13,7 @@ from trainers.files import write_json
 from trainers.finetune_args import FinetuneTrainingArguments, Finetuning
 from trainers.finetune_data import Splits
 from trainers.model_facts import classifier_facts
+from trainers.precision import precision_name
 from trainers.probes import accuracy_interval, top_accuracies
 from trainers.public_facts import shown_name
 from trainers.publishing import save_model, whole_folder
@@ -118,7 +119,7 @@ def run_facts(run: Finetuning, trainer: Trainer, model, num_trained: int, splits
             **{name: getattr(settings, name) for name in ("layer_decay", "drop_path_rate", "mixup", "cutmix")},
             "seconds": round(seconds, 1),
             "processes": args.world_size,
-            "precision": "bf16" if args.bf16 else "float32",
+            "precision": precision_name(args.precision, args.device),
             **best_checkpoint(args, state),
             **energy_facts(Path(args.output_dir)),
         },

@@ -18,6 +18,7 @@ from trainers.files import write_json
 from trainers.log_facts import log_facts
 from trainers.model_facts import model_facts
 from trainers.nonfinite import NONFINITE, num_skipped
+from trainers.precision import precision_name
 from trainers.public_facts import shown_name
 from trainers.publishing import save_model, whole_folder
 from trainers.recipes import Recipe
@@ -80,7 +81,7 @@ def run_facts(recipe: Recipe, trainer: JepaTrainer, model, seconds: float = 0.0)
         "images_seen": trainer.clock.samples_seen(state.global_step),
         "seconds": seconds,
         "processes": args.world_size,
-        "precision": "bf16" if args.bf16 else "float32",
+        "precision": precision_name(args.precision, args.device),
         "schedule": args.schedule_facts(),
         **energy_facts(Path(args.output_dir)),
         **log_facts(state.log_history),

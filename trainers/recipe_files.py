@@ -42,7 +42,7 @@ def read_settings(path: Path, advice: str) -> dict:
     """The keys and values of a file that a run wrote; raises `InputError`, which ends with the advice."""
     try:
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+    except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
         raise InputError(f"{path}, settings of a run, cannot be read ({first_line(error)}); {advice}.") from error
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from trainers.precision import check_precision, is_bf16
+from trainers.precision import check_precision, is_bf16, precision_name
 
 
 @dataclass
@@ -81,7 +81,7 @@ class PrecisionTrainingArguments(TrainingArguments):
         processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
         visible = super().n_gpu
         idle = f" (one of {visible} GPUs; torchrun or accelerate launch uses all)" if visible > 1 else ""
-        return f"{processes} on {self.device.type}{idle} in {'bf16' if self.bf16 else 'float32'}"
+        return f"{processes} on {self.device.type}{idle} in {precision_name(self.precision, self.device)}"
 
 
 @dataclass
