@@ -30,6 +30,7 @@ from trainers.optimizer_files import (  # noqa: E402
     optimizer_state,
     save_optimizer,
 )
+from trainers.processes import end_processes  # noqa: E402
 
 TRAINING = {
     "max_steps": 4, "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1,
@@ -190,5 +191,4 @@ if __name__ == "__main__":
         dist.init_process_group("gloo")
         assert dist.get_world_size() == 2
     TASKS[sys.argv[1]](sys.argv[2])
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    end_processes()

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from modeling_cjepa import CJepaModel  # noqa: E402
 from trainers.feature_encoder import FeatureArguments  # noqa: E402
 from trainers.features import write_features  # noqa: E402
+from trainers.processes import end_processes  # noqa: E402
 from trainers.sources import DataArguments  # noqa: E402
 
 
@@ -34,3 +35,4 @@ def main(model: str, dataset: str, output: str, runs: str, num_processes: str, d
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_processes()

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from training_worker import build_trainer
 from transformers import TrainerCallback
 
+from trainers.processes import end_processes
+
 
 class Undo(TrainerCallback):
     """Puts back the model and the optimizer as they were before a step, however the step came out."""
@@ -85,3 +87,4 @@ def main(output: str, runs: str):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_processes()

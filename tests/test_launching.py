@@ -27,6 +27,15 @@ EXPECTED = {
     "cpu_two_processes": (DistributedType.MULTI_GPU, 2, 1, "no"),
 }
 ARGUMENTS = ["cjepa_scenes", *FLAGS, "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1"]
+# Gloo's threads must have ended with the command: one left to the interpreter's end may abort the process
+THREADS_AT_END = """
+import sys
+from pathlib import Path
+from trainers.cli import main
+assert main(sys.argv[1:]) == 0
+names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+assert not any("gloo" in name for name in names), names
+"""
 FAKE_SRUN = """#!/bin/bash
 for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & jobs+=" $!"; done
 for job in $jobs; do wait $job || exit 1; done
@@ -94,6 +103,13 @@ def launched(tmp_path_factory) -> tuple[Path, str]:
 
 def test_two_processes_start_on_a_cpu(launched):
     assert_trained(*launched)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc")
+def test_no_thread_of_several_processes_outlives_the_command(tmp_path):
+    (tmp_path / "command.py").write_text(THREADS_AT_END)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run([*launch, tmp_path / "command.py", "pretrain", *ARGUMENTS, "--output_dir", tmp_path / "run"])
 
 
 def fake_slurm(folder: Path, srun: str) -> dict[str, str]:

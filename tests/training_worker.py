@@ -19,6 +19,7 @@ from transformers import TrainerCallback  # noqa: E402
 from transformers.trainer_utils import set_seed  # noqa: E402
 
 from trainers.objectives import OBJECTIVES  # noqa: E402
+from trainers.processes import end_processes  # noqa: E402
 from trainers.sources import load_sources  # noqa: E402
 from trainers.stream_sources import load_stream  # noqa: E402
 from trainers.trainer import JepaTrainer  # noqa: E402
@@ -108,3 +109,4 @@ def main(output: str, runs: str):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_processes()

@@ -1,6 +1,7 @@
 """The `cjepa` command; the other `cli_*.py` have those on saved models."""
 
 import argparse
+import os
 import sys
 
 from transformers.utils import logging
@@ -34,7 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
     # one bar says how far a command is; those of single files would break it up
     logging.disable_progress_bar()
     try:
-        return namespace.run(namespace) or 0
+        status = namespace.run(namespace) or 0
+        if "WORLD_SIZE" in os.environ:
+            from trainers.processes import end_processes
+
+            end_processes()
+        return status
     except InputError as error:
         return fail(plain_message(error))
     except KeyboardInterrupt:

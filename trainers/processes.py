@@ -1,5 +1,8 @@
 """What the processes of a run agree on."""
 
+import gc
+
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
@@ -24,3 +27,15 @@ def in_main_process(function, *args):
     if outcome[1] is not None:
         raise InputError(outcome[1])
     return outcome[0]
+
+
+def end_processes():
+    """
+    Ends what several processes talk through, if there is any, while the interpreter still lives.
+
+    A thread of Gloo's that lets go of its last tensor after that aborts the process, and its launcher says that the
+    training failed (PyTorch's issue 190489).
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()  # the threads end with the groups, which trainers refer to in circles
