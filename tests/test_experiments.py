@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import FLAGS, RESNET
 
 from trainers.cli import main
-from trainers.errors import InputError
+from trainers.errors import InputError, Stopped
 from trainers.experiment_evaluation import _places
 from trainers.experiment_file import read_experiment
 from trainers.experiment_plan import choose_runs
@@ -74,6 +74,33 @@ def test_the_figures_are_those_of_cjepa_evaluate(done, tmp_path):
         assert found["baselines"][0][name] == own[1][name]
     pixels = json.loads((folder / "runs/raw_pixels.json").read_text())["row"]
     assert (pixels["knn"], pixels["linear"]) == (own[2]["knn"], own[2]["linear"])
+
+
+def test_each_checkpoint_and_encoder_is_evaluated_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainers.experiment_runs.remove_checkpoints", lambda folder: None)
+    given = written(tmp_path, num_checkpoints=2, context_encoder=True, methods={"c-jepa": {}}, seeds=[1])
+    experiment = read_experiment(given)
+    (run,) = experiment.runs()
+    call = Call(given, {}, str(tmp_path / "runs"), "cjepa experiment small")
+    carry_out_run(experiment, run, call)
+    found = json.loads((call.folder(run) / "evaluation.json").read_text())
+    flags = ["--seed", "1", "--precision", "float32", "--disable_tqdm", "--context_encoder"]
+    for place, point in zip(("checkpoint-2", "final"), found["points"], strict=True):
+        own = tmp_path / f"{place}.json"
+        assert main(["evaluate", str(call.folder(run) / place), "--output", str(own), *flags]) == 0
+        rows = json.loads(own.read_text())["rows"]
+        for row, expected in zip(point["rows"], rows, strict=False):
+            assert {name: row[name] for name in ("knn", "linear", "rankme", "feature_std")} == {
+                name: expected[name] for name in ("knn", "linear", "rankme", "feature_std")
+            }
+    ranks = [row["rankme"] for point in found["points"] for row in point["rows"]]
+    assert len(set(ranks)) == 3  # after two steps, after four, and of the context encoder
+    assert [point["images_seen"] for point in found["points"]] == [2 * 16, 4 * 16]
+
+
+def test_checkpoints_of_runs_that_are_done_are_removed(done):
+    folder, _ = done
+    assert len(list(folder.glob("runs/*/*/final"))) == 4 and not list(folder.glob("runs/*/*/checkpoint-*"))
 
 
 def test_results_are_written_beside_those_of_others(done):
@@ -249,8 +276,10 @@ def test_a_signal_to_stop_is_meant_for_all_runs(tmp_path, monkeypatch, status, e
     call = Call(given, {}, str(tmp_path / "runs"), "cjepa experiment small")
     told = f"i-jepa, seed 1, ended with status {status}"
     if ends_all:
-        with pytest.raises(InputError, match=f"{told}.*what is done is kept"):
+        with pytest.raises(Stopped, match=f"{told}.*what is done is kept"):
             carry_out(experiment, experiment.runs(), call)
+        begun.clear()
+        assert main(["experiment", given, "--output", call.output]) == 130
         assert len(begun) == 2
     else:
         (failure,) = carry_out(experiment, experiment.runs(), call)

@@ -22,7 +22,7 @@ from trainers.flags import GOES_ON_FROM_CHECKPOINT, closest
 
 def main(arguments: list[str] | None = None) -> int:
     """
-    Runs a command; a user's mistake ends it with one sentence and exit status 2.
+    Runs a command; a user's mistake ends it with one sentence and exit status 2, a stop of an experiment with 130.
 
     Args:
         arguments (`list[str]`, *optional*): The command line; that of the process when not given.
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             end_processes()
         return status
     except InputError as error:
-        return fail(plain_message(error))
+        return fail(plain_message(error), error.status)
     except KeyboardInterrupt:
         return fail(f"interrupted; {namespace.after_interruption}.", 130)
 

@@ -8,7 +8,7 @@ from trainers.datasets import ImageDataset, ImageSource
 from trainers.diagnostics import lidar
 from trainers.embedding import device_of, extract_embeddings
 from trainers.evaluation import EvaluationArguments
-from trainers.pooling import EveryLevel, OneLevel, side_by_side
+from trainers.pooling import EveryLevel, OneLevel
 from trainers.subsets import choose_images
 from trainers.transforms import train_transform
 
@@ -31,7 +31,10 @@ def lidar_of_levels(
     model: PreTrainedModel, source: ImageSource, image_size: tuple[int, int], mean, std, arguments: EvaluationArguments
 ) -> list[float]:
     """
-    LiDAR of each level of a model, and of all together where there are several.
+    LiDAR of each level of a model.
+
+    Levels side by side have length 1 each, and so most of their directions less variance within images than the
+    10^-4 that LiDAR's paper adds to it: LiDAR would be that of the constant.
 
     Args:
         model (`PreTrainedModel`): Gives embeddings of a level, such as [`CJepaModel`].
@@ -41,8 +44,7 @@ def lidar_of_levels(
         arguments ([`EvaluationArguments`]): Batch size, workers, precision, progress.
 
     Returns:
-        `list[float]`: In the order of [`~evaluation.evaluate_levels`]; side by side, levels have length 1 each.
-            NaN of a single image.
+        `list[float]`: In the order of the levels; NaN of a single image.
     """
     crops = _Crops(choose_images(source, NUM_IMAGES), train_transform(image_size, _CROP_SCALE, horizontal_flip=True))
     is_stack = model.config.num_levels > 1
@@ -50,9 +52,6 @@ def lidar_of_levels(
     embeddings, _ = extract_embeddings(
         encoder, crops, mean, std, description="LiDAR: crops", **arguments.extraction(device_of(model))
     )
-    parts = [embeddings]
-    if is_stack:
-        parts = encoder.split(embeddings)
-        parts.append(side_by_side(parts))
+    parts = encoder.split(embeddings) if is_stack else [embeddings]
     views = [part.unflatten(0, (-1, NUM_CROPS)) for part in parts]
     return [lidar(each) if len(each) > 1 else math.nan for each in views]

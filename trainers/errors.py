@@ -4,7 +4,20 @@ _LONGEST_QUOTE = 300
 
 
 class InputError(ValueError):
-    """A mistake of the user's: said in one sentence, without a traceback."""
+    """
+    A mistake of the user's: said in one sentence, without a traceback.
+
+    Attributes:
+        status (`int`): The exit status of a command that it ends.
+    """
+
+    status = 2
+
+
+class Stopped(InputError):
+    """What was begun was stopped by a signal or a limit of time, and the same command goes on with it."""
+
+    status = 130
 
 
 def plain_message(error: InputError) -> str:

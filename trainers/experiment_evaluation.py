@@ -154,7 +154,8 @@ def _of_levels(experiment: Experiment, encoder: PreTrainedModel, images: Images,
     if with_lidar:
         *_, mean, std, arguments = images.settings
         found = lidar_of_levels(encoder, images.sources[1], images.image_size, mean, std, arguments)
-        rows = [row | {"lidar": value} for row, value in zip(rows, found, strict=True)]
+        for row, value in zip(rows, found, strict=False):  # none of all levels side by side
+            row["lidar"] = value
     num_levels = max(len(rows) - 1, 1)
     names = [f"level {number}" for number in range(num_levels)] + ["all levels"]
     rows = [row | {"encoder": name} for row, name in zip(rows, names, strict=False)]

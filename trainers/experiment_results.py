@@ -207,7 +207,8 @@ def format_rows(experiment: Experiment, rows: list[dict]) -> str:
         "",
         f"{experiment.dataset}; `{commands}`; {machines}; commit {commits}. In brackets 95 % "
         "intervals: of the mean over seeds, or over test images where there is one seed. RankMe and std are of test "
-        f"images, LiDAR is of {NUM_CROPS} crops each of up to {NUM_IMAGES:,}; levels side by side have length 1.",
+        f"images, LiDAR is of {NUM_CROPS} crops each of up to {NUM_IMAGES:,}; levels side by side have length 1, and "
+        "no LiDAR.",
         "",
         *markdown_table(cells),
         "",

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from transformers.utils import logging
 
 from trainers.checkpoint_files import LAST, present_checkpoints
 from trainers.checkpoints import WITHOUT_EFFECT
-from trainers.errors import InputError, plain_message
+from trainers.errors import InputError, Stopped, plain_message
 from trainers.evaluation import EvaluationArguments
 from trainers.experiment_evaluation import check_images, evaluate_run
 from trainers.experiment_file import read_experiment
@@ -45,12 +46,8 @@ _WITHOUT_EFFECT = (WITHOUT_EFFECT - type_hints(EvaluationArguments).keys()) | {
 # at which shares of a run it is saved where it is evaluated at its end alone
 _SAVED = 0.2
 # the exit status after Ctrl-C, and of a run that a signal or `max_hours` has stopped
-_INTERRUPTED = 130
+_INTERRUPTED = Stopped.status
 _STOPPED = (_INTERRUPTED, -signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR1, -signal.SIGHUP)
-
-
-class _Stopped(InputError):
-    """A run has ended before its end, with a checkpoint."""
 
 
 @dataclass
@@ -89,8 +86,9 @@ def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int
         `list[str]`: A sentence for each run that failed, such as one that diverged; the others are carried out.
 
     Raises:
-        InputError: The first run of all failed at its first try, or one was stopped by a signal or `max_hours`, and
-            no other is begun; or a folder holds a run with other settings. What is done is kept.
+        InputError: The first run of all failed at its first try, and no other is begun; or a folder holds a run with
+            other settings. What is done is kept.
+        Stopped: One was stopped by a signal or `max_hours`, and no other is begun.
     """
     for run in experiment.runs():
         check_settings(experiment, run, call.folder(run))
@@ -106,11 +104,12 @@ def carry_out(experiment: Experiment, runs: list[Run], call: Call, num_jobs: int
             tried = (is_done(call.folder(run)) or (call.folder(run) / FAILURE).is_file() for run in experiment.runs())
             first = missing[:1] if not any(tried) else []
             carry_out_one = partial(_carry_out_elsewhere, call, num_jobs, processes, first)
-            for status, sentence in pool.map(carry_out_one, missing, settings):
+            for run, (status, sentence) in zip(missing, pool.map(carry_out_one, missing, settings), strict=True):
                 bar.update(status == 0)
                 failures += [sentence] if status else []
                 if status and processes.stopped.is_set():
-                    raise InputError(f"{'; '.join(failures)}; what is done is kept, and the same command goes on.")
+                    error = InputError if run in first and status not in _STOPPED else Stopped
+                    raise error(f"{'; '.join(failures)}; what is done is kept, and the same command goes on.")
         finally:
             processes.stopped.set()  # those that wait do not begin
     return failures
@@ -190,11 +189,14 @@ def carry_out_run(experiment: Experiment, run: Run, call: Call):
     """
     Trains a run to its end, from its last checkpoint where there is one, evaluates it, and writes what was found.
 
+    Its checkpoints are removed then; the model is in `final`.
+
     Args:
         experiment ([`Experiment`]), run ([`Run`]), call ([`Call`]): Which run, and how.
 
     Raises:
-        InputError: It cannot be trained or was stopped by a signal.
+        InputError: It cannot be trained.
+        Stopped: It was stopped by a signal or `max_hours`.
     """
     folder, settings = call.folder(run), settings_text(experiment, run)
     final = folder / "final"
@@ -208,7 +210,7 @@ def carry_out_run(experiment: Experiment, run: Run, call: Call):
         recipe.command = shlex.split(call.command)[1:]
         trained = pretrain(recipe) if run.rival is None else train_rival(run.rival, recipe)
         if trained is None:
-            raise _Stopped(f"{run.method}, seed {run.seed}, was stopped; repeat the command to go on.")
+            raise Stopped(f"{run.method}, seed {run.seed}, was stopped; repeat the command to go on.")
     facts = public_facts(json.loads((final / "results.json").read_text(encoding="utf-8")))
     told = {name: facts[name] for name in ("settings", "training", "machine", "software", "data")}
     told["diagnosis"] = facts.get("diagnosis", {}).get("state")
@@ -216,6 +218,13 @@ def carry_out_run(experiment: Experiment, run: Run, call: Call):
     found = evaluate_run(experiment, run.read(Path(call.output)), folder, facts["training"], load)
     own = {"method": run.method, "seed": run.seed, "swept": run.swept, "asked": digest_of(run, settings)}
     write_json(folder / EVALUATION, own | public_facts(told | found))
+    remove_checkpoints(folder)
+
+
+def remove_checkpoints(folder: Path):
+    """Removes those of a run that is trained and evaluated: of many runs they fill a disk."""
+    for checkpoint in present_checkpoints(folder):
+        shutil.rmtree(checkpoint)
 
 
 def main(told: str) -> int:
@@ -238,7 +247,7 @@ def main(told: str) -> int:
         if settings_text(experiment, run) != settings:
             raise InputError(f"{call.experiment} was changed while it was carried out; repeat the command.")
         carry_out_run(experiment, run, call)
-    except _Stopped as error:
+    except Stopped as error:
         print(f"\ncjepa: {error}", file=sys.stderr)
         return _INTERRUPTED
     except InputError as error:

@@ -7,10 +7,12 @@
 #
 #   RUNS=runs/try RESULTS=runs/try sh scripts/experiments/gpu.sh --dataset my/cifar10 --seeds 42 --max_steps 2 \
 #     --num_train_images 64 --num_eval_images 64 --per_device_train_batch_size 8 --dataloader_num_workers 0
-# One that fails does not keep the others from being run; the exit status is that of the last that failed.
+# One that fails does not keep the others from being run; the exit status is that of the last that failed. A stop (Ctrl-C, SIGTERM,
+# SIGUSR1, --max_hours) ends all, with status 130, and the same command goes on.
 status=0
 for name in gpu_cifar10 gpu_ablation gpu_sjea gpu_collapse; do
   cjepa experiment "$name" --output "${RUNS:-runs/experiments}/$name" --results "${RESULTS:-docs/results}" "$@" ||
     status=$?
+  [ "$status" -eq 130 ] && break
 done
 exit $status
