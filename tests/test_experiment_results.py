@@ -11,6 +11,7 @@ from PIL import Image
 
 from trainers.cli import main
 from trainers.errors import InputError
+from trainers.experiment_differences import differences, format_differences
 from trainers.experiment_figures import _bars, _curves, _maps, draw_experiment
 from trainers.experiment_file import read_experiment
 from trainers.experiment_report import report
@@ -93,6 +94,37 @@ def test_minutes_of_unlike_machines_are_told_apart(tmp_path):
     assert axes.get_xlabel().startswith("images") and list(axes.lines[0].get_xdata()) == [0, 100]
 
 
+def test_differences_are_of_the_same_seed(tmp_path):
+    experiment = read_experiment(written(tmp_path, seeds=[1, 2, 3]))
+    # the means' intervals overlap, and yet the second method is better in each run
+    found = [a_run("c-jepa", 1, 40.0), a_run("i-jepa", 1, 41.0), a_run("c-jepa", 2, 60.0), a_run("i-jepa", 2, 63.0)]
+    (knn, linear) = differences(experiment, found)
+    assert knn == {
+        "method": "i-jepa", "less": "c-jepa", "metric": "knn", "value": 2.0, "seeds": [1, 2],
+        "ci95": pytest.approx([2 - 12.706, 2 + 12.706], abs=1e-3),
+    }  # fmt: skip
+    assert (linear["metric"], linear["value"], linear["ci95"]) == ("linear", 0.0, [0.0, 0.0])
+    assert "| i-jepa | 2.0 (-10.7 to 14.7) | 0.0 (0.0 to 0.0) | 1, 2  |" in format_differences([knn, linear])
+    assert "Less `c-jepa` of the same seed" in format_differences([knn, linear])
+    # a seed that one of them lacks counts for nothing, and one seed has no interval
+    assert differences(experiment, [*found, a_run("i-jepa", 3, 0.0)]) == [knn, linear]
+    assert differences(experiment, found[:2]) == differences(experiment, found[1:2]) == []
+    assert format_differences([]) == ""
+
+
+def test_levels_and_encoders_have_differences_of_their_own(tmp_path):
+    experiment, found = read_experiment(written(tmp_path)), []
+    for seed in (1, 2):
+        found += [a_run("c-jepa", seed, 40.0), a_run("i-jepa", seed, 50.0)]
+        for run in found[-2:]:
+            (point,) = run["points"]
+            point["rows"].append(point["rows"][0] | {"encoder": "context encoder", "knn": 45.0})
+    values = {row["method"]: row["value"] for row in differences(experiment, found) if row["metric"] == "knn"}
+    assert values == {"c-jepa, context encoder": 5.0, "i-jepa": 10.0, "i-jepa, context encoder": 5.0}
+    sweep = read_experiment(written(tmp_path, sweep={"learning_rate": [0.1, 0.2]}))
+    assert differences(sweep, found) == []
+
+
 def test_skipped_steps_are_told(tmp_path):
     experiment = read_experiment(written(tmp_path))
     found = [a_run("c-jepa", 1, 40.0), a_run("i-jepa", 1, 30.0)]
@@ -111,7 +143,7 @@ def test_results_of_runs_that_are_elsewhere_are_kept(tmp_path):
         [{"method": last.method, "seed": last.seed, "asked": asked[last.method, last.seed], "why": "It diverged."}],
         {"knn": 31.0},
     )
-    write_results(tmp_path, experiment, [], "the table", there)
+    write_results(tmp_path, experiment, [], [], "the table", there)
     here = tmp_path / "runs"
     assert find(experiment, here, tmp_path) == there and find(experiment, here) == Found()
 
@@ -138,7 +170,7 @@ def test_figures_on_other_test_images_are_not_lost(tmp_path):
     given = written(tmp_path, baselines=False)
     experiment, here = read_experiment(given), tmp_path / "runs"
     earlier = [a_run(*place, 40.0, asked=digest) for place, digest in digests(experiment).items()]
-    write_results(tmp_path, experiment, [], "the table", Found(earlier))
+    write_results(tmp_path, experiment, [], [], "the table", Found(earlier))
     before = {path.name: path.read_text() for path in tmp_path.glob("*.json")}
     first = experiment.runs()[0]
     (here / first.place).mkdir(parents=True)
@@ -155,7 +187,7 @@ def test_figures_of_other_settings_are_named_before_new_ones_replace_them(tmp_pa
     given = written(tmp_path)
     experiment = read_experiment(given)
     runs = [a_run(*place, 40.0, asked=digest) for place, digest in digests(experiment).items()]
-    write_results(tmp_path, experiment, [], "the table", Found(runs))
+    write_results(tmp_path, experiment, [], [], "the table", Found(runs))
     monkeypatch.setattr("trainers.experiment_runs.carry_out", lambda *_: [])
     arguments = ["experiment", given, "--output", str(tmp_path / "runs"), "--results", str(tmp_path)]
     assert main(arguments) == 0 and capsys.readouterr().err == ""
@@ -170,7 +202,7 @@ def test_a_broken_summary_is_not_replaced(tmp_path, text, words):
     experiment = read_experiment(written(tmp_path))
     (tmp_path / "summary.json").write_text(text)
     with pytest.raises(InputError, match=words):
-        write_results(tmp_path, experiment, [], "", Found())
+        write_results(tmp_path, experiment, [], [], "", Found())
     assert (tmp_path / "summary.json").read_text() == text
 
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from trainers.experiment_differences import differences, format_differences
 from trainers.experiment_evaluation import evaluate_pixels, saved_image_size
 from trainers.experiment_figures import draw_experiment
 from trainers.experiment_plan import Experiment
@@ -37,18 +38,19 @@ def report(experiment: Experiment, call: Call, results: Path | None = None, is_w
         return found.format_failures()
     if experiment.baselines:
         found.pixels = _pixels(experiment, call, is_whole) or found.pixels
-    rows = summarise(experiment, found, call.command)
-    table = "\n".join(filter(None, (format_rows(experiment, rows), found.format_failures())))
-    _write(output, experiment, rows, table, found)
+    rows, less_first = summarise(experiment, found, call.command), differences(experiment, found.runs)
+    parts = format_rows(experiment, rows), format_differences(less_first), found.format_failures()
+    table = "\n".join(filter(None, parts))
+    _write(output, experiment, rows, less_first, table, found)
     if results:
         refuse_other_images(experiment, found, results)
-        _write(results, experiment, rows, table, found)
+        _write(results, experiment, rows, less_first, table, found)
     return table
 
 
-def _write(folder: Path, experiment: Experiment, rows: list[dict], table: str, found: Found):
+def _write(folder: Path, experiment: Experiment, rows: list[dict], less_first: list[dict], table: str, found: Found):
     """Figures, table and picture into a folder."""
-    write_results(folder, experiment, rows, table, found)
+    write_results(folder, experiment, rows, less_first, table, found)
     draw_experiment(experiment, found.runs, rows, folder / f"{experiment.name}.png")
 
 

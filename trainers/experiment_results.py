@@ -49,7 +49,7 @@ def summarise(experiment: Experiment, found: Found, command: str) -> list[dict]:
     for name, runs in by_method(found.runs).items():
         shared = {"experiment": experiment.label, "method": name, "dataset": experiment.dataset}
         facts = _facts(experiment, runs, command)
-        for label, of_seeds in _ends(name, runs).items():
+        for label, of_seeds in ends_of(name, runs).items():
             rows += _metric_rows(shared | {"method": label}, of_seeds, facts)
         if any_skipped:
             rows.append(_skipped(shared, runs, facts))
@@ -87,7 +87,7 @@ def _facts(experiment: Experiment, runs: list[dict], command: str) -> dict:
     }
 
 
-def _ends(name: str, runs: list[dict]) -> dict[str, list[dict]]:
+def ends_of(name: str, runs: list[dict]) -> dict[str, list[dict]]:
     """By what they are called, the rows of a method's encoders at the end of training, one a seed."""
     ends: dict[str, list[dict]] = {}
     for run in runs:

@@ -112,7 +112,9 @@ def _read(file: Path):
         raise InputError(f"{file} is broken ({first_line(error)}); remove it, and repeat the command.") from error
 
 
-def write_results(folder: Path, experiment: Experiment, rows: list[dict], table: str, found: Found):
+def write_results(
+    folder: Path, experiment: Experiment, rows: list[dict], differences: list[dict], table: str, found: Found
+):
     """
     Writes `NAME.json` and `NAME.md`, and puts the rows into `summary.json`, by experiment, in place of its
     earlier ones.
@@ -121,6 +123,7 @@ def write_results(folder: Path, experiment: Experiment, rows: list[dict], table:
         folder (`Path`): Where to; made if there is none.
         experiment ([`Experiment`]): Whose.
         rows (`list[dict]`): Of [`~experiment_results.summarise`].
+        differences (`list[dict]`): Of [`~experiment_differences.differences`].
         table (`str`): What `NAME.md` holds.
         found ([`Found`]): Of [`find`].
 
@@ -132,6 +135,7 @@ def write_results(folder: Path, experiment: Experiment, rows: list[dict], table:
         others = [row for row in _read(summary) or [] if row["experiment"] != experiment.label]
     except (TypeError, KeyError) as error:
         raise InputError(f"{summary} is no list of rows ({first_line(error)}); mend or remove it.") from error
-    write_json(folder / f"{experiment.name}.json", {"title": experiment.title, "rows": rows} | asdict(found))
+    told = {"title": experiment.title, "rows": rows, "differences": differences}
+    write_json(folder / f"{experiment.name}.json", told | asdict(found))
     write_text_atomically(folder / f"{experiment.name}.md", table)
     write_json(summary, sorted(others + rows, key=lambda row: row["experiment"]))

@@ -3,7 +3,10 @@
 #
 #   sh scripts/experiments/gpu.sh --dataset my/cifar10
 #
-# A try on a CPU, which takes about twenty minutes and leaves the results alone:
+# `cjepa` must be found (`PATH=.venv/bin:$PATH`). 192 runs; their models take some 15 GB of disk, computed, not seen. Hours are not known yet:
+# gpu_cifar10 is meant for half an hour of one H200 a run.
+#
+# A try on a CPU, which leaves the results alone (27 minutes on two cores beside other work, commit 6bb4a01635):
 #
 #   RUNS=runs/try RESULTS=runs/try sh scripts/experiments/gpu.sh --dataset my/cifar10 --seeds 42 --max_steps 2 \
 #     --num_train_images 64 --num_eval_images 64 --per_device_train_batch_size 8 --dataloader_num_workers 0
