@@ -4,7 +4,7 @@ import statistics
 
 from trainers.experiment_file import ACCURACIES
 from trainers.experiment_plan import Experiment
-from trainers.experiment_results import by_method, ends_of
+from trainers.experiment_results import by_method, ends_of, format_cell
 from trainers.probes import mean_interval
 from trainers.reports import markdown_table
 
@@ -52,8 +52,7 @@ def format_differences(rows: list[dict]) -> str:
     cells = [["method", "kNN", "linear", "seeds"]]
     for method in dict.fromkeys(row["method"] for row in rows):
         told = [of[method, metric] for metric in ACCURACIES]
-        ends = ["{:.1f} ({:.1f} to {:.1f})".format(row["value"], *row["ci95"]) for row in told]
-        cells.append([method, *ends, ", ".join(map(str, told[0]["seeds"]))])
+        cells.append([method, *map(format_cell, told), ", ".join(map(str, told[0]["seeds"]))])
     return "\n".join([
         f"Less `{rows[0]['less']}` of the same seed, in points of percent, with the 95 % interval of the mean:",
         "",

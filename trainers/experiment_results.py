@@ -195,7 +195,7 @@ def format_rows(experiment: Experiment, rows: list[dict]) -> str:
     cells = [["method", *map(_called, metrics), "images seen", "minutes", *last]]
     for method in methods:
         any_row = next(row for row in rows if row["method"] == method)
-        known = [_cell(of.get((method, metric))) for metric in metrics]
+        known = [format_cell(of.get((method, metric))) for metric in metrics]
         seen, minutes = f"{any_row['images_seen']:,}", f"{any_row['seconds'] / 60:.1f}"
         told = {"machine": ", ".join(letters[name] for name in any_row["machine"].split("; "))}
         told["seeds"] = ", ".join(map(str, any_row["seeds"]))
@@ -228,7 +228,8 @@ def _called(metric: str) -> str:
     return _CALLED[metric]
 
 
-def _cell(row: dict | None) -> str:
+def format_cell(row: dict | None) -> str:
+    """The value of a row with its interval, as tables have it."""
     if row is None:
         return "-"
     if row["value"] is None:
