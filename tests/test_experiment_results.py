@@ -40,6 +40,8 @@ def test_rows_are_means_over_seeds(tmp_path):
     assert rows["i-jepa", "knn"]["command"] == "the command --seeds 1"
     of_pixels = summarise(experiment, Found(found, pixels={"knn": 31.0}), "the command")[-1]
     assert of_pixels["method"] == "raw pixels" and of_pixels["command"] == "the command" and of_pixels["seeds"] == [1]
+    found[1]["training"]["images_seen"] = 300
+    assert summarise(experiment, Found(found), "")[0]["images_seen"] == 200
     low, high = rows["i-jepa", "knn"]["ci95"]
     assert low < 30 < high and high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.3 * 0.7 / 400), rel=0.05)
     assert rows["i-jepa", "rankme"]["ci95"] is None
@@ -58,6 +60,11 @@ def test_one_random_encoder_stands_for_all_methods_that_have_it(tmp_path):
     unlike = [*alike, a_run("s-jea", 1, 30.0, begin=20.0)]
     named = {row["method"] for row in summarise(experiment, Found(unlike), "")}
     assert {"random encoder of c-jepa; i-jepa", "random encoder of s-jea"} <= named
+    (untrained,) = [
+        row for row in summarise(experiment, Found(later), "")
+        if row["method"] == "random encoder" and row["metric"] == "knn"
+    ]  # fmt: skip
+    assert untrained["seeds"] == [1, 2] and untrained["value"] == 10.5  # of the method that has most seeds
     untrained = [row for row in summarise(experiment, Found(alike), "") if row["method"] == "random encoder"]
     assert {(row["images_seen"], row["seconds"]) for row in untrained} == {(0, 0.0)}
 
@@ -210,6 +217,23 @@ def test_no_two_methods_have_the_same_line(tmp_path):
     found = [a_run(str(number), 1, 40.0) for number in range(12)]
     (axes, _) = _curves(read_experiment(written(tmp_path)), found, []).axes
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 12
+
+
+def test_curves_are_means_over_seeds_with_bands(tmp_path):
+    experiment = read_experiment(written(tmp_path))
+    found = [a_run("c-jepa", 1, 40.0, 30.0), a_run("c-jepa", 2, 46.0, 32.0), a_run("i-jepa", 1, 30.0, 20.0)]
+    figure = _curves(experiment, found, [])
+    knn, _ = figure.axes
+    of_two, of_one = knn.lines
+    # seeds of 1 and 2 minutes, from a random encoder of 10 percent on
+    assert list(of_two.get_xdata()) == pytest.approx([0, 0.75, 1.5]) and list(of_two.get_ydata()) == [10, 31, 43]
+    assert list(of_one.get_ydata()) == [10, 20, 30]
+    (band,) = knn.collections
+    corners = {tuple(corner) for corner in band.get_paths()[0].vertices.round(6)}
+    for x, values in ((0.75, [30.0, 32.0]), (1.5, [40.0, 46.0])):
+        assert {(x, round(end, 6)) for end in mean_interval(values)} <= corners
+    assert "bands are 95 % intervals" in figure.get_supxlabel()
+    assert _curves(experiment, found[1:], []).get_supxlabel() == ""
 
 
 @pytest.mark.parametrize("figure", ["bars", "curves", "map"])

@@ -80,6 +80,9 @@ def test_titles_say_how_many(models):
     assert targets.title == f"targets: {num_blocks} blocks of {4 * length}\nlevel 1: {num_blocks} blocks of {length}"
     # of blocks at the same place each is seen
     assert len({outline.line for outline in targets.outlines}) == num_blocks
+    of_one = masks_by_level(model, (masks[0], masks[1][:, :1]))
+    *_, targets = mask_panels(np.zeros((32, 32, 3), np.uint8), 0, of_one, model.config)
+    assert targets.title == f"targets: 1 block of {4 * length}\nlevel 1: 1 block of {length}"
 
 
 def test_command(models, tmp_path, capsys):

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from trainers.experiment_file import ACCURACIES, BASELINES, PIXELS, RANDOM
 from trainers.experiment_plan import Experiment
-from trainers.experiment_results import Point, by_method, course_of, machines_of
+from trainers.experiment_results import INTERVALS, Point, by_method, course_of, machines_of
 from trainers.files import save_figure
 from trainers.probes import mean_interval
 
@@ -65,6 +65,8 @@ def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figu
         axes.set_title(_TITLES[metric], fontsize=10)
         axes.set_xlabel(f"{unit}; at 0 a random encoder of the same kind", fontsize=9)
         axes.grid(alpha=0.3)
+    if any(axes.collections for axes in figure.axes):
+        figure.supxlabel("bands are 95 % intervals of the mean over seeds", fontsize=8)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
@@ -99,6 +101,7 @@ def _bars(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figure
         range(len(methods)), [textwrap.shorten(method, _WIDTH, placeholder=" ...") for method in methods], fontsize=8
     )
     axes.invert_yaxis()
+    figure.supxlabel(f"lines are {INTERVALS}", fontsize=8)
     return figure
 
 

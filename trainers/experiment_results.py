@@ -17,6 +17,7 @@ _SKIPPED = "skipped_steps"
 _CALLED = {"knn": "kNN %", "linear": "linear %", "rankme": "RankMe", "lidar": "LiDAR", "feature_std": "std",
            _SKIPPED: "skipped steps %"}  # fmt: skip
 _FORMS = {"feature_std": "{:.3f}"}
+INTERVALS = "95 % intervals: of the mean over seeds, or over test images where there is one seed"
 _UNTRAINED = {"images_seen": 0, "seconds": 0.0}
 
 
@@ -205,10 +206,9 @@ def format_rows(experiment: Experiment, rows: list[dict]) -> str:
     return "\n".join([
         f"# {experiment.title}",
         "",
-        f"{experiment.dataset}; `{commands}`; {machines}; commit {commits}. In brackets 95 % "
-        "intervals: of the mean over seeds, or over test images where there is one seed. RankMe and std are of test "
-        f"images, LiDAR is of {NUM_CROPS} crops each of up to {NUM_IMAGES:,}; levels side by side have length 1, and "
-        "no LiDAR.",
+        f"{experiment.dataset}; `{commands}`; {machines}; commit {commits}. In brackets {INTERVALS}. RankMe and std "
+        f"are of test images, LiDAR is of {NUM_CROPS} crops each of up to {NUM_IMAGES:,}; levels side by side have "
+        "length 1, and no LiDAR.",
         "",
         *markdown_table(cells),
         "",

@@ -124,7 +124,8 @@ def mask_panels(view: np.ndarray, number: int, levels: list[Masks], config: CJep
     ]
     sizes = [rows * columns for rows, columns in _grids(config)]
     of_context = [f"{ids.shape[1]} of {size}" for (ids, _), size in zip(levels, sizes, strict=True)]
-    of_targets = [f"{ids.shape[1]} blocks of {ids.shape[2]}" for _, ids in levels]
+    blocks = "1 block" if len(target_ids) == 1 else f"{len(target_ids)} blocks"
+    of_targets = [f"{blocks} of {ids.shape[2]}" for _, ids in levels]
     return [
         Panel(view),
         Panel(grid.show(view, context_ids), _title("context", of_context)),
