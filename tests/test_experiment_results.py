@@ -232,8 +232,8 @@ def test_curves_are_means_over_seeds_with_bands(tmp_path):
     corners = {tuple(corner) for corner in band.get_paths()[0].vertices.round(6)}
     for x, values in ((0.75, [30.0, 32.0]), (1.5, [40.0, 46.0])):
         assert {(x, round(end, 6)) for end in mean_interval(values)} <= corners
-    assert "bands are 95 % intervals" in figure.get_supxlabel()
-    assert _curves(experiment, found[1:], []).get_supxlabel() == ""
+    assert "bands are 95 % intervals" in figure.legends[0].get_title().get_text()
+    assert _curves(experiment, found[1:], []).legends[0].get_title().get_text() == ""
 
 
 @pytest.mark.parametrize("figure", ["bars", "curves", "map"])

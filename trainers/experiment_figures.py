@@ -65,9 +65,10 @@ def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figu
         axes.set_title(_TITLES[metric], fontsize=10)
         axes.set_xlabel(f"{unit}; at 0 a random encoder of the same kind", fontsize=9)
         axes.grid(alpha=0.3)
-    if any(axes.collections for axes in figure.axes):
-        figure.supxlabel("bands are 95 % intervals of the mean over seeds", fontsize=8)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    has_bands = any(axes.collections for axes in figure.axes)
+    title = "bands are 95 % intervals of the mean over seeds" if has_bands else None
+    names = axes.get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=4, fontsize=8, title=title, title_fontsize=8)
     return figure
 
 
