@@ -6,11 +6,11 @@ import scipy.linalg
 import torch
 from tiny import tiny_model
 
-from trainers import encoder_lidar
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.embedding import extract_embeddings
 from trainers.encoder_lidar import lidar_of_levels
 from trainers.evaluation import EvaluationArguments
+from trainers.pooling import OneLevel
 from trainers.transforms import eval_transform
 
 SIZE, MEAN, STD = 32, [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -40,7 +40,7 @@ def test_crops_of_an_image_are_its_views(changes):
     images = ImageDataset(source, eval_transform((SIZE, SIZE)))
     levels = []
     for level in range(model.config.num_levels):
-        encoder = encoder_lidar.OneLevel(model, level)
+        encoder = OneLevel(model, level)
         levels.append(extract_embeddings(encoder, images, MEAN, STD, progress=False)[0])
     assert found == pytest.approx([rank_between(each) for each in levels], rel=1e-2)
     assert found == lidar_of_levels(model, source, (SIZE, SIZE), MEAN, STD, ARGUMENTS)

@@ -18,8 +18,9 @@ from PIL import Image
 from tiny import FLAGS, RESNET
 
 from trainers.cli import main
+from trainers.encoder_structure import structure_of_levels
 from trainers.errors import InputError, Stopped
-from trainers.experiment_evaluation import _places
+from trainers.experiment_evaluation import Images, _places
 from trainers.experiment_file import read_experiment
 from trainers.experiment_plan import choose_runs
 from trainers.experiment_processes import Processes
@@ -27,6 +28,7 @@ from trainers.experiment_report import report
 from trainers.experiment_runs import Call, carry_out, carry_out_run
 from trainers.experiment_runs import main as carry_out_told_run
 from trainers.experiment_store import find
+from trainers.loading import load_model
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,29 @@ def test_each_checkpoint_and_encoder_is_evaluated_as_it_is(tmp_path, monkeypatch
     ranks = [row["rankme"] for point in found["points"] for row in point["rows"]]
     assert len(set(ranks)) == 3  # after two steps, after four, and of the context encoder
     assert [point["images_seen"] for point in found["points"]] == [2 * 16, 4 * 16]
+
+
+def test_classes_are_told_apart_where_it_is_asked_for(tmp_path):
+    upper = {"upper_levels": [{}], "min_context_patches": 8}
+    given = written(tmp_path, structure=True, num_checkpoints=2, level="all", methods={"stack": upper}, seeds=[1])
+    experiment = read_experiment(given)
+    (run,) = experiment.runs()
+    call = Call(given, {}, str(tmp_path / "runs"), "cjepa experiment small")
+    carry_out_run(experiment, run, call)
+    found = json.loads((call.folder(run) / "evaluation.json").read_text())
+    names = {"silhouette", "nmi", "coarse_silhouette", "coarse_nmi"}
+    on_the_way, end = (point["rows"] for point in found["points"])
+    assert not any(names & row.keys() for row in on_the_way) and all(names <= row.keys() for row in end)
+    assert names <= found["baselines"][0].keys()
+    images = Images(run.read(tmp_path), (32, 32))
+    *_, test = images.sources
+    _, dataset, *settings = images.settings
+    model = load_model(call.folder(run) / "final").base_model
+    *levels, both = structure_of_levels(model, test, dataset, *settings)
+    assert [{name: row[name] for name in names} for row in end] == [both, *levels]
+    assert "structure: true" in (call.folder(run) / "settings.yaml").read_text()
+    table = report(experiment, call)
+    assert "silhouette" in table and "Silhouette is of the classes" in table
 
 
 def test_checkpoints_of_runs_that_are_done_are_removed(done):

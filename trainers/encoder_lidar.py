@@ -8,7 +8,7 @@ from trainers.datasets import ImageDataset, ImageSource
 from trainers.diagnostics import lidar
 from trainers.embedding import device_of, extract_embeddings
 from trainers.evaluation import EvaluationArguments
-from trainers.pooling import EveryLevel, OneLevel
+from trainers.pooling import EveryLevel
 from trainers.subsets import choose_images
 from trainers.transforms import train_transform
 
@@ -47,11 +47,9 @@ def lidar_of_levels(
         `list[float]`: In the order of the levels; NaN of a single image.
     """
     crops = _Crops(choose_images(source, NUM_IMAGES), train_transform(image_size, _CROP_SCALE, horizontal_flip=True))
-    is_stack = model.config.num_levels > 1
-    encoder = EveryLevel(model) if is_stack else OneLevel(model, 0)
+    encoder = EveryLevel(model)
     embeddings, _ = extract_embeddings(
         encoder, crops, mean, std, description="LiDAR: crops", **arguments.extraction(device_of(model))
     )
-    parts = encoder.split(embeddings) if is_stack else [embeddings]
-    views = [part.unflatten(0, (-1, NUM_CROPS)) for part in parts]
+    views = [part.unflatten(0, (-1, NUM_CROPS)) for part in encoder.split(embeddings)]
     return [lidar(each) if len(each) > 1 else math.nan for each in views]

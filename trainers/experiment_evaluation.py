@@ -17,6 +17,7 @@ from trainers.checkpoint_files import checkpoint_step, present_checkpoints
 from trainers.datasets import ImageDataset, ImageSource
 from trainers.embedding import RawPixels
 from trainers.encoder_lidar import lidar_of_levels
+from trainers.encoder_structure import structure_of_levels
 from trainers.evaluation import evaluate_encoder, evaluate_levels
 from trainers.experiment_plan import Experiment
 from trainers.feature_encoder import fingerprint
@@ -89,14 +90,14 @@ def evaluate_run(experiment: Experiment, recipe: Recipe, folder: Path, training:
         `dict`: `images`; `evaluated`, the `precision` of the encoders' arithmetic and the `commit` of the code, where
         it is known; `points`, of each checkpoint and last of the end `step`, `images_seen` and `rows`; `baselines`,
         rows of a random encoder of the same kind, if asked for. Rows are those of [`~evaluation.probe`], at the end
-        and of the random encoder with `lidar`; their `encoder` is empty for what stands for the method, and else names
-        what is beside it.
+        and of the random encoder with `lidar` and, if asked for, what [`structure_of_levels`] tells; their `encoder`
+        is empty for what stands for the method, and else names what is beside it.
     """
     images = Images(recipe, saved_image_size(folder))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     *on_the_way, (end, num_steps) = _places(folder, training["steps"], experiment.num_checkpoints)
     of_steps = {
-        step: _of_levels(experiment, load(place).to(device).base_model, images, with_lidar=False)
+        step: _of_levels(experiment, load(place).to(device).base_model, images, at_end=False)
         for place, step in on_the_way
     }
     model = load(end).to(device)
@@ -123,10 +124,11 @@ def _of_random(experiment: Experiment, encoder: PreTrainedModel, images: Images,
     """The rows of a random encoder, which are found once for all runs that are compared with the same one."""
     weights = fingerprint(encoder)[:16]
     asked = [asdict(images.recipe.data), asdict(images.arguments), images.facts(), experiment.level]
+    asked += ["structure"] if experiment.structure else []
     path = known / f"{weights}-{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]}.json"
     if not path.is_file():
         known.mkdir(exist_ok=True)
-        rows = _of_levels(experiment, encoder, images, with_lidar=True)
+        rows = _of_levels(experiment, encoder, images, at_end=True)
         write_json(path, [row | {"weights": weights} for row in rows])
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -141,21 +143,25 @@ def _places(folder: Path, num_steps: int, number: int) -> list[tuple[Path, int]]
 
 def _of_end(experiment: Experiment, model: PreTrainedModel, images: Images) -> list[dict]:
     """The rows of a trained model, with those of its context encoder if they are asked for and it has one."""
-    rows = _of_levels(experiment, model.base_model, images, with_lidar=True)
+    rows = _of_levels(experiment, model.base_model, images, at_end=True)
     if experiment.context_encoder and isinstance(model, CJepaForPreTraining):
-        own, *_ = _of_levels(experiment, model.context_encoder, images, with_lidar=True)
+        own, *_ = _of_levels(experiment, model.context_encoder, images, at_end=True)
         rows.append(own | {"encoder": "context encoder"})
     return rows
 
 
-def _of_levels(experiment: Experiment, encoder: PreTrainedModel, images: Images, with_lidar: bool) -> list[dict]:
+def _of_levels(experiment: Experiment, encoder: PreTrainedModel, images: Images, at_end: bool) -> list[dict]:
     """The rows of an encoder's levels, first that which stands for the method."""
     rows = evaluate_levels(encoder, *images.settings, "all")
-    if with_lidar:
-        *_, mean, std, arguments = images.settings
-        found = lidar_of_levels(encoder, images.sources[1], images.image_size, mean, std, arguments)
+    if at_end:
+        (_, test), (_, dataset) = images.sources, images.datasets
+        _, _, *settings = images.settings
+        found = lidar_of_levels(encoder, test, images.image_size, *settings)
         for row, value in zip(rows, found, strict=False):  # none of all levels side by side
             row["lidar"] = value
+        if experiment.structure:
+            found = structure_of_levels(encoder, test, dataset, *settings)
+            rows = [row | structure for row, structure in zip(rows, found, strict=True)]
     num_levels = max(len(rows) - 1, 1)
     names = [f"level {number}" for number in range(num_levels)] + ["all levels"]
     rows = [row | {"encoder": name} for row, name in zip(rows, names, strict=False)]

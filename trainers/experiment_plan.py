@@ -67,6 +67,9 @@ class Experiment:
         context_encoder (`bool`): Whether C-JEPA's context encoder at the end is evaluated, too.
         level (`int` or `"all"`, *optional*): Of a stack, whose figures are the method's own; the top one when not
             given. Those of the others are rows of their own.
+        structure (`bool`): Whether it is told, too, how far apart the encoders at the end keep the classes: their
+            silhouette, and their normalised mutual information (NMI) with what k-means finds; also of the coarse
+            classes, where these are known.
         baselines (`bool`): Whether what has to be beaten is evaluated, too: of each run a random encoder of the same
             kind, and once raw pixels.
         figure (`"bars"`, `"curves"` or `"map"`): How it is drawn: the ends of the runs side by side, their course, or
@@ -86,6 +89,7 @@ class Experiment:
     num_checkpoints: int = 1
     context_encoder: bool = False
     level: int | str | None = None
+    structure: bool = False
     baselines: bool = True
     figure: str = "bars"
     reach: dict[str, float] = field(default_factory=dict)

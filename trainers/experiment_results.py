@@ -11,13 +11,18 @@ from trainers.experiment_store import Found
 from trainers.probes import mean_interval
 from trainers.reports import markdown_table
 
-METRICS = (*ACCURACIES, "rankme", "lidar", "feature_std")
+_STRUCTURE = ("silhouette", "nmi", "coarse_silhouette", "coarse_nmi")
+METRICS = (*ACCURACIES, "rankme", "lidar", "feature_std", *_STRUCTURE)
 _IMAGES, _MINUTES = "images_to_", "minutes_to_"
 _SKIPPED = "skipped_steps"
-_CALLED = {"knn": "kNN %", "linear": "linear %", "rankme": "RankMe", "lidar": "LiDAR", "feature_std": "std",
-           _SKIPPED: "skipped steps %"}  # fmt: skip
-_FORMS = {"feature_std": "{:.3f}"}
+_CALLED = {
+    "knn": "kNN %", "linear": "linear %", "rankme": "RankMe", "lidar": "LiDAR", "feature_std": "std",
+    "silhouette": "silhouette", "nmi": "NMI", "coarse_silhouette": "coarse silhouette", "coarse_nmi": "coarse NMI",
+    _SKIPPED: "skipped steps %",
+}  # fmt: skip
+_FORMS = dict.fromkeys(("feature_std", *_STRUCTURE), "{:.3f}")
 INTERVALS = "95 % intervals: of the mean over seeds, or over test images where there is one seed"
+_OF_STRUCTURE = " Silhouette is of the classes of up to 5,000 test images, NMI of these classes and k-means' clusters."
 _UNTRAINED = {"images_seen": 0, "seconds": 0.0}
 
 
@@ -208,7 +213,7 @@ def format_rows(experiment: Experiment, rows: list[dict]) -> str:
         "",
         f"{experiment.dataset}; `{commands}`; {machines}; commit {commits}. In brackets {INTERVALS}. RankMe and std "
         f"are of test images, LiDAR is of {NUM_CROPS} crops each of up to {NUM_IMAGES:,}; levels side by side have "
-        "length 1, and no LiDAR.",
+        "length 1, and no LiDAR." + (_OF_STRUCTURE if "silhouette" in metrics else ""),
         "",
         *markdown_table(cells),
         "",

@@ -136,6 +136,7 @@ def settings_text(experiment: Experiment, run: Run) -> str:
     """All that a run's figures depend on, as its folder keeps it."""
     values = {name: value for name, value in run.read(Path()).values.items() if name not in _WITHOUT_EFFECT}
     values |= {"rival": run.rival} if run.rival else {}
+    values |= {"structure": True} if experiment.structure else {}
     return recipe_text(values | {name: getattr(experiment, name) for name in _MEASURED})
 
 

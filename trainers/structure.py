@@ -96,14 +96,15 @@ def structure_of(
                          f"{', '.join(test_y)}; give the same labellings.")  # fmt: skip
     unit_x = unit_vectors(test_x)
     return {
-        name: {"num_classes": _count_classes(name, labels)}
-        | _arrangement(unit_x, labels.cpu().numpy(), seeds)
+        name: {"num_classes": count_classes(name, labels)}
+        | arrangement(unit_x, labels.cpu().numpy(), seeds)
         | _neighbors(train_x, train_y[name], test_x, labels)
         for name, labels in test_y.items()
     }
 
 
-def _count_classes(name: str, labels: torch.Tensor) -> int:
+def count_classes(name: str, labels: torch.Tensor) -> int:
+    """How many classes test images show under a labelling; `InputError` if these have no structure to tell of."""
     number = len(labels.unique())
     if not 1 < number < len(labels):
         raise InputError(f"The {len(labels)} test images show {number} {name} classes; structure takes at least 2 "
@@ -111,8 +112,18 @@ def _count_classes(name: str, labels: torch.Tensor) -> int:
     return number
 
 
-def _arrangement(unit_x: np.ndarray, labels: np.ndarray, seeds: Sequence[int]) -> dict:
-    """Silhouette of the classes of unit vectors (m, D), and NMI of k-means."""
+def arrangement(unit_x: np.ndarray, labels: np.ndarray, seeds: Sequence[int]) -> dict:
+    """
+    How apart classes lie, and whether k-means finds them.
+
+    Args:
+        unit_x (`np.ndarray` of shape `(m, D)`): Of [`unit_vectors`].
+        labels (`np.ndarray` of shape `(m,)`, int64): Their classes, two or more and fewer than images.
+        seeds (`Sequence[int]`): One k-means each.
+
+    Returns:
+        `dict`: `silhouette`, `silhouette_interval`, `nmi` and `nmi_interval` as of [`structure_of`].
+    """
     num_classes = len(np.unique(labels))
     # one thread: the order in which several add up is chance, and with it the last bits and the cluster of an image
     with threadpool_limits(1):
