@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from modeling_cjepa import CJepaConfig, SJeaConfig
 from modeling_cjepa.configuration_cjepa import pair
+from modeling_cjepa.outputs_cjepa import CJepaModelOutput
 from trainers.errors import InputError
 from trainers.loading import CLASSIFIERS, load_model, read_weights
 from trainers.objectives import Objective
@@ -64,11 +64,12 @@ class MaeEncoder(PreTrainedModel):
         """Parameters of the encoder, which has one level."""
         return self.num_parameters()
 
-    def forward(self, pixel_values: torch.Tensor, level: int = 0) -> BaseModelOutputWithPooling:
+    def forward(self, pixel_values: torch.Tensor, level: int = 0) -> CJepaModelOutput:
         """Images (B, C, H, W) as tokens (B, N, D), in their order, and embeddings (B, D)."""
         order = torch.arange(self.vit.embeddings.patch_embeddings.num_patches, device=pixel_values.device)
         tokens = self.vit(pixel_values, noise=order.expand(len(pixel_values), -1)).last_hidden_state[:, 1:]
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens.mean(dim=1))
+        embeddings = tokens.mean(dim=1)
+        return CJepaModelOutput(last_hidden_state=tokens, pooler_output=embeddings, level_embeddings=(embeddings,))
 
 
 class MaeForPreTraining(PreTrainedModel):
