@@ -29,20 +29,24 @@ def of_400(percent):
     return list(accuracy_interval(round(4 * percent), 400))
 
 
-def a_run(method, seed, knn, *earlier, linear=50.0, begin=10.0, **changes):
+def measured(percent):
+    """What an encoder of so good a kNN would be found to have: of each metric another figure."""
+    return {
+        "knn": percent, "knn_interval": of_400(percent),
+        "linear": percent + 10, "linear_interval": of_400(percent + 10),
+        "rankme": percent / 4, "lidar": percent / 8, "feature_std": percent / 64,
+    }  # fmt: skip
+
+
+def a_run(method, seed, knn, *earlier, begin=10.0, **changes):
     """What was found of a run of 100 images between evaluations."""
-    row = {"encoder": "", "linear": linear, "rankme": 9.0, "lidar": 3.0, "feature_std": 0.5}
     points = [
-        {
-            "step": 10 * at,
-            "images_seen": 100 * at,
-            "rows": [row | {"knn": value, "knn_interval": of_400(value)}],
-        }
+        {"step": 10 * at, "images_seen": 100 * at, "rows": [{"encoder": ""} | measured(value)]}
         for at, value in enumerate((*earlier, knn), start=1)
     ]
     return {
         "method": method, "seed": seed, "swept": {}, "images": {"fingerprint": "a"}, "points": points,
-        "baselines": [row | {"knn": begin, "weights": f"{begin}, {seed}"}],
+        "baselines": [{"encoder": ""} | measured(begin) | {"weights": f"{begin}, {seed}"}],
         "training": {"images_seen": points[-1]["images_seen"], "seconds": 60.0 * seed, "steps": points[-1]["step"],
                      "skipped_steps": 0},
         "machine": {"processor": "P", "threads": 2},

@@ -8,12 +8,18 @@ from pathlib import Path
 
 import pytest
 from experiments import digests, written
+from PIL import Image, ImageChops, ImageStat
 
 from trainers.cli import main
 from trainers.cli_experiment import public_command
 from trainers.errors import InputError
+from trainers.experiment_differences import differences
+from trainers.experiment_figures import draw_experiment
 from trainers.experiment_file import read_experiment
 from trainers.experiment_plan import choose_runs
+from trainers.experiment_report import format_table
+from trainers.experiment_results import summarise
+from trainers.experiment_store import Found
 from trainers.resources import experiment_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,6 +140,29 @@ def test_committed_figures_are_of_the_settings_that_are_shipped(name):
     asked = digests(read_experiment(name, {"dataset": "my/cifar10"})).items()
     runs = committed(name)["runs"]
     assert {((run["method"], run["seed"]), run["asked"]) for run in runs} <= set(asked) and runs
+
+
+def to_nine_digits(told):
+    """What another machine's last digits cannot change."""
+    return json.loads(json.dumps(told), parse_float=lambda text: f"{float(text):.9g}")
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_committed_tables_and_pictures_are_those_of_the_committed_runs(name, tmp_path):
+    """As the code makes them today: repeat the command with --results docs/results where they differ."""
+    told, experiment = committed(name), read_experiment(name, {"dataset": "my/cifar10"})
+    command = re.sub(" --seeds [0-9 ]*$", "", told["rows"][0]["command"])
+    found = Found(told["runs"], told["failed"], told["pixels"])
+    rows, less_first = summarise(experiment, found, command), differences(experiment, found.runs)
+    assert told["title"] == experiment.title
+    assert to_nine_digits([told["rows"], told["differences"]]) == to_nine_digits([rows, less_first])
+    table = format_table(experiment, rows, less_first, found)
+    assert (ROOT / f"docs/results/{name}.md").read_text() == table
+    draw_experiment(experiment, found.runs, rows, tmp_path / "drawn.png")
+    drawn, there = (Image.open(path) for path in (tmp_path / "drawn.png", ROOT / f"docs/results/{name}.png"))
+    if drawn.info["Software"] == there.info["Software"]:  # another matplotlib draws other letters
+        assert drawn.size == there.size
+        assert ImageStat.Stat(ImageChops.difference(drawn.convert("L"), there.convert("L"))).mean[0] < 0.001
 
 
 def test_all_committed_rows_are_in_one_file():

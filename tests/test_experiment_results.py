@@ -1,21 +1,18 @@
-"""What the runs of an experiment say together: rows, table, pictures, and what is kept of earlier results."""
+"""What the runs of an experiment say together: rows, table, and what is kept of earlier results."""
 
 import json
 import math
 import re
 
-import numpy as np
 import pytest
-from experiments import a_run, digests, of_400, written
-from PIL import Image
+from experiments import a_run, digests, measured, written
 
 from trainers.cli import main
 from trainers.errors import InputError
 from trainers.experiment_differences import differences, format_differences
-from trainers.experiment_figures import _bars, _curves, _maps, draw_experiment
 from trainers.experiment_file import read_experiment
 from trainers.experiment_report import report
-from trainers.experiment_results import format_rows, summarise
+from trainers.experiment_results import format_cell, format_rows, summarise
 from trainers.experiment_runs import Call, settings_text
 from trainers.experiment_store import Found, find, write_results
 from trainers.probes import mean_interval
@@ -45,7 +42,30 @@ def test_rows_are_means_over_seeds(tmp_path):
     low, high = rows["i-jepa", "knn"]["ci95"]
     assert low < 30 < high and high - low == pytest.approx(2 * 1.96 * 100 * math.sqrt(0.3 * 0.7 / 400), rel=0.05)
     assert rows["i-jepa", "rankme"]["ci95"] is None
-    assert rows["c-jepa", "lidar"]["value"] == 3.0
+    for metric in ("knn", "linear", "rankme", "lidar", "feature_std"):
+        assert rows["c-jepa", metric]["value"] == measured(42.0)[metric]
+        assert rows["c-jepa", metric]["ci95"] == pytest.approx(
+            mean_interval([measured(40.0)[metric], measured(44.0)[metric]])
+        )
+    assert rows["i-jepa", "linear"]["ci95"] == measured(30.0)["linear_interval"]
+
+
+def test_a_metric_that_a_seed_lacks_has_no_row(tmp_path):
+    experiment = read_experiment(written(tmp_path))
+    found = [a_run("c-jepa", 1, 40.0), a_run("c-jepa", 2, 44.0)]
+    found[1]["points"][-1]["rows"][0]["lidar"] = None
+    metrics = {row["metric"] for row in summarise(experiment, Found(found), "") if row["method"] == "c-jepa"}
+    assert metrics == {"knn", "linear", "rankme", "feature_std"}
+
+
+def test_cells_have_the_digits_of_their_metric():
+    for metric, value, ci95, cell in (
+        ("knn", 42.04, [40.0, 44.0], "42.0 (40.0 to 44.0)"), ("feature_std", 0.0419, None, "0.042"),
+        ("silhouette", -0.0123, [-0.02, 0.01], "-0.012 (-0.020 to 0.010)"),
+        ("images_to_knn_38", 16704.0, None, "16,704"), ("minutes_to_knn_38", None, None, "not reached"),
+    ):  # fmt: skip
+        assert format_cell({"metric": metric, "value": value, "ci95": ci95}) == cell
+    assert format_cell(None) == "-"
 
 
 def test_one_random_encoder_stands_for_all_methods_that_have_it(tmp_path):
@@ -91,27 +111,24 @@ def test_minutes_of_unlike_machines_are_told_apart(tmp_path):
     found = [a_run("c-jepa", 1, 40.0), a_run("i-jepa", 1, 30.0)]
     table = format_rows(experiment, summarise(experiment, Found(found), ""))
     assert "; P, 2 threads; commit" in table and "machine" not in table
-    (axes, _) = _curves(experiment, found, []).axes
-    assert axes.get_xlabel().startswith("minutes") and list(axes.lines[0].get_xdata()) == [0.0, 1.0]
     found.append(a_run("i-jepa", 2, 30.0, machine={"processor": "Q", "threads": 2}))
     table = re.sub(" +", " ", format_rows(experiment, summarise(experiment, Found(found), "")))
     assert "; A: P, 2 threads; B: Q, 2 threads; commit" in table and "| minutes | machine | seeds |" in table
     assert "| 1.0 | A | 1 |" in table and "| 1.5 | A, B | 1, 2 |" in table
-    (axes, _) = _curves(experiment, found, []).axes
-    assert axes.get_xlabel().startswith("images") and list(axes.lines[0].get_xdata()) == [0, 100]
 
 
 def test_differences_are_of_the_same_seed(tmp_path):
     experiment = read_experiment(written(tmp_path, seeds=[1, 2, 3]))
     # the means' intervals overlap, and yet the second method is better in each run
     found = [a_run("c-jepa", 1, 40.0), a_run("i-jepa", 1, 41.0), a_run("c-jepa", 2, 60.0), a_run("i-jepa", 2, 63.0)]
+    found[3]["points"][-1]["rows"][0]["linear"] = 74.0
     (knn, linear) = differences(experiment, found)
     assert knn == {
         "method": "i-jepa", "less": "c-jepa", "metric": "knn", "value": 2.0, "seeds": [1, 2],
         "ci95": pytest.approx([2 - 12.706, 2 + 12.706], abs=1e-3),
     }  # fmt: skip
-    assert (linear["metric"], linear["value"], linear["ci95"]) == ("linear", 0.0, [0.0, 0.0])
-    assert "| i-jepa | 2.0 (-10.7 to 14.7) | 0.0 (0.0 to 0.0) | 1, 2  |" in format_differences([knn, linear])
+    assert (linear["metric"], linear["value"]) == ("linear", 2.5)
+    assert "| i-jepa | 2.0 (-10.7 to 14.7) | 2.5 (-16.6 to 21.6) | 1, 2  |" in format_differences([knn, linear])
     assert "Less `c-jepa` of the same seed" in format_differences([knn, linear])
     # a seed that one of them lacks counts for nothing, and one seed has no interval
     assert differences(experiment, [*found, a_run("i-jepa", 3, 0.0)]) == [knn, linear]
@@ -121,13 +138,16 @@ def test_differences_are_of_the_same_seed(tmp_path):
 
 def test_levels_and_encoders_have_differences_of_their_own(tmp_path):
     experiment, found = read_experiment(written(tmp_path)), []
-    for seed in (1, 2):
+    for seed in (1, 2, 3):
         found += [a_run("c-jepa", seed, 40.0), a_run("i-jepa", seed, 50.0)]
         for run in found[-2:]:
             (point,) = run["points"]
             point["rows"].append(point["rows"][0] | {"encoder": "context encoder", "knn": 45.0})
     values = {row["method"]: row["value"] for row in differences(experiment, found) if row["metric"] == "knn"}
     assert values == {"c-jepa, context encoder": 5.0, "i-jepa": 10.0, "i-jepa, context encoder": 5.0}
+    # an encoder that one of the seeds lacks cannot be paired
+    found[-1]["points"][0]["rows"].pop()
+    assert {row["method"] for row in differences(experiment, found)} == {"c-jepa, context encoder", "i-jepa"}
     sweep = read_experiment(written(tmp_path, sweep={"learning_rate": [0.1, 0.2]}))
     assert differences(sweep, found) == []
 
@@ -211,71 +231,3 @@ def test_a_broken_summary_is_not_replaced(tmp_path, text, words):
     with pytest.raises(InputError, match=words):
         write_results(tmp_path, experiment, [], [], "", Found())
     assert (tmp_path / "summary.json").read_text() == text
-
-
-def test_no_two_methods_have_the_same_line(tmp_path):
-    found = [a_run(str(number), 1, 40.0) for number in range(12)]
-    (axes, _) = _curves(read_experiment(written(tmp_path)), found, []).axes
-    assert len({(line.get_color(), line.get_linestyle()) for line in axes.lines}) == 12
-
-
-def test_curves_are_means_over_seeds_with_bands(tmp_path):
-    experiment = read_experiment(written(tmp_path))
-    found = [a_run("c-jepa", 1, 40.0, 30.0), a_run("c-jepa", 2, 46.0, 32.0), a_run("i-jepa", 1, 30.0, 20.0)]
-    figure = _curves(experiment, found, [])
-    knn, _ = figure.axes
-    of_two, of_one = knn.lines
-    # seeds of 1 and 2 minutes, from a random encoder of 10 percent on
-    assert list(of_two.get_xdata()) == pytest.approx([0, 0.75, 1.5]) and list(of_two.get_ydata()) == [10, 31, 43]
-    assert list(of_one.get_ydata()) == [10, 20, 30]
-    (band,) = knn.collections
-    corners = {tuple(corner) for corner in band.get_paths()[0].vertices.round(6)}
-    for x, values in ((0.75, [30.0, 32.0]), (1.5, [40.0, 46.0])):
-        assert {(x, round(end, 6)) for end in mean_interval(values)} <= corners
-    assert "bands are 95 % intervals" in figure.legends[0].get_title().get_text()
-    assert _curves(experiment, found[1:], []).legends[0].get_title().get_text() == ""
-
-
-@pytest.mark.parametrize("figure", ["bars", "curves", "map"])
-def test_every_figure_shows_what_it_is_given(tmp_path, figure):
-    sweep = {"ema_momentum": [0.0, 0.9], "learning_rate": [0.001, 0.01]}
-    experiment = read_experiment(written(tmp_path, sweep=sweep, figure=figure))
-    found = [a_run(run.method, run.seed, 40.0 + number, 35.0) for number, run in enumerate(experiment.runs())]
-    found = found[:-1]  # one that failed, a hole in the map
-    pixels = {"knn": 30.0, "linear": 35.0, "rankme": 80.0, "feature_std": 0.2}
-    rows = summarise(experiment, Found(found, pixels=pixels), "")
-    draw_experiment(experiment, found, rows, tmp_path / "drawn.png")
-    assert Image.open(tmp_path / "drawn.png").width > 500
-
-
-def test_a_map_has_every_run_in_its_place(tmp_path):
-    sweep = {"ema_momentum": [0.0, 0.9], "learning_rate": [0.001, 0.01, 0.1]}
-    experiment = read_experiment(written(tmp_path, sweep=sweep, figure="map", seeds=[1]))
-    runs = experiment.runs()
-    found = [a_run(run.method, 1, 40.0 + number) for number, run in enumerate(runs)][:-1]
-    rows = summarise(experiment, Found(found), "")
-    (knn, *_), (of_second, *_) = np.array(_maps(experiment, found, rows).axes).reshape(2, -1)
-    drawn = {  # the momentum goes up, the rate to the right
-        (method, momentum, rate): axes.images[0].get_array()[row, column]
-        for method, axes in (("c-jepa", knn), ("i-jepa", of_second))
-        for row, momentum in enumerate((0.9, 0.0)) for column, rate in enumerate((0.001, 0.01, 0.1))
-    }  # fmt: skip
-    told = {run.method: 40.0 + number for number, run in enumerate(runs)}
-    assert drawn.pop(("i-jepa", 0.9, 0.1)) is np.ma.masked
-    for (method, momentum, rate), value in drawn.items():
-        assert value == told[f"{method}, ema_momentum {momentum}, learning_rate {rate}"]
-    assert "kNN" in knn.get_title() and of_second.get_ylabel().startswith("i-jepa")
-
-
-def test_bars_are_of_the_rows(tmp_path):
-    experiment = read_experiment(written(tmp_path))
-    found = [a_run("c-jepa", 1, 40.0), a_run("i-jepa", 1, 30.0)]
-    rows = summarise(experiment, Found(found), "")
-    (knn, *_) = _bars(experiment, found, rows).axes
-    points = {line.get_ydata()[0]: line.get_xdata()[0] for line in knn.lines if line.get_marker() == "o"}
-    names = [label.get_text() for label in knn.get_yticklabels()]
-    assert {names[place]: value for place, value in points.items()} == {
-        "c-jepa": 40.0, "i-jepa": 30.0, "random encoder": 10.0,
-    }  # fmt: skip
-    ends = [list(line.get_xdata()) for line in knn.lines if line.get_marker() != "o"]
-    assert ends[:2] == [of_400(40.0), of_400(30.0)]

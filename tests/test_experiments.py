@@ -15,12 +15,13 @@ import pytest
 import yaml
 from experiments import PLAN_ONLY_CJEPA, SETTINGS, written
 from PIL import Image
-from tiny import FLAGS, RESNET
+from tiny import FLAGS, RESNET, tiny_model
 
 from trainers.cli import main
+from trainers.encoder_lidar import lidar_of_levels
 from trainers.encoder_structure import structure_of_levels
 from trainers.errors import InputError, Stopped
-from trainers.experiment_evaluation import Images, _places
+from trainers.experiment_evaluation import Images, _of_random, _places
 from trainers.experiment_file import read_experiment
 from trainers.experiment_plan import choose_runs
 from trainers.experiment_processes import Processes
@@ -95,6 +96,15 @@ def test_each_checkpoint_and_encoder_is_evaluated_as_it_is(tmp_path, monkeypatch
             assert {name: row[name] for name in ("knn", "linear", "rankme", "feature_std")} == {
                 name: expected[name] for name in ("knn", "linear", "rankme", "feature_std")
             }
+    images = Images(run.read(tmp_path), (32, 32))
+    _, test = images.sources
+    model, settings = load_model(call.folder(run) / "final"), images.settings[2:]
+    own, of_context = (
+        lidar_of_levels(encoder, test, (32, 32), *settings)[0] for encoder in (model.cjepa, model.context_encoder)
+    )
+    assert [row["lidar"] for row in found["points"][-1]["rows"]] == [own, of_context] and own != of_context
+    diagnosis = json.loads((call.folder(run) / "final/results.json").read_text())["diagnosis"]
+    assert found["diagnosis"] == diagnosis["state"]
     ranks = [row["rankme"] for point in found["points"] for row in point["rows"]]
     assert len(set(ranks)) == 3  # after two steps, after four, and of the context encoder
     assert [point["images_seen"] for point in found["points"]] == [2 * 16, 4 * 16]
@@ -218,6 +228,21 @@ def test_levels_of_a_stack_are_rows_and_one_stands_for_the_method(tmp_path):
     assert run["points"][-1]["rows"][0]["dim"] == 64  # both levels side by side
     assert str(tmp_path) not in (tmp_path / "runs/small.json").read_text()
     assert [point["step"] for point in run["points"]] == [2]
+
+
+def test_the_level_that_is_asked_for_stands_for_a_stack(tmp_path):
+    """Also of random encoders, whose rows are kept for all runs, whichever level these are asked for."""
+    encoder = tiny_model(upper_levels=[{"hidden_size": 16}], min_context_patches=8).cjepa.eval()
+    told = {}
+    for level in ("all", 0, -1):
+        experiment = read_experiment(written(tmp_path, level=level))
+        images = Images(experiment.runs()[0].read(tmp_path), (32, 32))
+        rows = _of_random(experiment, encoder, images, tmp_path / "random")
+        told[level] = {row["encoder"]: (row["dim"], row["rankme"]) for row in rows}
+    both, first, second = (told["all"][name] for name in ("", "level 0", "level 1"))
+    assert len({both, first, second}) == 3 and both[0] == first[0] + second[0] == 32 + 16
+    assert told[0] == {"": first, "level 1": second, "all levels": both}
+    assert told[-1] == {"": second, "level 0": first, "all levels": both}
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):

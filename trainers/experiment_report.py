@@ -39,13 +39,18 @@ def report(experiment: Experiment, call: Call, results: Path | None = None, is_w
     if experiment.baselines:
         found.pixels = _pixels(experiment, call, is_whole) or found.pixels
     rows, less_first = summarise(experiment, found, call.command), differences(experiment, found.runs)
-    parts = format_rows(experiment, rows), format_differences(less_first), found.format_failures()
-    table = "\n".join(filter(None, parts))
+    table = format_table(experiment, rows, less_first, found)
     _write(output, experiment, rows, less_first, table, found)
     if results:
         refuse_other_images(experiment, found, results)
         _write(results, experiment, rows, less_first, table, found)
     return table
+
+
+def format_table(experiment: Experiment, rows: list[dict], less_first: list[dict], found: Found) -> str:
+    """What an experiment says as Markdown: rows, their differences from the first method, which runs failed."""
+    parts = format_rows(experiment, rows), format_differences(less_first), found.format_failures()
+    return "\n".join(filter(None, parts))
 
 
 def _write(folder: Path, experiment: Experiment, rows: list[dict], less_first: list[dict], table: str, found: Found):
