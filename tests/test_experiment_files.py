@@ -172,14 +172,17 @@ def test_all_committed_rows_are_in_one_file():
 
 
 def test_the_script_for_one_gpu_runs_all_that_is_meant_for_it():
-    (named,) = re.findall(r"^for name in (.*); do$", (ROOT / "scripts/experiments/gpu.sh").read_text(), re.MULTILINE)
+    (named,) = re.findall(r"^ *for name in (.*); do$", (ROOT / "scripts/experiments/gpu.sh").read_text(), re.MULTILINE)
     assert sorted(named.split()) == sorted(name for name in experiment_names() if name.startswith("gpu_"))
 
 
-@pytest.mark.parametrize(("status", "num_begun"), [(0, 4), (2, 4), (130, 1)], ids=["done", "failed", "stopped"])
+@pytest.mark.parametrize(("status", "num_begun"), [(0, 12), (2, 12), (130, 1)], ids=["done", "failed", "stopped"])
 def test_the_script_for_one_gpu_ends_with_a_stop_and_not_with_a_failure(tmp_path, status, num_begun):
-    (tmp_path / "cjepa").write_text(f'#!/bin/sh\necho "$2" >> {tmp_path}/begun\nexit {status}\n')
+    (tmp_path / "cjepa").write_text(f'#!/bin/sh\necho "$2 $4" >> {tmp_path}/begun\nexit {status}\n')
     (tmp_path / "cjepa").chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     assert subprocess.run(["sh", ROOT / "scripts/experiments/gpu.sh"], env=environment).returncode == status
-    assert len((tmp_path / "begun").read_text().split()) == num_begun
+    begun = (tmp_path / "begun").read_text().splitlines()
+    assert len(set(begun)) == len(begun) == num_begun
+    # of each experiment one seed before others have the second
+    assert [line.split()[1] for line in begun] == [str(seed) for seed in (42, 43, 44) for _ in range(4)][:num_begun]
