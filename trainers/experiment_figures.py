@@ -19,7 +19,11 @@ _TITLES = {
 }  # fmt: skip
 _DPI = 120
 _WIDTH = 60  # letters of a method's name; the table has it whole
-_NUM_COLORS = 10  # of matplotlib's, which begin again then
+# matplotlib's without gray, which is that of raw pixels, and three more; they begin again with dotted lines
+_COLORS = (
+    "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan",
+    "black", "gold", "navy",
+)  # fmt: skip
 
 
 def draw_experiment(experiment: Experiment, found: list[dict], rows: list[dict], path: Path):
@@ -47,7 +51,7 @@ def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figu
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ACCURACIES, strict=True):
         for number, (method, runs) in enumerate(by_method(found).items()):
-            style = "-" if number < _NUM_COLORS else ":"
+            color, style = _COLORS[number % len(_COLORS)], "-" if number < len(_COLORS) else ":"
             courses = [{point.images: point for point in _from_the_start(run, metric)} for run in runs]
             images = [place for place in courses[0] if all(place in course for course in courses)]
             seen, percents = (
@@ -56,10 +60,10 @@ def _curves(experiment: Experiment, found: list[dict], rows: list[dict]) -> Figu
             )
             x = list(map(statistics.mean, seen))
             y = list(map(statistics.mean, percents))
-            (line,) = axes.plot(x, y, style, marker="o", markersize=3, label=method)
+            axes.plot(x, y, style, color=color, marker="o", markersize=3, label=method)
             bands = [mean_interval(each) for each in percents]
             if bands and None not in bands:
-                axes.fill_between(x, *zip(*bands, strict=True), color=line.get_color(), alpha=0.15, linewidth=0)
+                axes.fill_between(x, *zip(*bands, strict=True), color=color, alpha=0.15, linewidth=0)
         for row in _baselines(rows, metric, PIXELS):
             axes.axhline(row["value"], color="gray", linestyle="--", linewidth=1, label=row["method"])
         axes.set_title(_TITLES[metric], fontsize=10)
